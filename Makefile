@@ -1,0 +1,83 @@
+# Needs only Python >= 3.11 (with venv and pip), git and make. Variables, given as `make demo NAME=value`:
+#   PYTHON          the interpreter that makes .venv
+#   PIP_OPTIONS     for pip, such as another build of torch:
+#                   PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" (or …/cu130)
+#   CONSTRAINTS     the pinned set of packages
+#   PYTEST_OPTIONS  for pytest, such as "-n 2" or "-k parity"
+#   BENCH_OPTIONS   for the scripts in benchmarks/, such as --quick
+PYTHON ?= python3
+PIP_OPTIONS ?=
+CONSTRAINTS ?= constraints.txt
+PYTEST_OPTIONS ?=
+BENCH_OPTIONS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Present while packages are being installed: what an interrupted pip left is not to be trusted.
+UNFINISHED := $(VENV)/.unfinished
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format types bench wheel clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## everything into .venv (the other targets do this themselves)
+
+# torch comes first and at its pin: with no torch installed, a range would take the newest CUDA build instead.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "thinet-deploy needs Python 3.11 or newer, and '$(PYTHON)' is not one. Say which: make PYTHON=python3.12 …" >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; \
+	    exit 1; }
+	@if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    echo "Making $(VENV) …"; \
+	    $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@touch $(UNFINISHED)
+	@echo "Installing into $(VENV): some hundred megabytes, once …"
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[cpu,dev]'
+	@rm -f $(UNFINISHED)
+	@touch $(STAMP)
+
+demo: $(STAMP) ## the main job on the built-in digits, for the target `cpu`, into runs/demo
+	$(BIN)/thinet-deploy build --target cpu --out runs/demo
+
+test: $(STAMP) ## the tests, without those marked slow
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+test-all: $(STAMP) ## all tests, also the slow ones
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_OPTIONS)
+
+lint: $(STAMP) ## ruff, formatting, and that runner.py is Python 3.8
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/vermin --target=3.8- --violations --no-tips thinet_deploy/runner.py
+
+format: $(STAMP) ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+bench: $(STAMP) ## every script in benchmarks/
+	@for script in benchmarks/*.py; do \
+	    echo "== $$script"; \
+	    $(BIN)/python "$$script" $(BENCH_OPTIONS) || exit 1; \
+	done
+
+wheel: $(STAMP) ## the wheel, into dist/, its file list compared with the tree
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . >dist.log 2>&1 || { cat dist.log; exit 1; }
+	@rm -f dist.log
+	$(BIN)/python tests/wheel_check.py dist/*.whl
+
+clean: ## remove what was built, but neither .venv nor runs/
+	rm -rf build dist dist.log *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,178 @@
+"""latency.py: engines and models measured in turn, raw samples kept, failures explained. Times are never asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thinet_deploy import latency, runner
+from thinet_deploy.errors import InputError, MissingError, ThinetDeployError
+from thinet_deploy.latency import EngineRef
+
+INPUTS = {"x": np.ones((2, 3, 16, 16), "float32")}
+
+
+def tiny_onnx(path: Path, width: int) -> Path:
+    """One convolution of `width` filters and a global pool."""
+    onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
+    make = onnx.helper
+    weight = np.random.default_rng(0).standard_normal((width, 3, 3, 3)).astype("float32")
+    nodes = [make.make_node("Conv", ["x", "w"], ["c"]), make.make_node("GlobalAveragePool", ["c"], ["y"])]
+    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 16, 16]), ("y", [width, 1, 1]))]
+    graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def engines(folder: Path) -> list[EngineRef]:
+    """Two models on two runtimes."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    found = []
+    for model, width in (("original", 32), ("thin", 8)):
+        source = tiny_onnx(folder / f"{model}.onnx", width)
+        openvino.save_model(openvino.convert_model(source), folder / f"{model}.xml", compress_to_fp16=False)
+        found += [EngineRef(model, "onnxruntime", source), EngineRef(model, "openvino", folder / f"{model}.xml")]
+    return found
+
+
+def test_engines_are_measured_in_turn_and_compared_with_the_original(tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+    found = latency.measure_engines(
+        engines(tmp_path), INPUTS, threads=1, rounds=7, seconds=0.2, progress=lambda *state: seen.append(state)
+    )
+    assert [(e.model, e.runtime, e.batch, e.threads) for e in found] == [
+        ("original", "onnxruntime", 2, 1),
+        ("thin", "onnxruntime", 2, 1),
+        ("original", "openvino", 2, 1),
+        ("thin", "openvino", 2, 1),
+    ]
+    for engine in found:
+        assert len(engine.samples.rounds_ms) == 7
+        assert engine.samples.summary["n"] == sum(map(len, engine.samples.rounds_ms))
+        assert (engine.speedup is None) == (engine.model == "original")
+        if engine.speedup:
+            assert engine.speedup.baseline == f"original {engine.runtime} fp32"
+            assert engine.speedup.low is not None
+    assert [state[1:3] for state in seen] == [(done, 14) for done in range(1, 15)]
+    document = latency.report(found, environment={"cpu": "test"}).to_json()
+    assert json.loads(json.dumps(document, allow_nan=False))["engines"][1]["samples"]["rounds_ms"]
+    assert document["environment"] == {"cpu": "test"}
+
+
+def test_a_report_takes_this_machine_when_none_is_given() -> None:
+    pytest.importorskip("thinet_deploy.environment", reason="environment.py is not there yet")
+    assert latency.report().environment
+
+
+def test_the_baseline_of_a_speedup_has_the_same_precision_where_there_is_one(tmp_path: Path) -> None:
+    refs = [EngineRef("original", "a", tmp_path, p) for p in ("fp32", "int8")]
+    thin = EngineRef("thin", "a", tmp_path, "int8")
+    series = [[[8.0]] * 7, [[4.0]] * 7, [[2.0]] * 7]
+    same = latency._engine_speedup(thin, series[2], [*refs, thin], series)
+    assert same == latency.Speedup(2.0, 2.0, 2.0, "original a int8")
+    other = EngineRef("thin", "a", tmp_path, "bf16")
+    first = latency._engine_speedup(other, series[2], [*refs, other], series)
+    assert first == latency.Speedup(4.0, 4.0, 4.0, "original a fp32")
+
+
+def test_failures_are_explained_and_leave_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[runner.Worker] = []
+    start = runner.Worker.__init__
+
+    def remember(self: runner.Worker) -> None:
+        start(self)
+        started.append(self)
+
+    monkeypatch.setattr(runner.Worker, "__init__", remember)
+    (tmp_path / "bad.onnx").write_bytes(b"garbage")
+    refs = [EngineRef("original", "abacus", tmp_path)]
+    with pytest.raises(MissingError, match="no runtime called 'abacus'"):
+        latency.measure_engines(refs, INPUTS, threads=1, seconds=0.1)
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    good = EngineRef("original", "onnxruntime", tiny_onnx(tmp_path / "good.onnx", 8))
+    bad = EngineRef("thin", "onnxruntime", tmp_path / "bad.onnx")
+    with pytest.raises(ThinetDeployError, match=r"thin \(.*bad.onnx\) failed\. onnxruntime refuses"):
+        latency.measure_engines([good, bad], INPUTS, threads=1, seconds=0.1)
+    wrong = {"x": np.ones((2, 4, 16, 16), "float32")}
+    with pytest.raises(ThinetDeployError, match=r"original .*failed"):
+        latency.measure_engines([good], wrong, threads=1, seconds=0.1)
+    assert len(started) == 4
+    assert all(worker.process.poll() is not None for worker in started)
+
+
+def test_a_child_that_dies_while_measuring_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    ask = runner.Worker.ask
+
+    def die(self: runner.Worker, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "time":
+            self.process.kill()
+        return ask(self, op, **arguments)
+
+    monkeypatch.setattr(runner.Worker, "ask", die)
+    ref = EngineRef("original", "onnxruntime", tiny_onnx(tmp_path / "good.onnx", 8))
+    with pytest.raises(ThinetDeployError, match=r"Measuring onnxruntime failed.*ended by itself at 'time'"):
+        latency.measure_engines([ref], INPUTS, threads=1, seconds=0.1)
+
+
+def test_senseless_measurements_are_refused(tmp_path: Path) -> None:
+    for wrong in ({"rounds": 0}, {"seconds": 0.0}, {"threads": 0}):
+        with pytest.raises(InputError, match="have to be positive"):
+            latency.measure_engines([], INPUTS, **{"threads": 1, **wrong})  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------- torch
+
+
+def test_models_are_measured_forward_and_backward_and_left_as_they_were() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    def model(width: int) -> Any:
+        nn = torch.nn
+        return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Dropout(), nn.Flatten())
+
+    models = {"original": model(8), "thin": model(2)}
+    models["thin"][0].weight.requires_grad_(False)
+    models["thin"].eval()
+    before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in models.items()}
+    random_state = torch.get_rng_state()
+    seen: list[tuple[Any, ...]] = []
+    found = latency.measure_torch(models, (3, 8, 8), batch=4, progress=lambda *state: seen.append(state))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, m in models.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in m.state_dict().items())
+        assert all(parameter.grad is None for parameter in m.parameters())
+    assert not models["thin"].training
+    assert not models["thin"][0].weight.requires_grad
+    assert [(f.model, f.device, f.batch) for f in found] == [("original", "cpu", 4), ("thin", "cpu", 4)]
+    for one in found:
+        for samples in (one.forward, one.backward):
+            assert len(samples.rounds_ms) == samples.summary["n"] == 7
+            assert len(samples.summary["interval_ms"]) == 2
+    assert found[0].speedup is None
+    assert found[1].speedup is not None
+    assert len(seen) == 7
+    json.dumps(latency.report(models=found, environment={}).to_json(), allow_nan=False)
+
+
+def test_nested_outputs_and_too_few_rounds() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    one = torch.ones(1)
+    assert len(latency._tensors({"main": one, "auxiliary": (one, None, [one])})) == 3
+    with pytest.raises(InputError, match="3 rounds are too few"):
+        latency.measure_torch({}, (3, 8, 8), rounds=3)
+
+
+def test_cuda_is_timed_with_events_or_refused() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    models = {"original": torch.nn.Conv2d(3, 4, 3)}
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingError, match="no CUDA device"):
+            latency.measure_torch(models, (3, 8, 8), device="cuda")
+        return
+    (found,) = latency.measure_torch(models, (3, 8, 8), device="cuda")
+    assert found.forward.summary["min_ms"] > 0
+    assert models["original"].weight.device.type == "cpu"

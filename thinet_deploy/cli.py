@@ -1,0 +1,346 @@
+"""The command line: thin commands, progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as Grid
+
+from .errors import ThinetDeployError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "From a trained CNN to a thinner, verified, measured engine on your own device.\n\n"
+        "[bold]thinet-deploy build --target cpu[/bold] shows the whole way on handwritten digits that are built in. "
+        "Then give your own: [bold]--data DIR --model file.py:factory --weights FILE[/bold].\n\n"
+        "Exit codes: 0 done, 1 a parity gate failed, 2 the input is wrong, 3 something is not installed, "
+        "130 interrupted (run the same command again to go on)."
+    ),
+)
+
+_ERR = Console(stderr=True)
+
+Target = Annotated[str | None, typer.Option("--target", "-t", help="What to build for; see `targets`.  [default: cpu]")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="vgg16, vgg-small, or your own file.py:factory.  [default: vgg-small on the built-in digits]"),
+]
+Data = Annotated[Path | None, typer.Option(help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="Trained weights, .safetensors or .pth. Without them the network is trained here.")
+]
+Preprocess = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with resize, crop, colour, range, mean, std; goes with the model into the bundle."),
+]
+InputShape = Annotated[
+    str | None, typer.Option(help="Channels x height x width, such as 3x224x224, for a model that does not say.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="thinet-conv: prune the convolutions. thinet-gap: also replace the fully connected head by global "
+        "average pooling.  [default: thinet-gap where there is such a head]"
+    ),
+]
+Keep = Annotated[float | None, typer.Option(help="Share of filters that stay in every pruned layer.  [default: 0.5]")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training the original.  [default: 20]")]
+LayerEpochs = Annotated[int | None, typer.Option(help="Epochs after each pruned layer.  [default: 1]")]
+FinetuneEpochs = Annotated[
+    int | None, typer.Option(help="Epochs at the end, for ThiNet-Conv and again for ThiNet-GAP.  [default: 15]")
+]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.  [default: 0.03]")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  [default: 32]")]
+Trainer = Annotated[
+    str | None,
+    typer.Option(help="file.py:fit, your own training: fit(model, images, epochs=…, lr=…) trains the model in place."),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  [default: 1]")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  [default: 0]")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  [default: thinet-run]")]
+Config = Annotated[Path | None, typer.Option(help="TOML file with any of these options; the command line wins.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+
+
+@app.command()
+def build(  # noqa: PLR0917 - one argument per option
+    target: Target = None,
+    model: Model = None,
+    data: Data = None,
+    weights: Weights = None,
+    preprocess: Preprocess = None,
+    input_shape: InputShape = None,
+    preset: Preset = None,
+    keep: Keep = None,
+    epochs: Epochs = None,
+    layer_epochs: LayerEpochs = None,
+    finetune_epochs: FinetuneEpochs = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
+    trainer: Trainer = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    from_run: Annotated[
+        Path | None, typer.Option("--from", help="Go on from a run of `prune`, with the --weights you trained.")
+    ] = None,
+    out: Out = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """The whole way: prune, fine-tune, export, convert, verify, measure, bundle.
+
+    Killed or interrupted? Run the same command again: finished stages are kept.
+
+    [bold]thinet-deploy build --target cpu[/bold]
+    [bold]thinet-deploy build -t jetson --data photos --model vgg16 --weights vgg16.pth[/bold]
+    [bold]thinet-deploy build --from RUN --weights mine.safetensors[/bold]   (after prune and your own training)
+    """
+    given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_OPTIONS}
+    from . import pipeline, report
+    from .errors import InputError
+
+    with _bars() as progress:
+        if from_run:
+            if weights is None or set(given) - {"weights", "target"} or config:
+                raise InputError(
+                    "--from takes --weights and, if it changes, --target; all else comes from the run.",
+                    hint="thinet-deploy build --from RUN --weights mine.safetensors",
+                )
+            done = pipeline.build_from(from_run, weights, target, progress)
+        else:
+            done = pipeline.build(_options(given, config), progress)
+    if as_json:
+        _print_json(
+            {
+                "run": str(done.run),
+                "bundle": str(done.bundle),
+                "table": done.table.to_json(),
+                "parity": [vars(hop) for hop in done.hops],
+                "notes": list(done.notes),
+            }
+        )
+        return
+    console = _stdout()
+    console.print(report.render([done.table]))
+    console.print(report.render_hops(done.hops))
+    console.print(f"\n[bold]Bundle:[/bold] {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
+    for note in done.notes:
+        console.print(note, soft_wrap=True, markup=False)
+
+
+@app.command()
+def prune(  # noqa: PLR0917 - one argument per option
+    target: Target = None,
+    model: Model = None,
+    data: Data = None,
+    weights: Weights = None,
+    preprocess: Preprocess = None,
+    input_shape: InputShape = None,
+    preset: Preset = None,
+    keep: Keep = None,
+    epochs: Epochs = None,
+    layer_epochs: LayerEpochs = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
+    trainer: Trainer = None,
+    seed: Seed = None,
+    out: Out = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Prune only, and train the thin network yourself: RUN/thin gets plan.json, model.safetensors, report.json.
+
+    In your own training: [bold]thin = thinet_deploy.load_thin(load_plan("RUN/thin/plan.json"), fresh_model,
+    Path("RUN/thin/model.safetensors"))[/bold]. Afterwards: [bold]thinet-deploy build --from RUN --weights FILE[/bold].
+    """
+    given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_OPTIONS}
+    from . import pipeline
+    from .artifact import read_json
+
+    with _bars() as progress:
+        folder = pipeline.prune(_options(given, config), progress)
+    report = read_json(folder / "report.json")
+    if as_json:
+        _print_json({"folder": str(folder), **report})
+        return
+    grid = Grid("layer", "filters", "kept", "error without ŵ", "with ŵ", "top-1 pruned", "fine-tuned")
+    for layer in report["layers"]:
+        errors = (f"{layer['error']:.4f}", f"{layer['error_scaled']:.4f}")
+        accuracies = (f"{layer['top1_pruned']:.2f}", f"{layer['top1_tuned']:.2f}")
+        grid.add_row(layer["producer"], str(layer["before"]), str(layer["after"]), *errors, *accuracies)
+    console = _stdout()
+    console.print(grid)
+    for name, reason in report["whole"].items():
+        console.print(f"{name} stays whole: {reason}", markup=False)
+    proof = report["proof"]
+    verdict = "passed" if proof["passed"] else "FAILED"
+    console.print(
+        f"Pruned = original minus filters: {verdict} (error {proof['error']:.1e}, allowed {proof['tolerance']:.1e})"
+    )
+    console.print(f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished builds.")],
+    output: Annotated[
+        Literal["table", "markdown", "csv", "json"], typer.Option("--format", help="How to print the table.")
+    ] = "table",
+    across_machines: Annotated[
+        bool, typer.Option("--across-machines", help="Show runs of different machines side by side all the same.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The papers' table of one or more runs."""
+    from . import report
+
+    tables = [report.read_table(run) for run in runs]
+    if not across_machines:
+        report.check_machines(tables)
+    if as_json or output == "json":
+        _print_json([table.to_json() for table in tables])
+    elif output == "table":
+        _stdout().print(report.render(tables))
+    else:
+        typer.echo((report.to_markdown if output == "markdown" else report.to_csv)(tables), nl=False)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Check a bundle: every file's checksum, and the golden inputs and outputs on every engine."""
+    from .bundle import verify_bundle
+    from .runner import verify_text
+
+    result = verify_bundle(bundle)
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(verify_text(result))
+    raise typer.Exit(result["exit_code"])
+
+
+@app.command()
+def targets(
+    name: Annotated[str | None, typer.Argument(help="Show everything about one target.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The targets that --target knows, and what is known about them, with sources."""
+    from .target import load_profile, profile_names
+
+    if name:
+        _print_json(load_profile(name).model_dump(mode="json", exclude_none=True))
+        return
+    profiles = [load_profile(each) for each in profile_names()]
+    if as_json:
+        _print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
+        return
+    grid = Grid("target", "also called", "engines built", "runtimes, in order", "precision", "opset")
+    for profile in profiles:
+        where = "on the device" if profile.builds_on_device else "on this machine"
+        runtimes, precision = ", ".join(profile.runtimes), profile.precisions.recommended
+        grid.add_row(profile.id, ", ".join(profile.aliases), where, runtimes, precision, str(profile.opset))
+    _stdout().print(grid)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What works on this machine, what is missing, and how to get it."""
+    from .environment import doctor as examine
+
+    checks = examine()
+    if as_json:
+        _print_json([vars(check) for check in checks])
+        return
+    grid = Grid("", "what", "found", "what to do")
+    marks = {"ok": "[green]✓[/green]", "missing": "[yellow]–[/yellow]", "note": " "}
+    for check in checks:
+        grid.add_row(marks[check.status], check.name, check.found, check.advice)
+    _stdout().print(grid)
+
+
+_NOT_OPTIONS = frozenset({"from_run", "config", "as_json"})
+
+
+def _options(given: dict[str, Any], config: Path | None) -> Any:
+    from .options import make_options, parse_shape, read_config
+
+    values = {**(read_config(config) if config else {}), **given}
+    if isinstance(values.get("input_shape"), str):
+        values["input_shape"] = parse_shape(values["input_shape"])
+    return make_options(values)
+
+
+def _stdout() -> Console:
+    """A terminal as it is; a pipe wide enough that no column is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 180))
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, default=str))
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[..., None]]:
+    """Progress bars with the time left on a terminal; one line per finished stage elsewhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=_ERR, disable=not _ERR.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+            if done == total and not _ERR.is_terminal:
+                _ERR.print(f"{stage}: done{f' ({note})' if note else ''}", markup=False, highlight=False)
+
+        yield report
+
+
+def main() -> None:
+    """Run a command; the user's mistakes end as one message, never as a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ThinetDeployError as error:
+        if "--json" in sys.argv:
+            _print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
+        _ERR.print(f"[bold red]Error:[/bold red] {_escape(error.what)}", soft_wrap=True, highlight=False)
+        if error.hint:
+            _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _ERR.print("Interrupted. Run the same command again to go on: finished stages are kept.")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

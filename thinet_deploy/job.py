@@ -1,0 +1,133 @@
+"""Everything a build starts from, loaded and checked before any work begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .artifact import sha256_of
+from .data import Dataset, digits_preprocess, load_digits, load_folder
+from .errors import InputError, ModelError
+from .interfaces import Progress, silent
+from .models.loading import InputShape, build_model, input_shape_of
+from .models.weights import load_weights
+from .options import Options
+from .preprocess import Preprocess, default_preprocess, load_preprocess
+from .target import TargetProfile, load_profile
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages work on.
+
+    Attributes:
+        options: as the user gave them, with the model's name filled in.
+        target: the profile to build for.
+        data: images.
+    """
+
+    options: Options
+    target: TargetProfile
+    data: Dataset
+
+    @property
+    def input_shape(self) -> InputShape:
+        """Channels, height and width of the network's input."""
+        return self.data.preprocess.input_shape
+
+    def fresh(self) -> nn.Module:
+        """The dense network with its initial weights."""
+        return build_model(
+            self.options.model,
+            input_shape=self.input_shape,
+            num_classes=len(self.data.classes),
+            seed=self.options.seed,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What every stage's result depends on: network, images, seed."""
+        source = Path(self.options.model.partition(":")[0])
+        return {
+            "model": self.options.model if ":" not in self.options.model else sha256_of(source),
+            "classes": list(self.data.classes),
+            "data": self.data.digest,
+            "seed": self.options.seed,
+        }
+
+
+def load_job(options: Options, progress: Progress = silent) -> Job:
+    """Load target, data and network, and check that they fit together.
+
+    Raises:
+        InputError: one of them is wrong; nothing has been written yet.
+    """
+    target = load_profile(options.target)
+    options = _named_model(options)
+    preprocess = _preprocess(options)
+    data = load_folder(options.data, preprocess, progress) if options.data else load_digits(preprocess)
+    job = Job(options, target, data)
+    _check_model(job)
+    return job
+
+
+def _named_model(options: Options) -> Options:
+    if options.model:
+        return options
+    if options.data:
+        raise InputError(
+            "--data needs --model: which network is to be pruned?",
+            hint="For example --model vgg16, --model vgg-small or --model file.py:factory.",
+        )
+    return options.model_copy(update={"model": "vgg-small"})
+
+
+def _preprocess(options: Options) -> Preprocess:
+    """The user's file, else the usual preprocessing for the input that the user or the network names."""
+    if options.preprocess:
+        preprocess = load_preprocess(options.preprocess)
+        if options.input_shape and options.input_shape != preprocess.input_shape:
+            raise InputError(
+                f"--input-shape {'x'.join(map(str, options.input_shape))} does not fit {options.preprocess}, "
+                f"whose crop and colour give {'x'.join(map(str, preprocess.input_shape))}."
+            )
+        return preprocess
+    if options.data is None and options.input_shape in (None, digits_preprocess().input_shape):
+        return digits_preprocess()
+    shape = options.input_shape or input_shape_of(
+        build_model(options.model, input_shape=None, num_classes=2, seed=options.seed)
+    )
+    if shape is None:
+        raise InputError(
+            f"{options.model} does not say which images it takes.",
+            hint="Give --input-shape 3x224x224 (or as your network expects), or --preprocess FILE.toml.",
+        )
+    return default_preprocess(shape)
+
+
+def _check_model(job: Job) -> None:
+    """Run the network once, and read its weights, so that nothing is found out after minutes of work."""
+    model = job.fresh().eval()
+    if job.options.weights:
+        load_weights(model, job.options.weights)
+    shape = "x".join(map(str, job.input_shape))
+    try:
+        with torch.inference_mode():
+            output = model(torch.zeros(1, *job.input_shape))
+    except Exception as error:  # the user's own forward() may raise anything
+        raise ModelError(
+            f"{job.options.model} cannot take an image of {shape}: {str(error).splitlines()[0]}",
+            hint="Check --input-shape or --preprocess: channels x height x width.",
+        ) from error
+    expected = (1, len(job.data.classes))
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ModelError(
+            f"{job.options.model} gives {found} for one image, but {expected} was expected: "
+            f"one score for each of the {expected[1]} classes.",
+            hint="A factory that takes num_classes is called with the number of classes in the data.",
+        )

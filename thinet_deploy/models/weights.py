@@ -1,0 +1,77 @@
+"""Weights from files: .safetensors, or .pth read without executing anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from ..artifact import write_bytes
+from ..errors import WeightsError
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write all parameters and buffers as safetensors, whole or not at all."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_bytes(path, save(state, metadata={"format": "pt"}))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a weights file into a model.
+
+    Raises:
+        WeightsError: no such file, not readable without executing code, or made for another architecture
+            (the first mismatching tensors are named).
+    """
+    state = _read(path)
+    _check(model, state, path)
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"There is no weights file {path}.", hint="--weights takes a .safetensors or .pth file.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is refused: it holds more than tensors, and loading it could execute code.",
+            hint="Save the state_dict only: torch.save(model.state_dict(), FILE), or use safetensors.",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, safetensors.SafetensorError) as error:
+        raise WeightsError(
+            f"{path} cannot be read as weights: {str(error).splitlines()[0]}",
+            hint="The file may be truncated; expected is a .safetensors or .pth file with a state_dict.",
+        ) from error
+    state = data.get("state_dict", data.get("model", data)) if isinstance(data, dict) else data
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise WeightsError(f"{path} holds no state_dict of tensors.", hint="Save model.state_dict().")
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _check(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    problems = [
+        f"{name}: the file has {tuple(state[name].shape)}, the model {tuple(tensor.shape)}"
+        if name in state
+        else f"{name}: missing in the file"
+        for name, tensor in expected.items()
+        if (name not in state and not name.endswith("num_batches_tracked"))
+        or (name in state and state[name].shape != tensor.shape)
+    ]
+    problems += [f"{name}: not in the model" for name in state if name not in expected]
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:5])
+        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(
+            f"{path} was made for another architecture:\n{shown}{more}",
+            hint="Give the --model that the weights belong to (the number of classes comes from --data).",
+        )
+    for name, tensor in expected.items():
+        state.setdefault(name, tensor)

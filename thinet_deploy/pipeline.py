@@ -1,0 +1,384 @@
+"""The only place that knows the order of the stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import latency, registry, stages, verify
+from .artifact import hash_json, read_json, sha256_of, write_json
+from .bundle import BundleSpec, EngineFile, write_bundle
+from .environment import fingerprint, machine_id
+from .errors import GateError, InputError
+from .export import INPUT, OUTPUT
+from .interfaces import Progress, TensorSpec, silent
+from .job import Job, load_job
+from .options import Options, make_options
+from .pruning.proof import Proof
+from .pruning.surgery import gap_head
+from .report import Row, Table
+from .runner import usable_cores
+from .stages import PLAN, REPORT, Tools, read_accuracy
+from .store import Run, Stage, open_run
+from .target import TargetProfile
+from .training import Accuracy
+
+ENGINE_SECONDS = 3.0
+ENGINE_ROUNDS = 15
+TORCH_BATCH = 32
+TORCH_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build leaves.
+
+    Attributes:
+        run: the run directory.
+        table: the papers' table.
+        hops: the parity verdicts.
+        bundle: the bundle's folder.
+        notes: what the user has to know or to do.
+    """
+
+    run: Path
+    table: Table
+    hops: tuple[verify.Hop, ...]
+    bundle: Path
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The finished networks of a build, and the hops that led to them.
+
+    Attributes:
+        stages: name → stage, the original first, the one to ship last.
+        labels: name → what the table calls it.
+        hops: verdicts on the way.
+        scratch: the control, trained from scratch; None where nobody knows the equal amount of training.
+    """
+
+    stages: dict[str, Stage]
+    labels: dict[str, str]
+    hops: list[verify.Hop]
+    scratch: Stage | None
+
+
+def prune(options: Options, progress: Progress = silent) -> Path:
+    """Prune only: RUN/thin gets plan.json, model.safetensors and report.json, for the user's own training.
+
+    Returns:
+        The folder with the thin network.
+    """
+    job = load_job(options, progress)
+    run = Run(options.out)
+    with run.locked():
+        write_json(run.root / "options.json", job.options.model_dump(mode="json"))
+        _, pruned, head = _pruned(run, Tools(job, progress))
+        return _unfinished(run, Tools(job, progress), pruned, head).folder
+
+
+def build(options: Options, progress: Progress = silent) -> Build:
+    """The whole way: prune → fine-tune → export → convert → verify → measure → bundle.
+
+    Raises:
+        InputError: something the user gave is wrong; found before any work starts.
+        MissingError: a runtime of the target is not installed.
+        GateError: a parity verdict failed; all results so far are kept in the run directory.
+    """
+    job = load_job(options, progress)
+    _check_runtimes(job.target)
+    run = Run(options.out)
+    with run.locked():
+        write_json(run.root / "options.json", job.options.model_dump(mode="json"))
+        tools = Tools(job, progress)
+        return _deploy(run, tools, _train_and_prune(run, tools))
+
+
+def build_from(root: Path, weights: Path, target: str | None = None, progress: Progress = silent) -> Build:
+    """Go on after the user's own training of the thin network that `prune` left in RUN.
+
+    Args:
+        root: the run directory of `prune`.
+        weights: trained weights of the thin network.
+        target: profile to build for, if another one than `prune` was given.
+        progress: to report to.
+    """
+    if not weights.is_file():
+        raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
+    stored = open_run(root) / "options.json"
+    if not stored.exists():
+        raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
+    options = make_options({**read_json(stored), "out": root, **({"target": target} if target else {})})
+    job = load_job(options, progress)
+    _check_runtimes(job.target)
+    run = Run(root)
+    with run.locked():
+        tools = Tools(job, progress)
+        original, pruned, head = _pruned(run, tools)
+        thin = _unfinished(run, tools, pruned, head)
+        inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
+        own = run.stage("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
+        hops = [
+            verify.pruning_hop("own", Proof(**pruned.json(REPORT)["proof"])),
+            verify.tuning_hop("own", "pruned → trained", read_accuracy(thin.folder), read_accuracy(own.folder)),
+        ]
+        name = "ThiNet-GAP" if head else "ThiNet-Conv"
+        labels = {"original": "Original", "own": f"{name} (r={options.keep:g}), own training"}
+        return _deploy(run, tools, Networks({"original": original, "own": own}, labels, hops, None))
+
+
+def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
+    """The original, the network pruned layer by layer, and whether its head is to be replaced."""
+    job, options = tools.job, tools.job.options
+    training: dict[str, Any] = {"lr": options.lr, "batch_size": options.batch_size}
+    if options.trainer:
+        training["trainer"] = [options.trainer, sha256_of(Path(options.trainer.rpartition(":")[0]))]
+    weights = {"weights": sha256_of(options.weights)} if options.weights else {**training, "epochs": options.epochs}
+    original = run.stage("dense", {**job.identity, **weights}, partial(stages.dense, tools))
+    inputs = {
+        **job.identity,
+        **training,
+        "dense": original.digest,
+        "keep": options.keep,
+        "epochs": options.layer_epochs,
+    }
+    pruned = run.stage("prune", inputs, partial(stages.pruned, tools, original.folder))
+    return original, pruned, options.preset == "thinet-gap" or (not options.preset and bool(gap_head(job.fresh())))
+
+
+def _unfinished(run: Run, tools: Tools, pruned: Stage, head: bool) -> Stage:
+    return run.stage(
+        "thin", {"prune": pruned.digest, "head": head}, lambda f, _: stages.unfinished(tools, pruned.folder, head, f)
+    )
+
+
+def _train_and_prune(run: Run, tools: Tools) -> Networks:
+    """Original → ThiNet-Conv → ThiNet-GAP, and the control from scratch."""
+    options = tools.job.options
+    original, pruned, head = _pruned(run, tools)
+    after: dict[str, Any] = {"seed": options.seed, "lr": options.lr, "batch_size": options.batch_size}
+    after |= {"epochs": options.finetune_epochs, "trainer": options.trainer}
+    conv = run.stage("conv", {**after, "prune": pruned.digest}, partial(stages.tuned, tools, pruned.folder))
+    networks = {"original": original, "conv": conv}
+    hops = [
+        verify.pruning_hop("conv", Proof(**pruned.json(REPORT)["proof"])),
+        verify.tuning_hop("conv", "pruned → fine-tuned", read_accuracy(pruned.folder), read_accuracy(conv.folder)),
+    ]
+    if head:
+        networks["gap"] = run.stage("gap", {**after, "conv": conv.digest}, partial(stages.gap, tools, conv.folder))
+        report = networks["gap"].json(REPORT)
+        hops.append(
+            verify.tuning_hop(
+                "gap",
+                "head replaced → fine-tuned",
+                Accuracy(**report["before"]),
+                Accuracy(**report["accuracy"]),
+            )
+        )
+    last = list(networks.values())[-1]
+    epochs = options.epochs + len(pruned.json(REPORT)["layers"]) * options.layer_epochs
+    epochs += options.finetune_epochs * (2 if head else 1)
+    inputs = {**after, "thin": sha256_of(last.folder / PLAN), "epochs": epochs, **tools.job.identity}
+    scratch = run.stage("scratch", inputs, partial(stages.scratch, tools, last.folder, epochs))
+    labels = {"original": "Original", "conv": f"ThiNet-Conv (r={options.keep:g})", "gap": "ThiNet-GAP"}
+    return Networks(networks, labels, hops, scratch)
+
+
+def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
+    """Export → convert → verify → measure → bundle → report."""
+    job, target = tools.job, tools.job.target
+    folders = {name: stage.folder for name, stage in networks.stages.items()}
+    digests = {name: stage.digest for name, stage in networks.stages.items()}
+    inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
+    onnx = run.stage("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
+    runtimes = host_runtimes(target)
+    made = run.stage(
+        "engines",
+        {"onnx": onnx.digest, "tools": [registry.converter(r).made_by() for r in runtimes]},
+        lambda f, _: stages.engines(tools, onnx.folder, list(folders), runtimes, f),
+    )
+    paths = {tuple(key.split("/")): made.folder / entry["path"] for key, entry in made.json("engines.json").items()}
+    engine_paths = {(name, runtime): path for (name, runtime), path in paths.items()}
+    parity = run.stage(
+        "parity",
+        {"onnx": onnx.digest, "engines": made.digest, "data": job.data.digest, "hops": hash_json(str(networks.hops))},
+        lambda f, _: stages.parity(tools, folders, networks.hops, onnx.folder, engine_paths, f),
+    )
+    hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
+    _gate(hops, run.root)
+    measured = run.stage(
+        "latency",
+        {"engines": made.digest, "machine": machine_id(fingerprint()), "threads": job.options.threads, **digests},
+        lambda f, _: _measure(tools, folders, engine_paths if target.is_local else {}, f),
+    )
+    notes = tuple(device_notes(target, job.input_shape))
+    shipped = list(folders)[-1]
+    bundle = run.stage(
+        "bundle",
+        {"parity": parity.digest, "target": target.id, "shipped": shipped, "notes": list(notes)},
+        lambda f, _: _bundle(tools, shipped, folders[shipped], onnx, engine_paths, parity, notes, f),
+    )
+    table = _table(job, networks, onnx, measured)
+    run.stage(
+        "report",
+        {"table": hash_json(table.to_json())},
+        lambda f, _: write_json(f / "table.json", table.to_json()),
+    )
+    return Build(run.root, table, hops, bundle.folder, notes)
+
+
+def host_runtimes(target: TargetProfile) -> list[str]:
+    """The target's runtimes, in its order, whose engines this version makes on this machine."""
+    return [runtime for runtime in target.runtimes if runtime in registry.CONVERTERS]
+
+
+def _check_runtimes(target: TargetProfile) -> None:
+    for runtime in host_runtimes(target):
+        registry.converter(runtime).check()
+
+
+def _gate(hops: tuple[verify.Hop, ...], root: Path) -> None:
+    failed = [hop for hop in hops if not hop.passed]
+    if failed:
+        lines = "\n".join(
+            f"  {hop.model}: {hop.hop}: "
+            + (f"error {hop.error}, allowed {hop.tolerance:.1e}" if hop.tolerance else hop.detail)
+            for hop in failed
+        )
+        raise GateError(
+            f"{len(failed)} of {len(hops)} parity verdicts failed; no bundle was written:\n{lines}",
+            hint=f"All results are kept in {root}; {root / 'parity' / 'parity.json'} has the figures.",
+        )
+
+
+def _measure(tools: Tools, folders: dict[str, Path], engine_paths: dict[tuple[str, str], Path], folder: Path) -> None:
+    """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
+    job = tools.job
+    refs = [latency.EngineRef(name, runtime, path) for (name, runtime), path in engine_paths.items()]
+    image = job.data.test.inputs(np.arange(1))
+
+    engine_rows = latency.measure_engines(
+        refs,
+        {INPUT: image},
+        threads=job.options.threads,
+        rounds=ENGINE_ROUNDS,
+        seconds=ENGINE_SECONDS,
+        progress=tools.progress,
+    )
+    torch_rows = latency.measure_torch(
+        {name: tools.load(path) for name, path in folders.items()},
+        job.input_shape,
+        batch=TORCH_BATCH,
+        rounds=TORCH_ROUNDS,
+        progress=tools.progress,
+    )
+    write_json(folder / "latency.json", latency.report(engine_rows, torch_rows).to_json())
+
+
+def _bundle(
+    tools: Tools,
+    name: str,
+    source: Path,
+    onnx: Stage,
+    engine_paths: dict[tuple[str, str], Path],
+    parity: Stage,
+    notes: tuple[str, ...],
+    folder: Path,
+) -> None:
+    """The bundle of the network to ship."""
+    job, spec = tools.job, onnx.json("export.json")[name]
+    with np.load(parity.folder / f"{name}.npz") as golden:
+        inputs, outputs, tolerance = golden["input"], golden["output"], float(golden["tolerance"])
+    engines = [
+        EngineFile(runtime, onnx.folder / f"{name}.onnx" if job.target.builds_on_device else path, "fp32", tolerance)
+        for (owner, runtime), path in engine_paths.items()
+        if owner == name and (runtime == "onnxruntime" or not job.target.builds_on_device)
+    ]
+    hops = [hop for hop in parity.json("parity.json")["hops"] if hop["model"] in (name, "conv")]
+    write_bundle(
+        folder,
+        BundleSpec(
+            model=name,
+            target=job.target.id,
+            onnx=onnx.folder / f"{name}.onnx",
+            engines=tuple(engines),
+            inputs=_specs(spec["inputs"]),
+            outputs=_specs(spec["outputs"]),
+            golden_inputs={INPUT: inputs},
+            golden_outputs={OUTPUT: outputs},
+            tolerance=tolerance,
+            labels=job.data.classes,
+            preprocess=job.data.preprocess.model_dump(mode="json"),
+            parity={"passed": all(hop["passed"] for hop in hops), "hops": hops},
+            plan=sha256_of(source / PLAN),
+            notes=notes,
+        ),
+    )
+
+
+def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in items)
+
+
+def device_notes(target: TargetProfile, input_shape: tuple[int, int, int]) -> list[str]:
+    """What is left to do on the device, and what was not run here."""
+    notes = []
+    shape = "x".join(map(str, input_shape))
+    if target.builds_on_device and "tensorrt" in target.runtimes:
+        workspace = f" --memPoolSize=workspace:{target.build.workspace_mb}" if target.build.workspace_mb else ""
+        sizes = " ".join(f"--{size}Shapes={INPUT}:{n}x{shape}" for size, n in (("min", 1), ("opt", 1), ("max", 32)))
+        notes.append(
+            f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}. "
+            f"Copy the bundle there and run in it:\n"
+            f"  trtexec --onnx=model.onnx --saveEngine=model.engine {sizes}{workspace}\n"
+            f"  python3 run.py    # checks the bundle there with ONNX Runtime (pip install onnxruntime numpy)"
+        )
+    missing = [r for r in target.runtimes if r not in (*registry.CONVERTERS, "tensorrt", "torch")]
+    if missing:
+        notes.append(
+            f"This version makes no engines for {', '.join(missing)}: convert model.onnx with their own tools."
+        )
+    if not target.is_local:
+        notes.append(
+            f"Nothing was run on the {target.id}: numbers were compared on this machine, latency was not measured. "
+            "`python3 run.py latency` measures it there."
+        )
+    return notes
+
+
+def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
+    """The papers' table from the stages' files."""
+    timing, exported = measured.json("latency.json"), onnx.json("export.json")
+    rows = []
+    for name, stage in networks.stages.items():
+        rows.append(
+            Row.make(
+                name,
+                networks.labels[name],
+                read_accuracy(stage.folder),
+                exported[name]["count"],
+                (onnx.folder / f"{name}.onnx").stat().st_size,
+                timing,
+            )
+        )
+    if networks.scratch:
+        thin = rows[-1]
+        rows.append(thin.from_scratch(read_accuracy(networks.scratch.folder), networks.scratch.json(REPORT)["epochs"]))
+    return Table(
+        target=job.target.id,
+        model=job.options.model,
+        data=job.data.name,
+        images=len(job.data.test),
+        machine=machine_id(timing["environment"]),
+        processor=timing["environment"].get("cpu", {}).get("model", "unknown processor"),
+        threads=job.options.threads,
+        cores=usable_cores(),
+        batch=TORCH_BATCH,
+        rows=tuple(rows),
+    )

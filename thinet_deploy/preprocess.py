@@ -1,0 +1,164 @@
+"""Preprocessing as data: it goes with the model, into the plan and the bundle."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import DataError
+
+_INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Augment(BaseModel):
+    """What training may do to an image, beyond the random crop out of the resized image.
+
+    Attributes:
+        mirror: flip left and right at random; wrong for digits and text.
+        pad: zeros added on every side before the random crop, in pixels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mirror: bool = True
+    pad: int = Field(default=0, ge=0)
+
+
+class Preprocess(BaseModel):
+    """From an image file to the network's input; the same in training, calibration and on the device.
+
+    An image is converted to `colour`, resized, centre-cropped, scaled to `range`, and normalised:
+    (value - mean) / std per channel, in the order of `colour`.
+
+    Attributes:
+        colour: channel order of the network's input; GRAY has one channel.
+        range: the values before mean and std are applied, 0..1 or 0..255.
+        mean: per channel, in units of `range`.
+        std: per channel, in units of `range`.
+        resize: one number: the shorter side (the papers' "keep"); two: height and width ("fixed"). Pixels.
+        crop: height and width of the network's input, cut from the centre. Pixels.
+        interpolation: how to resize.
+        augment: what training may do.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    colour: Literal["RGB", "BGR", "GRAY"] = "RGB"
+    range: Literal["0..1", "0..255"] = "0..1"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: int | tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Preprocess:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need {self.channels} values for colour {self.colour}")
+        if min(self.std) <= 0 or min(self.crop) < 1 or min(self.canvas) < 1:
+            raise ValueError("std, resize and crop must be positive")
+        if self.canvas[0] < self.crop[0] or self.canvas[1] < self.crop[1]:
+            raise ValueError(f"crop {self.crop} is larger than the resized image {self.canvas}")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's input."""
+        return 1 if self.colour == "GRAY" else 3
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height and width of the resized image from which crops are cut, in pixels."""
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's input."""
+        return (self.channels, *self.crop)
+
+    def read(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Decode, convert and resize one image; the middle `canvas` of it.
+
+        Returns:
+            uint8 of shape (height, width, channels), in the order of `colour`.
+        """
+        image = image.convert("L" if self.colour == "GRAY" else "RGB")
+        height, width = self.canvas
+        if isinstance(self.resize, int):
+            scale = self.resize / min(image.size)
+            size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        else:
+            size = (width, height)
+        if image.size != size:
+            image = image.resize(size, _INTERPOLATION[self.interpolation])
+        pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, self.channels)
+        pixels = _centre(pixels, height, width)
+        return pixels[..., ::-1] if self.colour == "BGR" else pixels
+
+    def centre_crop(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Cut the network's input from the centre of images (n, height, width, channels)."""
+        return _centre(images, *self.crop)
+
+    def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Scale and normalise crops (n, height, width, channels) into float32 (n, channels, height, width)."""
+        scaled = images.astype(np.float32) / (255.0 if self.range == "0..1" else 1.0)
+        normal = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normal.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+def _centre(images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    top = (images.shape[-3] - height) // 2
+    left = (images.shape[-2] - width) // 2
+    return images[..., top : top + height, left : left + width, :]
+
+
+def default_preprocess(input_shape: tuple[int, int, int]) -> Preprocess:
+    """The usual preprocessing for a network's input (channels, height, width).
+
+    ImageNet's mean and std. From 64 pixels up the shorter side is resized to 8/7 of the crop, as in the
+    papers (256 for 224); below that the whole image is used and training pads it by an eighth.
+    """
+    channels, height, width = input_shape
+    if channels not in (1, 3):
+        raise DataError(
+            f"Images have 1 or 3 channels, but the network's input is {channels}x{height}x{width}.",
+            hint="Give --input-shape 3x224x224 or 1x32x32, as your network expects.",
+        )
+    small = min(height, width) < 64
+    canvas = (height, width) if small else (height * 8 // 7, width * 8 // 7)
+    resize = canvas[0] if height == width and not small else canvas
+    colours: dict[str, object] = {} if channels == 3 else {"colour": "GRAY", "mean": (0.5,), "std": (0.5,)}
+    return Preprocess.model_validate(
+        {
+            **colours,
+            "resize": resize,
+            "crop": (height, width),
+            "augment": Augment(pad=min(height, width) // 8 if small else 0),
+        }
+    )
+
+
+def load_preprocess(path: Path) -> Preprocess:
+    """Read a --preprocess TOML file.
+
+    Raises:
+        DataError: the file is missing, is no TOML, or a field is wrong (named).
+    """
+    try:
+        return Preprocess.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path} cannot be read as TOML: {error}.", hint="See `thinet-deploy build --help`.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(
+            f"{path}: {field}: {first['msg']}.",
+            hint=f"Known fields: {', '.join(Preprocess.model_fields)}; needed are resize and crop.",
+        ) from error

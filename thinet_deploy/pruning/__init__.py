@@ -1,0 +1,1 @@
+"""ThiNet: which filters go (graph → statistics → selection), and the thinner network (reconstruction → plan)."""

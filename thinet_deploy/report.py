@@ -1,0 +1,349 @@
+"""The papers' table, from stage results to rows, and as terminal text, Markdown, CSV or JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as Grid
+from rich.text import Text
+
+from .artifact import read_json
+from .errors import InputError
+from .store import open_run
+from .training import Accuracy
+from .verify import Hop
+
+_SCHEMA = {"schema": "thinet-deploy/table", "version": 1}
+_BAR = 32
+
+
+@dataclass(frozen=True)
+class Time:
+    """A measured time.
+
+    Attributes:
+        ms: median in milliseconds.
+        low: lower end of its 95 % interval; None with too few samples.
+        high: upper end.
+        speedup: the original's time divided by this one, measured in turn; None for the original.
+        speedup_low: lower end of its 95 % interval.
+        speedup_high: upper end.
+    """
+
+    ms: float
+    low: float | None
+    high: float | None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+    @classmethod
+    def of(cls, summary: dict[str, Any], speedup: dict[str, Any] | None) -> Time:
+        """From a summary of samples and a speed-up as latency.json has them."""
+        low, high = summary["interval_ms"] or (None, None)
+        ratio = (speedup["ratio"], speedup["low"], speedup["high"]) if speedup else (None, None, None)
+        return cls(summary["median_ms"], low, high, *ratio)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the papers' table.
+
+    Attributes:
+        name: of the network in the run: "original", "conv", "gap" …
+        label: what people read.
+        top1: on the test images, in percent.
+        top5: on the test images, in percent.
+        parameters: #Param by the papers' rule.
+        flops: #FLOPs by the papers' rule.
+        forward: milliseconds per batch in torch.
+        backward: milliseconds per batch in torch.
+        engines: runtime → milliseconds per image.
+        size_bytes: of the ONNX file.
+        note: shown under the table.
+    """
+
+    name: str
+    label: str
+    top1: float
+    top5: float
+    parameters: int
+    flops: int
+    forward: Time
+    backward: Time
+    engines: dict[str, Time]
+    size_bytes: int
+    note: str = ""
+
+    @classmethod
+    def make(
+        cls, name: str, label: str, accuracy: Accuracy, counted: dict[str, int], size: int, timing: dict[str, Any]
+    ) -> Row:
+        """From a stage's accuracy and count, and latency.json."""
+        torch_row = next(row for row in timing["models"] if row["model"] == name)
+        engines = {
+            row["runtime"]: Time.of(row["samples"]["summary"], row["speedup"])
+            for row in timing["engines"]
+            if row["model"] == name
+        }
+        return cls(
+            name=name,
+            label=label,
+            top1=accuracy.top1,
+            top5=accuracy.top5,
+            parameters=counted["parameters"],
+            flops=counted["flops"],
+            forward=Time.of(torch_row["forward"]["summary"], torch_row["speedup"]),
+            backward=Time.of(torch_row["backward"]["summary"], None),
+            engines=engines,
+            size_bytes=size,
+        )
+
+    def from_scratch(self, accuracy: Accuracy, epochs: int) -> Row:
+        """The same architecture with other weights: its times and size are this row's."""
+        note = f"the architecture of {self.label} with fresh weights, {epochs} epochs = all training above together; "
+        return replace(
+            self,
+            name="scratch",
+            label="Train from scratch",
+            top1=accuracy.top1,
+            top5=accuracy.top5,
+            note=note + "same architecture, so same times",
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """The papers' table of one run.
+
+    Attributes:
+        target: id of the target profile.
+        model: the network's name.
+        data: the data's name.
+        images: number of test images.
+        machine: id of the machine that was measured on.
+        processor: its name.
+        threads: of the engines.
+        cores: usable on the machine; torch uses all.
+        batch: of forward and backward.
+        rows: the networks.
+    """
+
+    target: str
+    model: str
+    data: str
+    images: int
+    machine: str
+    processor: str
+    threads: int
+    cores: int
+    batch: int
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {**_SCHEMA, **asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Table:
+        """The inverse of `to_json`."""
+        values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows")}
+        return cls(**values, rows=tuple(_row(row) for row in data["rows"]))
+
+
+def _row(data: dict[str, Any]) -> Row:
+    engines = {runtime: Time(**time) for runtime, time in data["engines"].items()}
+    return Row(**{**data, "forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines})
+
+
+def read_table(run: Path) -> Table:
+    """The table of a finished run.
+
+    Raises:
+        InputError: the run is not finished.
+    """
+    path = open_run(run) / "report" / "table.json"
+    if not path.exists():
+        raise InputError(
+            f"{run} has no table yet: its build is not finished.", hint="Run the same build again to finish it."
+        )
+    return Table.from_json(read_json(path))
+
+
+def check_machines(tables: Sequence[Table]) -> None:
+    """Raise InputError when the tables were measured on different machines."""
+    machines = {table.machine: table.processor for table in tables}
+    if len(machines) > 1:
+        named = ", ".join(f"{processor} ({machine})" for machine, processor in machines.items())
+        raise InputError(
+            f"The runs were measured on different machines: {named}. Their milliseconds do not compare.",
+            hint="Measure them on one machine, or give --across-machines to see them side by side all the same.",
+        )
+
+
+HEADERS = ("model", "top-1", "top-5", "#Param", "#FLOPs", "f./b. (ms)")
+
+
+def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
+    """A row as the papers print it: M and B for millions and billions, ms with the speed-up and its interval."""
+    times = [_engine(row.engines.get(runtime)) for runtime in runtimes]
+    return [
+        row.label,
+        f"{row.top1:.2f}",
+        f"{row.top5:.2f}",
+        _count(row.parameters),
+        _count(row.flops),
+        f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
+        *times,
+        f"{row.size_bytes / 2**20:.2f} MB",
+    ]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _engine(time: Time | None) -> str:
+    if time is None:
+        return "not run"
+    if time.speedup is None:
+        return _ms(time.ms)
+    interval = "" if time.speedup_low is None else f" [{time.speedup_low:.2f}, {time.speedup_high:.2f}]"
+    return f"{_ms(time.ms)}  {time.speedup:.2f}×{interval}"
+
+
+def runtimes_of(tables: Sequence[Table]) -> list[str]:
+    """The runtimes that any row was measured on, in order of appearance."""
+    return list(dict.fromkeys(runtime for table in tables for row in table.rows for runtime in row.engines))
+
+
+def headers(tables: Sequence[Table]) -> list[str]:
+    """The column names for tables side by side."""
+    return [*HEADERS, *(f"{runtime} (ms)" for runtime in runtimes_of(tables)), "size"]
+
+
+def notes_of(table: Table) -> list[str]:
+    """What has to stand under a table for its figures to mean something."""
+    counted = "#Param and #FLOPs by the papers' rule (weights without biases; 2 × multiply-accumulates)"
+    torch = f"f./b.: forward alone / backward alone in torch, batch {table.batch}, {table.cores} threads"
+    engines = f"Engines: fp32, batch 1, threads: {table.threads}"
+    ratio = "× = original's time / this one's, measured in turn, with its 95 % interval"
+    notes = [
+        f"{table.model} on {table.data}: accuracy on {table.images} test images. {counted}.",
+        f"{torch}. {engines}; {ratio}.",
+        f"Measured on {table.processor} ({table.machine}).",
+    ]
+    return notes + [f"{row.label}: {row.note}." for row in table.rows if row.note]
+
+
+def render(tables: Sequence[Table]) -> RenderableType:
+    """The table, then the picture, then the small print."""
+    runtimes, parts = runtimes_of(tables), list[RenderableType]()
+    grid = Grid(title="ThiNet: the thin networks beside the original", title_justify="left")
+    for index, header in enumerate(headers(tables)):
+        grid.add_column(header, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for table in tables:
+        if len(tables) > 1:
+            grid.add_row(Text(f"{table.data} → {table.target}", style="bold"))
+        for row in table.rows:
+            grid.add_row(*cells(row, runtimes))
+        grid.add_section()
+    parts.append(grid)
+    parts += [_bars(tables, runtime) for runtime in runtimes]
+    parts += [Text(note, style="dim") for table in tables for note in notes_of(table)]
+    return Group(*parts)
+
+
+def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
+    """Latency as bars, one per network."""
+    rows = [row for table in tables for row in table.rows if runtime in row.engines and row.name != "scratch"]
+    longest = max(row.engines[runtime].ms for row in rows)
+    picture = Grid.grid(padding=(0, 1))
+    for row in rows:
+        ms = row.engines[runtime].ms
+        bar = Text("█" * max(1, round(_BAR * ms / longest)), style="red" if row.name == "original" else "green")
+        picture.add_row(f"{runtime:>12}", row.label, bar, f"{_ms(ms)} ms")
+    return picture
+
+
+def render_hops(hops: Sequence[Hop]) -> RenderableType:
+    """The parity ledger: one verdict per hop."""
+    grid = Grid(title="Parity, hop by hop", title_justify="left")
+    for header, justify in (
+        ("model", "left"),
+        ("hop", "left"),
+        ("verdict", "left"),
+        ("error", "right"),
+        ("allowed", "right"),
+        ("same top-1", "right"),
+        ("images", "right"),
+        ("how", "left"),
+    ):
+        grid.add_column(header, justify=justify)  # type: ignore[arg-type]
+    for hop in hops:
+        grid.add_row(
+            hop.model,
+            hop.hop,
+            Text("passed", style="green") if hop.passed else Text("FAILED", style="bold red"),
+            "" if hop.error is None else f"{float(hop.error):.1e}",
+            "" if hop.tolerance is None else f"{hop.tolerance:.1e}",
+            "" if hop.agreement is None else f"{hop.agreement:.2f} %",
+            str(hop.images),
+            hop.detail,
+        )
+    return grid
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    """The table and its small print as Markdown."""
+    names, runtimes = headers(tables), runtimes_of(tables)
+    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
+    lines += ["| " + " | ".join(cells(row, runtimes)) + " |" for table in tables for row in table.rows]
+    notes = [f"- {note}" for table in tables for note in notes_of(table)]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """The rows as CSV with full figures; times in milliseconds, sizes in bytes."""
+    runtimes, stream = runtimes_of(tables), io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    fixed = [
+        "target",
+        "data",
+        "model",
+        "top1",
+        "top5",
+        "parameters",
+        "flops",
+        "forward_ms",
+        "backward_ms",
+        "size_bytes",
+    ]
+    measured = [
+        f"{runtime}_{part}" for runtime in runtimes for part in ("ms", "speedup", "speedup_low", "speedup_high")
+    ]
+    writer.writerow([*fixed, *measured])
+    for table in tables:
+        for row in table.rows:
+            values: list[object] = [table.target, table.data, row.label, row.top1, row.top5, row.parameters, row.flops]
+            values += [row.forward.ms, row.backward.ms, row.size_bytes]
+            for runtime in runtimes:
+                time = row.engines.get(runtime)
+                values += [time.ms, time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
+            writer.writerow(values)
+    return stream.getvalue()
+
+
+def show(renderable: RenderableType, console: Console) -> None:
+    """Print to a console, as wide as a pipe needs it to be."""
+    console.print(renderable)

@@ -1,0 +1,269 @@
+"""The stages of a build, one function each: from the results of earlier stages to files in an empty folder."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import verify
+from .artifact import read_json, write_json
+from .counting import count
+from .errors import ModelError
+from .export import export_onnx
+from .interfaces import Conversion, Progress
+from .job import Job
+from .models.loading import load_function
+from .models.weights import load_weights, save_weights
+from .pruning.graph import channel_graph
+from .pruning.layerwise import prunable, prune_layerwise
+from .pruning.plan import Plan, empty_plan, load_plan
+from .pruning.proof import prove
+from .pruning.surgery import apply, gap_head, load_thin
+from .registry import convert
+from .seeds import derive
+from .store import Checkpoint
+from .training import Accuracy, Recipe, evaluate, train
+
+PLAN, WEIGHTS, REPORT = "plan.json", "model.safetensors", "report.json"
+PROOF_IMAGES = 3
+ONNX_IMAGES = 8
+ENGINE_IMAGES = 1000
+GOLDEN_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every stage may use.
+
+    Attributes:
+        job: what is being built.
+        progress: to report to.
+    """
+
+    job: Job
+    progress: Progress
+
+    def train(self, model: nn.Module, stage: str, epochs: int, lr: float, checkpoint: Checkpoint | None = None) -> None:
+        """Train in place: by the user's --trainer if there is one, else by ours."""
+        options, images = self.job.options, self.job.data.train
+        if not options.trainer:
+            recipe = Recipe(epochs, lr, options.batch_size, warmup=1 if epochs > 3 else 0)
+            train(model, images, recipe, seed=options.seed, stage=stage, checkpoint=checkpoint, progress=self.progress)
+            return
+        fit = load_function(options.trainer, "fit")
+        offered = {"epochs": epochs, "lr": lr, "stage": stage, "seed": options.seed, "batch_size": options.batch_size}
+        taken = inspect.signature(fit).parameters
+        try:
+            fit(model, images, **{name: value for name, value in offered.items() if name in taken})
+        except Exception as error:  # the user's own code may raise anything
+            raise ModelError(f"{options.trainer} failed in {stage}: {type(error).__name__}: {error}") from error
+        model.eval()
+
+    def load(self, folder: Path) -> nn.Module:
+        """The network that a stage left: plan and weights, or weights alone."""
+        plan = load_plan(folder / PLAN) if (folder / PLAN).exists() else None
+        model = self.job.fresh()
+        if plan:
+            return load_thin(plan, model, folder / WEIGHTS)
+        load_weights(model, folder / WEIGHTS)
+        return model.eval()
+
+
+def write_network(folder: Path, model: nn.Module, plan: Plan | None) -> None:
+    """plan.json (for a thin network) and model.safetensors."""
+    if plan:
+        plan.save(folder / PLAN)
+    save_weights(model, folder / WEIGHTS)
+
+
+def read_accuracy(folder: Path) -> Accuracy:
+    """The accuracy that a stage measured."""
+    return Accuracy(**read_json(folder / REPORT)["accuracy"])
+
+
+def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
+    """The original network: the user's weights, or trained here."""
+    options, model = tools.job.options, tools.job.fresh()
+    if options.weights:
+        load_weights(model, options.weights)
+    else:
+        tools.train(model, "Training the original", options.epochs, options.lr, checkpoint)
+    write_network(folder, model, None)
+    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test))})
+
+
+def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
+    """ThiNet front to back, fine-tuning after each layer, and the proof of the plan."""
+    job, options = tools.job, tools.job.options
+    original = tools.load(dense_folder)
+    graph = channel_graph(original, job.input_shape)
+    groups = prunable(graph)
+    if not groups:
+        reasons = "; ".join(f"{name}: {why}" for name, why in graph.whole.items())
+        raise ModelError(
+            f"There is nothing to prune in {options.model}. {reasons}",
+            hint="This version prunes convolutions whose output feeds exactly one other convolution.",
+        )
+
+    def tune(model: nn.Module, step: str) -> None:
+        tools.train(model, f"Fine-tuning, {step}", options.layer_epochs, options.lr / 3)
+
+    thin, plan, layers = prune_layerwise(
+        original,
+        job.data,
+        groups,
+        keep=options.keep,
+        seed=options.seed,
+        tune=tune,
+        checkpoint=checkpoint,
+        progress=tools.progress,
+    )
+    images = torch.from_numpy(job.data.train.inputs(np.arange(PROOF_IMAGES)))
+    proof = prove(original, plan, images, seed=options.seed)
+    write_network(folder, thin, plan)
+    kept_whole = {group.producer: "one of the last convolutions" for group in graph.groups if group not in groups}
+    report = {
+        "accuracy": asdict(evaluate(thin, job.data.test)),
+        "layers": [asdict(layer) for layer in layers],
+        "whole": {**graph.whole, **kept_whole},
+        "proof": asdict(proof),
+    }
+    write_json(folder / REPORT, report)
+
+
+def tuned(tools: Tools, pruned_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
+    """ThiNet-Conv: the pruned network, fine-tuned at the end."""
+    options, model = tools.job.options, tools.load(pruned_folder)
+    tools.train(model, "Fine-tuning ThiNet-Conv", options.finetune_epochs, options.lr, checkpoint)
+    write_network(folder, model, load_plan(pruned_folder / PLAN))
+    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test))})
+
+
+def with_gap(tools: Tools, folder: Path) -> tuple[nn.Module, Plan]:
+    """The network of a stage with global average pooling instead of its head, whose new layer is not trained yet.
+
+    Raises:
+        ModelError: the network has no fully connected head.
+    """
+    model, plan = tools.load(folder), load_plan(folder / PLAN)
+    head = gap_head(model)
+    if head is None:
+        raise ModelError(
+            f"{tools.job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
+            "`features` and `classifier`, with a hidden layer in the classifier.",
+            hint="Use --preset thinet-conv, which keeps the head.",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(tools.job.options.seed, "ThiNet-GAP head"))
+        return apply(empty_plan(model).model_copy(update={"head": head}), model), plan.model_copy(update={"head": head})
+
+
+def gap(tools: Tools, conv_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
+    """ThiNet-GAP: the head replaced, trained again."""
+    options, (model, plan) = tools.job.options, with_gap(tools, conv_folder)
+    before = evaluate(model, tools.job.data.test)
+    tools.train(model, "Fine-tuning ThiNet-GAP", options.finetune_epochs, options.lr, checkpoint)
+    write_network(folder, model, plan)
+    after = evaluate(model, tools.job.data.test)
+    write_json(folder / REPORT, {"accuracy": asdict(after), "before": asdict(before)})
+
+
+def scratch(tools: Tools, thin_folder: Path, epochs: int, folder: Path, checkpoint: Checkpoint) -> None:
+    """The control: the thin architecture with fresh weights, trained for as many epochs as all of the above."""
+    plan = load_plan(thin_folder / PLAN)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(tools.job.options.seed, "from scratch"))
+        model = apply(plan, tools.job.fresh())
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    tools.train(model, "Training from scratch", epochs, tools.job.options.lr, checkpoint)
+    write_network(folder, model, plan)
+    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test)), "epochs": epochs})
+
+
+def unfinished(tools: Tools, pruned_folder: Path, head: bool, folder: Path) -> None:
+    """The thin network for the user's own training: pruned, with the new head if there is to be one."""
+    if head:
+        write_network(folder, *with_gap(tools, pruned_folder))
+    else:
+        write_network(folder, tools.load(pruned_folder), load_plan(pruned_folder / PLAN))
+    shutil.copyfile(pruned_folder / REPORT, folder / REPORT)
+
+
+def own(tools: Tools, thin_folder: Path, weights: Path, folder: Path) -> None:
+    """The thin network with the weights that the user trained."""
+    plan = load_plan(thin_folder / PLAN)
+    model = load_thin(plan, tools.job.fresh(), weights)
+    write_network(folder, model, plan)
+    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test))})
+
+
+def exported(tools: Tools, networks: Mapping[str, Path], folder: Path) -> None:
+    """One checked ONNX file per network."""
+    target, report = tools.job.target, {}
+    for index, (name, source) in enumerate(networks.items()):
+        tools.progress("Exporting to ONNX", index, len(networks), name)
+        model = tools.load(source)
+        path = folder / f"{name}.onnx"
+        done = export_onnx(model, tools.job.input_shape, path, opset=target.opset, ir_version=target.ir_version)
+        report[name] = {**asdict(done), "count": asdict(count(model, tools.job.input_shape))}
+    tools.progress("Exporting to ONNX", len(networks), len(networks))
+    write_json(folder / "export.json", report)
+
+
+def engines(tools: Tools, onnx_folder: Path, names: list[str], runtimes: list[str], folder: Path) -> None:
+    """An engine per network and runtime."""
+    made, jobs = {}, [(name, runtime) for name in names for runtime in runtimes]
+    for index, (name, runtime) in enumerate(jobs):
+        tools.progress("Converting", index, len(jobs), f"{name} to {runtime}")
+        place = folder / runtime / name
+        place.mkdir(parents=True)
+        artifact = convert(runtime, Conversion(onnx_folder / f"{name}.onnx", place), folder)
+        made[f"{name}/{runtime}"] = artifact.to_json()
+    tools.progress("Converting", len(jobs), len(jobs))
+    write_json(folder / "engines.json", made)
+
+
+def parity(
+    tools: Tools,
+    networks: Mapping[str, Path],
+    pruning_hops: list[verify.Hop],
+    onnx_folder: Path,
+    engine_paths: Mapping[tuple[str, str], Path],
+    folder: Path,
+) -> None:
+    """The verdicts, hop by hop, and the golden inputs and outputs of every network."""
+    data, hops = tools.job.data.test, list(pruning_hops)
+    chosen = np.linspace(0, len(data) - 1, min(len(data), ENGINE_IMAGES)).astype(np.int64)
+    inputs = data.inputs(chosen)
+    steps = len(networks) + len(engine_paths)
+    for name, source in networks.items():
+        tools.progress("Verifying", len(hops), steps + len(pruning_hops), f"{name}: torch to ONNX")
+        model = tools.load(source)
+        noise = verify.rounding_noise(model, inputs[:ONNX_IMAGES])
+        with torch.inference_mode():
+            expected = torch.cat([model(torch.from_numpy(part)) for part in np.array_split(inputs, 16)]).numpy()
+        allowed = verify.tolerance(noise, "fp32")
+        few = slice(ONNX_IMAGES)
+        hops.append(verify.onnx_hop(name, onnx_folder / f"{name}.onnx", inputs[few], expected[few], allowed))
+        golden = slice(GOLDEN_IMAGES)
+        np.savez(folder / f"{name}.npz", input=inputs[golden], output=expected[golden], tolerance=np.float64(allowed))
+        for (owner, runtime), path in engine_paths.items():
+            if owner == name:
+                tools.progress("Verifying", len(hops), steps + len(pruning_hops), f"{name}: ONNX to {runtime}")
+                hops.append(verify.engine_hop(name, runtime, path, inputs, expected, allowed, precision="fp32"))
+    tools.progress("Verifying", len(hops), len(hops))
+    write_json(folder / "parity.json", {"hops": [_json_ready(hop) for hop in hops]})
+
+
+def _json_ready(hop: verify.Hop) -> dict[str, object]:
+    """JSON knows no infinity: an error that is no number becomes a string."""
+    return {key: str(value) if value == float("inf") else value for key, value in asdict(hop).items()}

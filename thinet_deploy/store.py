@@ -1,0 +1,209 @@
+"""The run directory: every stage's result with the hash of its inputs, whole or not there at all.
+
+    RUN/run.json            what this folder is
+    RUN/STAGE/…             the files of a finished stage
+    RUN/.records/STAGE.json the key (hash of the stage's inputs) and the files' SHA-256
+    RUN/.partial/STAGE.safetensors   a checkpoint of the stage in flight
+
+A stage is made in a temporary folder, renamed into place, then recorded. A stage whose record does not match
+its inputs or its files is made again, so that killing the process at any moment costs at most the stage in
+flight, or what it did since its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifact import explain_os_errors, hash_json, read_json, rename, sha256_of, write_bytes, write_json
+from .errors import OutputError, ThinetDeployError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FORMAT = {"format": "thinet-deploy/run", "version": 1}
+_FULL_DISK_BYTES = 1 << 20
+
+
+class Checkpoint:
+    """The state of a stage in flight, in one file that is replaced as a whole; a state of other inputs is ignored."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path = path
+        self._key = key
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Replace the checkpoint by tensors and a JSON-ready state."""
+        from safetensors.torch import save
+
+        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        write_bytes(self._path, save(copies, metadata={"key": self._key, "state": json.dumps(state)}))
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the state saved last, or None."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self._path.is_file():
+            return None
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != self._key:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
+        except SafetensorError:  # damaged from outside: start the stage anew
+            return None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage.
+
+    Attributes:
+        folder: where its files are.
+        digest: hash of its files; what later stages depend on.
+        reused: whether it had been made by an earlier run of the command.
+    """
+
+    folder: Path
+    digest: str
+    reused: bool
+
+    def json(self, name: str) -> Any:
+        """One of its JSON files."""
+        return read_json(self.folder / name)
+
+
+class Run:
+    """A run directory, held by one process at a time.
+
+    Args:
+        root: created if needed.
+
+    Raises:
+        OutputError: the folder cannot be written, or holds something else.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with explain_os_errors(root):
+            if root.exists() and not root.is_dir():
+                raise OutputError(f"{root} is a file, but a folder was expected.", hint="Choose another --out.")
+            root.mkdir(parents=True, exist_ok=True)
+            marker = root / "run.json"
+            if not marker.exists():
+                foreign = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))
+                if foreign:
+                    raise OutputError(
+                        f"{root} is not empty and is no run of thinet-deploy (it has {', '.join(foreign[:3])}).",
+                        hint="Choose a new or empty folder with --out.",
+                    )
+                write_json(marker, _FORMAT)
+            (root / ".records").mkdir(exist_ok=True)
+            (root / ".partial").mkdir(exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory; what a killed process left half-made is cleared away.
+
+        Raises:
+            OutputError: another process works in it.
+        """
+        with explain_os_errors(self.root), (self.root / ".lock").open("w") as stream:
+            _lock(stream.fileno(), self.root)
+            for leftover in self.root.rglob(".tmp-*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield
+
+    def stage(self, name: str, inputs: dict[str, Any], make: Callable[[Path, Checkpoint], None]) -> Stage:
+        """Make a stage unless it is there already, made from the same inputs.
+
+        Args:
+            name: of the stage and its folder.
+            inputs: JSON-ready; everything the result depends on: options, digests of earlier stages.
+            make: fills an empty folder; may keep a checkpoint to resume from when it is killed.
+        """
+        key = hash_json([name, inputs])
+        folder, record = self.root / name, self.root / ".records" / f"{name}.json"
+        if (digest := _recorded(folder, record, key)) is not None:
+            return Stage(folder, digest, reused=True)
+        partial = self.root / ".partial" / f"{name}.safetensors"
+        with self._explain_failures():
+            made = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=self.root))
+            made.chmod(0o755)
+            try:
+                make(made, Checkpoint(partial, key))
+                files = {p.relative_to(made).as_posix(): sha256_of(p) for p in sorted(made.rglob("*")) if p.is_file()}
+                if folder.exists():
+                    rename(folder, made.with_name(f"{made.name}-old"))
+                rename(made, folder)
+            finally:
+                for leftover in (made, made.with_name(f"{made.name}-old")):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            write_json(record, {**_FORMAT, "stage": name, "key": key, "inputs": inputs, "files": files})
+            partial.unlink(missing_ok=True)
+        return Stage(folder, hash_json(files), reused=False)
+
+    @contextmanager
+    def _explain_failures(self) -> Iterator[None]:
+        """A full disk makes libraries fail in many ways: whatever they raise, name the cause."""
+        try:
+            with explain_os_errors(self.root):
+                yield
+        except ThinetDeployError:
+            raise
+        except Exception as error:
+            if shutil.disk_usage(self.root).free < _FULL_DISK_BYTES:
+                raise OutputError(
+                    f"The disk is full: a stage in {self.root} could not be written.",
+                    hint="Free some space and run the same command again: finished stages are kept.",
+                ) from error
+            raise
+
+
+def _recorded(folder: Path, record: Path, key: str) -> str | None:
+    """Digest of a finished stage, or None when it has to be made (again)."""
+    try:
+        data = read_json(record)
+        if data["key"] != key:
+            return None
+        files: dict[str, str] = data["files"]
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        if set(files) != there or any(sha256_of(folder / name) != digest for name, digest in files.items()):
+            return None
+        return hash_json(files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _lock(descriptor: int, root: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two builds in one folder are the user's own affair there
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(
+            f"Another thinet-deploy works in {root}.", hint="Wait for it, or choose another folder with --out."
+        ) from error
+
+
+def open_run(root: Path) -> Path:
+    """Check that a folder is a run and return it.
+
+    Raises:
+        OutputError: it is not.
+    """
+    try:
+        if read_json(root / "run.json")["format"] == _FORMAT["format"]:
+            return root
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise OutputError(f"{root} is no run of thinet-deploy.", hint="`thinet-deploy build --out RUN` makes one.")

@@ -1,0 +1,145 @@
+"""Parity, hop by hop: masked → pruned → fine-tuned; torch → ONNX → each engine. Every hop gets a verdict.
+
+The tolerance of a numeric hop comes from the network itself: the difference between its float32 and its float64
+run is its rounding noise, and a correct engine stays within a small multiple of it, scaled to the unit roundoff of
+the precision asked for. Silent bf16 exceeds the tolerance of fp32 several hundred times.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from .export import INPUT, OUTPUT, run_onnx
+from .interfaces import Precision
+from .pruning.proof import Proof
+from .runner import open_engine
+from .training import Accuracy
+
+Floats = NDArray[np.float32]
+
+UNIT_ROUNDOFF: dict[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+# Engines reorder sums and transform small convolutions (Winograd): measured up to 4 × the noise in fp32. The shorter
+# types still accumulate in float32, so their error grows by less than their roundoff.
+ALLOWANCE: dict[Precision, float] = {"fp32": 32, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One step from one form of a network to the next, and the verdict on it.
+
+    Attributes:
+        model: which network: "original", "conv", "gap".
+        hop: what became what, such as "ONNX → openvino".
+        passed: the verdict.
+        error: largest difference, relative to the largest output; None where outputs are meant to change.
+        tolerance: for the error.
+        agreement: share of images with the same top-1 class, in percent; None where not compared.
+        images: how many were compared.
+        detail: what else there is to say.
+    """
+
+    model: str
+    hop: str
+    passed: bool
+    error: float | None = None
+    tolerance: float | None = None
+    agreement: float | None = None
+    images: int = 0
+    detail: str = ""
+
+
+def rounding_noise(model: nn.Module, inputs: Floats) -> float:
+    """Largest difference between the float32 and the float64 run of a network, relative to the largest output."""
+    images = torch.from_numpy(inputs)
+    with torch.inference_mode():
+        single = model.eval()(images).double()
+        double = copy.deepcopy(model).double()(images.double())
+    scale = float(double.abs().max())
+    return max(float((single - double).abs().max()) / scale if scale else 0.0, UNIT_ROUNDOFF["fp32"])
+
+
+def tolerance(noise: float, precision: Precision) -> float:
+    """Allowed error of an engine, relative to the largest output, for the precision asked."""
+    return ALLOWANCE[precision] * noise * UNIT_ROUNDOFF[precision] / UNIT_ROUNDOFF["fp32"]
+
+
+def compare(expected: Floats, got: Floats, allowed: float) -> tuple[bool, float, float]:
+    """Compare outputs (n, classes): (passed, relative error, top-1 agreement in percent).
+
+    Images whose two best classes are closer than twice the allowed error may swap them.
+    """
+    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+    error = float(np.abs(expected - got).max()) / scale if expected.shape == got.shape else math.inf
+    if not math.isfinite(error):
+        return False, math.inf, 0.0
+    same = expected.argmax(1) == got.argmax(1)
+    best = np.sort(expected, axis=1)[:, -2:]
+    undecided = best[:, 1] - best[:, 0] <= 2 * allowed * scale
+    return error <= allowed and bool((same | undecided).all()), error, float(same.mean() * 100)
+
+
+def pruning_hop(model: str, proof: Proof) -> Hop:
+    """Masked → pruned: the plan's proof."""
+    detail = (
+        f"float64, real and random weights, batch {' and '.join(map(str, proof.batch_sizes))}; worst: {proof.place}"
+    )
+    return Hop(model, "masked → pruned", proof.passed, proof.error, proof.tolerance, images=proof.images, detail=detail)
+
+
+def tuning_hop(model: str, hop: str, before: Accuracy, after: Accuracy) -> Hop:
+    """Pruned → fine-tuned: the function is meant to change, so accuracy decides; it must not get worse.
+
+    It fails when top-1 falls by more than the test set's own uncertainty (95 %, binomial).
+    """
+    share = after.top1 / 100
+    margin = 100 * 1.96 * math.sqrt(max(share * (1 - share), 0.25 / after.images) / after.images)
+    passed = after.top1 >= before.top1 - margin
+    return Hop(model, hop, passed, images=after.images, detail=f"top-1 {before.top1:.2f} → {after.top1:.2f} %")
+
+
+def onnx_hop(model: str, path: Path, inputs: Floats, expected: Floats, allowed: float) -> Hop:
+    """Torch → ONNX, by the reference implementation, at batch 1 and at the batch of `inputs`."""
+    single = run_onnx(path, inputs[:1])
+    batch = run_onnx(path, inputs)
+    first = compare(expected[:1], single, allowed)
+    passed, error, agreement = compare(expected, batch, allowed)
+    return Hop(
+        model,
+        "torch → ONNX",
+        passed and first[0],
+        max(error, first[1]),
+        allowed,
+        agreement,
+        len(inputs),
+        f"ONNX reference evaluator, batch 1 and {len(inputs)}",
+    )
+
+
+def engine_outputs(runtime: str, path: Path, inputs: Floats, *, threads: int, precision: Precision) -> Floats:
+    """Outputs of an engine for all inputs, in batches of 32, and of 1 for the first image."""
+    engine = open_engine(runtime, str(path), threads, precision)
+    try:
+        parts = [engine.run({INPUT: inputs[:1]})[OUTPUT]]
+        parts += [engine.run({INPUT: inputs[start : start + 32]})[OUTPUT] for start in range(1, len(inputs), 32)]
+    finally:
+        engine.close()
+    return np.concatenate(parts).astype(np.float32)
+
+
+def engine_hop(
+    model: str, runtime: str, path: Path, inputs: Floats, expected: Floats, allowed: float, *, precision: Precision
+) -> Hop:
+    """ONNX → engine, on all inputs, against torch's outputs."""
+    outputs = engine_outputs(runtime, path, inputs, threads=1, precision=precision)
+    passed, error, agreement = compare(expected, outputs, allowed)
+    return Hop(
+        model, f"ONNX → {runtime}", passed, error, allowed, agreement, len(inputs), f"{precision}, batch 1 and 32"
+    )
