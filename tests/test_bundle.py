@@ -236,9 +236,9 @@ def test_no_manifest_and_a_newer_one_are_explained(made: Path) -> None:
     with pytest.raises(BundleError, match=r"version 2, this run\.py reads .* version 1"):
         bundle.verify_bundle(made)
     (made / "manifest.json").unlink()
-    with pytest.raises(BundleError, match=r"no manifest\.json in"):
+    with pytest.raises(BundleError, match=r"is no bundle: it has no manifest\.json"):
         bundle.verify_bundle(made)
-    with pytest.raises(BundleError, match="is not a bundle"):
+    with pytest.raises(BundleError, match="is no bundle"):
         bundle.read_manifest(made)
 
 

@@ -98,8 +98,13 @@ def rename(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a folder without write permission into an OutputError about `path`."""
+def explain_os_errors(path: Path, *, every: bool = False) -> Iterator[None]:
+    """Turn a full disk or a folder without write permission into an OutputError about `path`.
+
+    Args:
+        path: what is being written.
+        every: whether nothing else happens here, so that any OSError is about `path`.
+    """
     try:
         yield
     except OSError as error:
@@ -108,7 +113,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
                 f"The disk is full: {path} could not be written.",
                 hint="Free some space and run the same command again: finished stages are kept.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if every or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(
                 f"{path} cannot be written: {error.strerror}.",
                 hint="Give a folder you may write to with --out.",
@@ -118,7 +123,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all (temporary file beside it, fsync, rename)."""
-    with explain_os_errors(path):
+    with explain_os_errors(path, every=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
         try:

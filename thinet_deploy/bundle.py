@@ -217,7 +217,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except OSError as error:
-        raise BundleError(f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
+        raise BundleError(f"{folder} is no bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole file"
@@ -236,6 +236,10 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
     Raises:
         BundleError: there is no bundle, or its manifest is damaged.
     """
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(
+            f"{folder} is no bundle: it has no {MANIFEST}.", hint="Give the folder RUN/bundle of a finished build."
+        )
     command = [sys.executable, str(Path(runner.__file__).resolve()), "verify", "--bundle", str(folder), "--json"]
     child = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
     try:
@@ -244,5 +248,5 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         tail = child.stderr.strip()[-1000:]
         raise BundleError(f"Verifying {folder} ended with code {child.returncode}. {tail}", hint=BUILD_AGAIN) from error
     if "error" in report:
-        raise BundleError(report["error"], hint=BUILD_AGAIN)
+        raise BundleError(report["error"])
     return report

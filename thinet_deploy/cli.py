@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
-from .errors import ThinetDeployError
+from .errors import InputError, ThinetDeployError, UnknownNameError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,10 +33,12 @@ app = typer.Typer(
 
 _ERR = Console(stderr=True)
 
-Target = Annotated[str | None, typer.Option("--target", "-t", help="What to build for; see `targets`.  [default: cpu]")]
+Target = Annotated[
+    str | None, typer.Option("--target", "-t", help="What to build for: see `targets`. \\[default: cpu]")
+]
 Model = Annotated[
     str | None,
-    typer.Option(help="vgg16, vgg-small, or your own file.py:factory.  [default: vgg-small on the built-in digits]"),
+    typer.Option(help="vgg16, vgg-small, or your own file.py:factory.  \\[default: vgg-small on the built-in digits]"),
 ]
 Data = Annotated[Path | None, typer.Option(help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike.")]
 Weights = Annotated[
@@ -53,24 +55,24 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="thinet-conv: prune the convolutions. thinet-gap: also replace the fully connected head by global "
-        "average pooling.  [default: thinet-gap where there is such a head]"
+        "average pooling.  \\[default: thinet-gap where there is such a head]"
     ),
 ]
-Keep = Annotated[float | None, typer.Option(help="Share of filters that stay in every pruned layer.  [default: 0.5]")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of training the original.  [default: 20]")]
-LayerEpochs = Annotated[int | None, typer.Option(help="Epochs after each pruned layer.  [default: 1]")]
+Keep = Annotated[float | None, typer.Option(help="Share of filters that stay in every pruned layer.  \\[default: 0.5]")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training the original.  \\[default: 20]")]
+LayerEpochs = Annotated[int | None, typer.Option(help="Epochs after each pruned layer.  \\[default: 1]")]
 FinetuneEpochs = Annotated[
-    int | None, typer.Option(help="Epochs at the end, for ThiNet-Conv and again for ThiNet-GAP.  [default: 15]")
+    int | None, typer.Option(help="Epochs at the end, for ThiNet-Conv and again for ThiNet-GAP.  \\[default: 15]")
 ]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.  [default: 0.03]")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  [default: 32]")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.  \\[default: 0.03]")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  \\[default: 32]")]
 Trainer = Annotated[
     str | None,
     typer.Option(help="file.py:fit, your own training: fit(model, images, epochs=…, lr=…) trains the model in place."),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  [default: 1]")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  [default: 0]")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  [default: thinet-run]")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  \\[default: thinet-run]")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with any of these options; the command line wins.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 
@@ -110,7 +112,6 @@ def build(  # noqa: PLR0917 - one argument per option
     """
     given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_OPTIONS}
     from . import pipeline, report
-    from .errors import InputError
 
     with _bars() as progress:
         if from_run:
@@ -135,7 +136,7 @@ def build(  # noqa: PLR0917 - one argument per option
         return
     console = _stdout()
     console.print(report.render([done.table]))
-    console.print(report.render_hops(done.hops))
+    console.print(report.render_hops(done.hops, done.table))
     console.print(f"\n[bold]Bundle:[/bold] {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
     for note in done.notes:
         console.print(note, soft_wrap=True, markup=False)
@@ -162,6 +163,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     as_json: Json = False,
 ) -> None:
     """Prune only, and train the thin network yourself: RUN/thin gets plan.json, model.safetensors, report.json.
+
+    [bold]thinet-deploy prune --data photos --model net.py:make --weights net.pth --out RUN[/bold]
 
     In your own training: [bold]thin = thinet_deploy.load_thin(load_plan("RUN/thin/plan.json"), fresh_model,
     Path("RUN/thin/model.safetensors"))[/bold]. Afterwards: [bold]thinet-deploy build --from RUN --weights FILE[/bold].
@@ -204,7 +207,10 @@ def compare(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """The papers' table of one or more runs."""
+    """The papers' table of one or more runs.
+
+    [bold]thinet-deploy compare runs/vgg-50 runs/vgg-30 --format markdown[/bold]
+    """
     from . import report
 
     tables = [report.read_table(run) for run in runs]
@@ -223,7 +229,11 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     as_json: Json = False,
 ) -> None:
-    """Check a bundle: every file's checksum, and the golden inputs and outputs on every engine."""
+    """Check a bundle: every file's checksum, and the golden inputs and outputs on every engine.
+
+    [bold]thinet-deploy verify RUN/bundle[/bold], or on the device, where only numpy and a runtime are needed:
+    [bold]python RUN/bundle/run.py[/bold]
+    """
     from .bundle import verify_bundle
     from .runner import verify_text
 
@@ -240,7 +250,10 @@ def targets(
     name: Annotated[str | None, typer.Argument(help="Show everything about one target.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The targets that --target knows, and what is known about them, with sources."""
+    """The targets that --target knows, and what is known about them, with sources.
+
+    [bold]thinet-deploy targets jetson[/bold] prints everything about one of them as JSON.
+    """
     from .target import load_profile, profile_names
 
     if name:
@@ -260,7 +273,10 @@ def targets(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """What works on this machine, what is missing, and how to get it."""
+    """What works on this machine, what is missing, and how to get it.
+
+    [bold]thinet-deploy doctor --json[/bold] prints it for a program.
+    """
     from .environment import doctor as examine
 
     checks = examine()
@@ -298,7 +314,10 @@ def _print_json(data: Any) -> None:
 
 @contextmanager
 def _bars() -> Iterator[Callable[..., None]]:
-    """Progress bars with the time left on a terminal; one line per finished stage elsewhere."""
+    """Progress bars with the time left on a terminal; one line per finished stage elsewhere.
+
+    Meanwhile what the user's own code prints goes to stderr: stdout is for the result.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -307,7 +326,8 @@ def _bars() -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )
-    with Progress(*columns, console=_ERR, disable=not _ERR.is_terminal) as bars:
+    bars = Progress(*columns, console=_ERR, disable=not _ERR.is_terminal, redirect_stdout=False)
+    with redirect_stdout(sys.stderr), bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int, note: str = "") -> None:
@@ -323,17 +343,39 @@ def _bars() -> Iterator[Callable[..., None]]:
 def main() -> None:
     """Run a command; the user's mistakes end as one message, never as a traceback."""
     try:
-        app(standalone_mode=True)
+        code = app(prog_name="thinet-deploy", standalone_mode=False)
     except ThinetDeployError as error:
-        if "--json" in sys.argv:
-            _print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
-        _ERR.print(f"[bold red]Error:[/bold red] {_escape(error.what)}", soft_wrap=True, highlight=False)
-        if error.hint:
-            _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False)
-        sys.exit(error.exit_code)
+        code = _show_error(error)
+    except typer.TyperException as error:
+        code = _show_error(_usage_error(error)) if error.format_message() else _USAGE  # empty: help has been shown
     except KeyboardInterrupt:
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:  # typer makes it of Ctrl-C
         _ERR.print("Interrupted. Run the same command again to go on: finished stages are kept.")
-        sys.exit(130)
+    sys.exit(code)
+
+
+_USAGE, _INTERRUPTED = 2, 130
+
+
+def _show_error(error: ThinetDeployError) -> int:
+    """What happened and what to do on stderr, and with --json also as the one document on stdout; the exit code."""
+    if "--json" in sys.argv:
+        _print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
+    _ERR.print(f"[bold red]Error:[/bold red] {_escape(error.what)}", soft_wrap=True, highlight=False)
+    if error.hint:
+        _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False)
+    return error.exit_code
+
+
+def _usage_error(error: typer.TyperException) -> ThinetDeployError:
+    """Typer's own complaint about a command line, in our form; for an unknown option with the nearest name."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "thinet-deploy"
+    if context and hasattr(error, "possibilities"):  # typer's NoSuchOption, a private class
+        options = [name for param in context.command.params for name in param.opts if name.startswith("--")]
+        return UnknownNameError(f"option of `{command}`", str(getattr(error, "option_name", "")), options)
+    return InputError(error.format_message().replace("Value error, ", ""), hint=f"See `{command} --help`.")
 
 
 def _escape(text: str) -> str:

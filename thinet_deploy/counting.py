@@ -37,15 +37,17 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Count:
         model.eval()
         with torch.inference_mode():
             parameter = next(model.parameters())
-            model(torch.zeros(1, *input_shape, dtype=parameter.dtype))
+            model(torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device))
     finally:
         for hook in hooks:
             hook.remove()
     parameters = flops = macs = 0
     for module, positions in seen.items():
-        weights = module.get_parameter("weight").numel()
-        weights *= 2 if isinstance(module, nn.BatchNorm2d) else 1  # its mean and its scale
+        if isinstance(module, nn.BatchNorm2d):
+            weights = module.num_features * (2 if module.affine else 1)  # its mean and its scale
+        else:
+            weights = module.get_parameter("weight").numel()
+            macs += weights * positions
         parameters += weights
         flops += 2 * weights * positions
-        macs += 0 if isinstance(module, nn.BatchNorm2d) else weights * positions
     return Count(parameters, flops, macs)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from .artifact import hash_json
-from .errors import DataError
+from .errors import DataError, first_line
 from .interfaces import Progress, silent
 from .preprocess import Augment, Preprocess
 from .seeds import derive, generator
@@ -164,12 +164,15 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _list_split(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    classes = tuple(sorted(p.name for p in _visible(folder) if p.is_dir()))
     if len(classes) < 2:
-        raise DataError(f"{folder} has {len(classes)} class folders, but at least 2 are needed.")
+        raise DataError(
+            f"{folder} has {len(classes)} class folder{'s' if not classes else ''}, but at least 2 are needed.",
+            hint=f"Put the images of each class in a folder of its own: {folder}/CLASS/.",
+        )
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        members = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        members = sorted(p for p in _visible(folder / name) if p.suffix.lower() in IMAGE_SUFFIXES)
         if not members:
             raise DataError(
                 f"The class folder {folder / name} has no images.",
@@ -179,24 +182,34 @@ def _list_split(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     return classes, files
 
 
+def _visible(folder: Path) -> Iterator[Path]:
+    """What is in a folder, without .ipynb_checkpoints, .DS_Store, ._photo.jpg and the like."""
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def _decode(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             return preprocess.read(image)
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image.", hint="Remove or replace the file.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} cannot be read as an image: {error}.", hint="It may be truncated or corrupt: remove or replace it."
-        ) from error
+    except Exception as error:  # a damaged file makes Pillow raise anything
+        raise _no_image(path, error) from error
 
 
 def _check_header(path: Path) -> None:
     try:
         with Image.open(path) as image:
             image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} is not an image: {error}.", hint="Remove or replace the file.") from error
+    except Exception as error:  # as above
+        raise _no_image(path, error) from error
+
+
+def _no_image(path: Path, error: Exception) -> DataError:
+    if isinstance(error, UnidentifiedImageError):
+        return DataError(f"{path} is not an image.", hint="Remove or replace the file.")
+    return DataError(
+        f"{path} cannot be read as an image: {first_line(error).rstrip('.')}.",
+        hint="It may be truncated or corrupt: remove or replace it.",
+    )
 
 
 def _each(work: Callable[[Path], None], files: Sequence[tuple[Path, int]], progress: Progress, stage: str) -> None:

@@ -21,6 +21,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of a library or of the user's code says, in one line; its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class ThinetDeployError(Exception):
     """Base of all errors meant for the user; shown as one message, never as a traceback.
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,48 +75,72 @@ def export_onnx(
     if proto.ByteSize() > _MAX_BYTES:
         raise ModelError(f"The network takes {proto.ByteSize()} bytes, but one ONNX file holds at most 2 GiB.")
     write_bytes(path, proto.SerializeToString(deterministic=True))
+    try:
+        return _as_asked(path, input_shape, opset, ir_version)
+    except ModelError:
+        path.unlink()
+        raise
+
+
+def _as_asked(path: Path, input_shape: tuple[int, int, int], opset: int, ir_version: int) -> Exported:
+    """Reopen the file and compare it with what was asked for."""
     exported = inspect(path)
     if (exported.opset, exported.ir_version) != (opset, ir_version):
         raise ModelError(
             f"{path.name} has opset {exported.opset} and IR {exported.ir_version}, "
             f"but opset {opset} and IR {ir_version} were asked for."
         )
-    if exported.inputs[0].shape != ("batch", *input_shape):
-        raise ModelError(
-            f"{path.name} has the input {exported.inputs[0].shape}, but ('batch', {input_shape}) was expected.",
-            hint="forward() must not turn the batch size into a Python number, as int(x.shape[0]) does.",
-        )
+    _check_batch(exported.inputs[0], exported.outputs[0])
     return exported
+
+
+def check_exportable(model: nn.Module, input_shape: tuple[int, int, int], *, opset: int) -> None:
+    """Raise what `export_onnx` would raise for this network, without writing a file."""
+    graph = _export(model.eval(), input_shape, opset).graph
+    _check_batch(_spec(graph.input[0]), _spec(graph.output[0]))
+
+
+def _check_batch(taken: TensorSpec, given: TensorSpec) -> None:
+    if (taken.shape[0], given.shape[0]) != ("batch", "batch"):
+        shapes = " → ".join("x".join(map(str, tensor.shape)) for tensor in (taken, given))
+        raise ModelError(
+            f"The batch size is frozen in the exported network: it is {shapes}, but any batch size was expected.",
+            hint="forward() must give one row per image, and not turn the batch size into a Python number, "
+            "as int(x.shape[0]) and loops over images do.",
+        )
 
 
 def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> onnx.ModelProto:
     example = torch.zeros(2, *input_shape)  # batch 2: batch 1 would be taken for a constant
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    hint = "forward() must take one image batch, whose size may vary."
+    with _explained("The network cannot be exported to ONNX", hint), _quiet():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints, warns and logs; what matters of it ends up in an exception."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many kinds of error for a network it cannot write
-        raise ModelError(
-            f"The network cannot be exported to ONNX: {str(error).strip().splitlines()[0]}",
-            hint="forward() must take one image batch, whose size may vary.",
-        ) from error
+            yield
     finally:
-        quiet.setLevel(level)
-    assert program is not None
-    return program.model_proto
+        logger.setLevel(level)
 
 
 def _strip(proto: onnx.ModelProto) -> None:
@@ -137,14 +161,13 @@ def inspect(path: Path) -> Exported:
     Raises:
         ModelError: the file is not sound or not self-contained.
     """
-    try:
+    with _explained(f"{path.name} is no sound ONNX file"):
         proto = onnx.load(path, load_external_data=False)
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:  # protobuf and the checker raise their own kinds
-        raise ModelError(f"{path.name} is no sound ONNX file: {str(error).strip().splitlines()[0]}") from error
     graph = proto.graph
     if any(uses_external_data(tensor) for tensor in graph.initializer):
         raise ModelError(f"{path.name} keeps weights in another file, but one self-contained file was expected.")
+    with _explained(f"{path.name} is no sound ONNX file"):
+        onnx.checker.check_model(proto, full_check=True)
     if any(node.metadata_props or node.doc_string for node in graph.node):
         raise ModelError(f"{path.name} holds notes of the exporter, which may have local paths in them.")
     operators: dict[str, int] = {}
@@ -153,6 +176,16 @@ def inspect(path: Path) -> Exported:
     opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     inputs, outputs = tuple(map(_spec, graph.input)), tuple(map(_spec, graph.output))
     return Exported(opset, proto.ir_version, inputs, outputs, operators)
+
+
+@contextlib.contextmanager
+def _explained(what: str, hint: str = "") -> Iterator[None]:
+    """Exporter, protobuf and checker raise errors of many kinds: one line of them is for the user."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{what}: {reason}", hint=hint) from error
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -11,12 +11,13 @@ from torch import nn
 
 from .artifact import sha256_of
 from .data import Dataset, digits_preprocess, load_digits, load_folder
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, first_line
 from .interfaces import Progress, silent
-from .models.loading import InputShape, build_model, input_shape_of
+from .models.loading import InputShape, build_model, input_shape_of, load_function
 from .models.weights import load_weights
 from .options import Options
 from .preprocess import Preprocess, default_preprocess, load_preprocess
+from .pruning.surgery import gap_head
 from .target import TargetProfile, load_profile
 
 
@@ -39,6 +40,11 @@ class Job:
         """Channels, height and width of the network's input."""
         return self.data.preprocess.input_shape
 
+    @property
+    def model_name(self) -> str:
+        """The network's name for people, without the folders of the user's file."""
+        return Path(self.options.model).name
+
     def fresh(self) -> nn.Module:
         """The dense network with its initial weights."""
         return build_model(
@@ -51,7 +57,7 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What every stage's result depends on: network, images, seed."""
-        source = Path(self.options.model.partition(":")[0])
+        source = Path(self.options.model.rpartition(":")[0])
         return {
             "model": self.options.model if ":" not in self.options.model else sha256_of(source),
             "classes": list(self.data.classes),
@@ -68,6 +74,8 @@ def load_job(options: Options, progress: Progress = silent) -> Job:
     """
     target = load_profile(options.target)
     options = _named_model(options)
+    if options.trainer:
+        load_function(options.trainer, "fit")
     preprocess = _preprocess(options)
     data = load_folder(options.data, preprocess, progress) if options.data else load_digits(preprocess)
     job = Job(options, target, data)
@@ -93,7 +101,8 @@ def _preprocess(options: Options) -> Preprocess:
         if options.input_shape and options.input_shape != preprocess.input_shape:
             raise InputError(
                 f"--input-shape {'x'.join(map(str, options.input_shape))} does not fit {options.preprocess}, "
-                f"whose crop and colour give {'x'.join(map(str, preprocess.input_shape))}."
+                f"whose crop and colour give {'x'.join(map(str, preprocess.input_shape))}.",
+                hint="Leave --input-shape out: the file already says it.",
             )
         return preprocess
     if options.data is None and options.input_shape in (None, digits_preprocess().input_shape):
@@ -120,9 +129,15 @@ def _check_model(job: Job) -> None:
             output = model(torch.zeros(1, *job.input_shape))
     except Exception as error:  # the user's own forward() may raise anything
         raise ModelError(
-            f"{job.options.model} cannot take an image of {shape}: {str(error).splitlines()[0]}",
+            f"{job.options.model} cannot take an image of {shape}: {first_line(error)}",
             hint="Check --input-shape or --preprocess: channels x height x width.",
         ) from error
+    if job.options.preset == "thinet-gap" and gap_head(model) is None:
+        raise ModelError(
+            f"{job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
+            "`features` and `classifier`, with a hidden layer in the classifier.",
+            hint="Use --preset thinet-conv, which keeps the head.",
+        )
     expected = (1, len(job.data.classes))
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,7 +37,7 @@ class Options(BaseModel):
         out: the run directory.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     target: str = "cpu"
     model: str = ""
@@ -72,15 +73,16 @@ def make_options(values: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
+        if first["type"] == "literal_error":
+            raise UnknownNameError(name, str(first["input"]), get_args(Preset)) from error
         raise InputError(
             f"--{name.replace('_', '-')} is {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}.",
-            hint=_HINTS.get(name, ""),
+            hint=_HINTS.get(name, "See `thinet-deploy build --help`."),
         ) from error
 
 
 _HINTS = {
     "keep": "--keep is the share of filters that stay in each pruned layer: 0.5 keeps half of them.",
-    "preset": "Known presets: thinet-conv, thinet-gap.",
 }
 
 
@@ -97,10 +99,15 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as TOML: {error}.", hint="--config takes option = value lines."
         ) from error
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in ("data", "weights", "preprocess", "out"):
-        if isinstance(values.get(name), str):
-            values[name] = path.parent / values[name]
+    for name in ("data", "weights", "preprocess", "out", "model", "trainer", "target"):
+        value = values.get(name)
+        if isinstance(value, str) and (name not in _NAMES or ".py:" in value or value.endswith(".toml")):
+            values[name] = str(path.parent / value)
     return values
+
+
+# Options that are paths only when they say so: file.py:function, or a profile's file.toml.
+_NAMES = ("model", "trainer", "target")
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -109,7 +116,9 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     Raises:
         InputError: it is no such thing.
     """
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"--input-shape is {text!r}, but channels x height x width was expected, such as 3x224x224.")
-    return int(parts[0]), int(parts[1]), int(parts[2])
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text.lower())
+    if match is None:
+        raise InputError(
+            f"--input-shape is {text!r}, but channels x height x width was expected.", hint="Such as 3x224x224."
+        )
+    return int(match[1]), int(match[2]), int(match[3])

@@ -20,7 +20,9 @@ from .job import Job, load_job
 from .options import Options, make_options
 from .pruning.proof import Proof
 from .pruning.surgery import gap_head
+from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
+from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
 from .stages import PLAN, REPORT, Tools, read_accuracy
 from .store import Run, Stage, open_run
@@ -31,6 +33,7 @@ ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = 15
 TORCH_BATCH = 32
 TORCH_ROUNDS = 9
+RUNNER = Path(_RUNNER_FILE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def prune(options: Options, progress: Progress = silent) -> Path:
     job = load_job(options, progress)
     run = Run(options.out)
     with run.locked():
-        write_json(run.root / "options.json", job.options.model_dump(mode="json"))
+        _remember(job.options, run.root)
         _, pruned, head = _pruned(run, Tools(job, progress))
         return _unfinished(run, Tools(job, progress), pruned, head).folder
 
@@ -95,9 +98,18 @@ def build(options: Options, progress: Progress = silent) -> Build:
     _check_runtimes(job.target)
     run = Run(options.out)
     with run.locked():
-        write_json(run.root / "options.json", job.options.model_dump(mode="json"))
+        _remember(job.options, run.root)
         tools = Tools(job, progress)
         return _deploy(run, tools, _train_and_prune(run, tools))
+
+
+def _remember(options: Options, root: Path) -> None:
+    """Keep the options for `build_from`, with whole paths, so that it may be called from another folder."""
+    kept = options.model_dump(mode="json")
+    for name, value in options:
+        if isinstance(value, Path) or ".py:" in str(value) or str(value).endswith(".toml"):
+            kept[name] = str(Path(value).absolute())
+    write_json(root / "options.json", kept)
 
 
 def build_from(root: Path, weights: Path, target: str | None = None, progress: Progress = silent) -> Build:
@@ -135,10 +147,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
 
 def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
     """The original, the network pruned layer by layer, and whether its head is to be replaced."""
-    job, options = tools.job, tools.job.options
-    training: dict[str, Any] = {"lr": options.lr, "batch_size": options.batch_size}
-    if options.trainer:
-        training["trainer"] = [options.trainer, sha256_of(Path(options.trainer.rpartition(":")[0]))]
+    job, options, training = tools.job, tools.job.options, _training(tools.job.options)
     weights = {"weights": sha256_of(options.weights)} if options.weights else {**training, "epochs": options.epochs}
     original = run.stage("dense", {**job.identity, **weights}, partial(stages.dense, tools))
     inputs = {
@@ -149,7 +158,17 @@ def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
         "epochs": options.layer_epochs,
     }
     pruned = run.stage("prune", inputs, partial(stages.pruned, tools, original.folder))
+    _gate((verify.pruning_hop("conv", Proof(**pruned.json(REPORT)["proof"])),), run, pruned)
     return original, pruned, options.preset == "thinet-gap" or (not options.preset and bool(gap_head(job.fresh())))
+
+
+def _training(options: Options) -> dict[str, Any]:
+    """What the result of any training depends on, besides its epochs."""
+    training: dict[str, Any] = {"lr": options.lr, "batch_size": options.batch_size}
+    if options.trainer:
+        file, _, function = options.trainer.rpartition(":")
+        training["trainer"] = [function, sha256_of(Path(file))]
+    return training
 
 
 def _unfinished(run: Run, tools: Tools, pruned: Stage, head: bool) -> Stage:
@@ -162,8 +181,7 @@ def _train_and_prune(run: Run, tools: Tools) -> Networks:
     """Original → ThiNet-Conv → ThiNet-GAP, and the control from scratch."""
     options = tools.job.options
     original, pruned, head = _pruned(run, tools)
-    after: dict[str, Any] = {"seed": options.seed, "lr": options.lr, "batch_size": options.batch_size}
-    after |= {"epochs": options.finetune_epochs, "trainer": options.trainer}
+    after = {**_training(options), "seed": options.seed, "epochs": options.finetune_epochs}
     conv = run.stage("conv", {**after, "prune": pruned.digest}, partial(stages.tuned, tools, pruned.folder))
     networks = {"original": original, "conv": conv}
     hops = [
@@ -211,18 +229,31 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
         lambda f, _: stages.parity(tools, folders, networks.hops, onnx.folder, engine_paths, f),
     )
     hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
-    _gate(hops, run.root)
+    _gate(hops, run, parity)
     measured = run.stage(
         "latency",
-        {"engines": made.digest, "machine": machine_id(fingerprint()), "threads": job.options.threads, **digests},
-        lambda f, _: _measure(tools, folders, engine_paths if target.is_local else {}, f),
+        {
+            "engines": made.digest,
+            "engines run": runs_here(target),
+            "threads": job.options.threads,
+            "machine": machine_id(fingerprint()),
+            **digests,
+        },
+        lambda f, _: _measure(tools, folders, engine_paths if runs_here(target) else {}, f),
     )
-    notes = tuple(device_notes(target, job.input_shape))
-    shipped = list(folders)[-1]
+    notes = tuple(device_notes(target, INPUT, job.input_shape))
     bundle = run.stage(
         "bundle",
-        {"parity": parity.digest, "target": target.id, "shipped": shipped, "notes": list(notes)},
-        lambda f, _: _bundle(tools, shipped, folders[shipped], onnx, engine_paths, parity, notes, f),
+        {
+            "onnx": onnx.digest,
+            "engines": made.digest,
+            "parity": parity.digest,
+            "runner": sha256_of(RUNNER),
+            "target": [target.id, target.builds_on_device],
+            "model": [job.model_name, networks.labels],
+            "notes": list(notes),
+        },
+        lambda f, _: _bundle(tools, networks, onnx, engine_paths, parity, notes, f),
     )
     table = _table(job, networks, onnx, measured)
     run.stage(
@@ -233,17 +264,13 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
     return Build(run.root, table, hops, bundle.folder, notes)
 
 
-def host_runtimes(target: TargetProfile) -> list[str]:
-    """The target's runtimes, in its order, whose engines this version makes on this machine."""
-    return [runtime for runtime in target.runtimes if runtime in registry.CONVERTERS]
-
-
 def _check_runtimes(target: TargetProfile) -> None:
     for runtime in host_runtimes(target):
         registry.converter(runtime).check()
 
 
-def _gate(hops: tuple[verify.Hop, ...], root: Path) -> None:
+def _gate(hops: tuple[verify.Hop, ...], run: Run, stage: Stage) -> None:
+    """Raise GateError when a verdict failed; the bundle of an earlier build goes too, lest it ship."""
     failed = [hop for hop in hops if not hop.passed]
     if failed:
         lines = "\n".join(
@@ -251,9 +278,11 @@ def _gate(hops: tuple[verify.Hop, ...], root: Path) -> None:
             + (f"error {hop.error}, allowed {hop.tolerance:.1e}" if hop.tolerance else hop.detail)
             for hop in failed
         )
+        run.discard("bundle")
+        run.discard("report")
         raise GateError(
             f"{len(failed)} of {len(hops)} parity verdicts failed; no bundle was written:\n{lines}",
-            hint=f"All results are kept in {root}; {root / 'parity' / 'parity.json'} has the figures.",
+            hint=f"All results are kept in {run.root}; {stage.folder} has the figures.",
         )
 
 
@@ -283,8 +312,7 @@ def _measure(tools: Tools, folders: dict[str, Path], engine_paths: dict[tuple[st
 
 def _bundle(
     tools: Tools,
-    name: str,
-    source: Path,
+    networks: Networks,
     onnx: Stage,
     engine_paths: dict[tuple[str, str], Path],
     parity: Stage,
@@ -292,7 +320,8 @@ def _bundle(
     folder: Path,
 ) -> None:
     """The bundle of the network to ship."""
-    job, spec = tools.job, onnx.json("export.json")[name]
+    job, (name, source) = tools.job, list(networks.stages.items())[-1]
+    spec = onnx.json("export.json")[name]
     with np.load(parity.folder / f"{name}.npz") as golden:
         inputs, outputs, tolerance = golden["input"], golden["output"], float(golden["tolerance"])
     engines = [
@@ -304,7 +333,7 @@ def _bundle(
     write_bundle(
         folder,
         BundleSpec(
-            model=name,
+            model=f"{job.model_name}, {networks.labels[name]}",
             target=job.target.id,
             onnx=onnx.folder / f"{name}.onnx",
             engines=tuple(engines),
@@ -316,7 +345,7 @@ def _bundle(
             labels=job.data.classes,
             preprocess=job.data.preprocess.model_dump(mode="json"),
             parity={"passed": all(hop["passed"] for hop in hops), "hops": hops},
-            plan=sha256_of(source / PLAN),
+            plan=sha256_of(source.folder / PLAN),
             notes=notes,
         ),
     )
@@ -324,32 +353,6 @@ def _bundle(
 
 def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in items)
-
-
-def device_notes(target: TargetProfile, input_shape: tuple[int, int, int]) -> list[str]:
-    """What is left to do on the device, and what was not run here."""
-    notes = []
-    shape = "x".join(map(str, input_shape))
-    if target.builds_on_device and "tensorrt" in target.runtimes:
-        workspace = f" --memPoolSize=workspace:{target.build.workspace_mb}" if target.build.workspace_mb else ""
-        sizes = " ".join(f"--{size}Shapes={INPUT}:{n}x{shape}" for size, n in (("min", 1), ("opt", 1), ("max", 32)))
-        notes.append(
-            f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}. "
-            f"Copy the bundle there and run in it:\n"
-            f"  trtexec --onnx=model.onnx --saveEngine=model.engine {sizes}{workspace}\n"
-            f"  python3 run.py    # checks the bundle there with ONNX Runtime (pip install onnxruntime numpy)"
-        )
-    missing = [r for r in target.runtimes if r not in (*registry.CONVERTERS, "tensorrt", "torch")]
-    if missing:
-        notes.append(
-            f"This version makes no engines for {', '.join(missing)}: convert model.onnx with their own tools."
-        )
-    if not target.is_local:
-        notes.append(
-            f"Nothing was run on the {target.id}: numbers were compared on this machine, latency was not measured. "
-            "`python3 run.py latency` measures it there."
-        )
-    return notes
 
 
 def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
@@ -372,7 +375,7 @@ def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
         rows.append(thin.from_scratch(read_accuracy(networks.scratch.folder), networks.scratch.json(REPORT)["epochs"]))
     return Table(
         target=job.target.id,
-        model=job.options.model,
+        model=job.model_name,
         data=job.data.name,
         images=len(job.data.test),
         machine=machine_id(timing["environment"]),
@@ -380,5 +383,6 @@ def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
         threads=job.options.threads,
         cores=usable_cores(),
         batch=TORCH_BATCH,
+        runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),
     )

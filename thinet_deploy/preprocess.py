@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import DataError
+from .errors import DataError, UnknownNameError
 
+_EXAMPLE = "Such as: resize = 256, crop = [224, 224]; also colour, range, mean, std, interpolation, augment."
 _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -47,7 +48,7 @@ class Preprocess(BaseModel):
         augment: what training may do.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     colour: Literal["RGB", "BGR", "GRAY"] = "RGB"
     range: Literal["0..1", "0..255"] = "0..1"
@@ -89,9 +90,10 @@ class Preprocess(BaseModel):
         Returns:
             uint8 of shape (height, width, channels), in the order of `colour`.
         """
-        image = image.convert("L" if self.colour == "GRAY" else "RGB")
+        image = _eight_bits(image).convert("L" if self.colour == "GRAY" else "RGB")
         height, width = self.canvas
         if isinstance(self.resize, int):
+            image = _less_long(image)
             scale = self.resize / min(image.size)
             size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
         else:
@@ -111,6 +113,21 @@ class Preprocess(BaseModel):
         scaled = images.astype(np.float32) / (255.0 if self.range == "0..1" else 1.0)
         normal = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normal.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Sixteen bits per pixel scaled to eight; Pillow's own conversion would cut off all above 255."""
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    wide = np.asarray(image).astype(np.int64)
+    return Image.fromarray(np.clip((wide + 128) // 257, 0, 255).astype(np.uint8))
+
+
+def _less_long(image: Image.Image) -> Image.Image:
+    """The middle of a very long image: resizing all of it could take gigabytes, and no more than a square is used."""
+    limit = 8 * min(image.size)
+    left, top = max(0, image.width - limit) // 2, max(0, image.height - limit) // 2
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def _centre(images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -150,15 +167,16 @@ def load_preprocess(path: Path) -> Preprocess:
 
     Raises:
         DataError: the file is missing, is no TOML, or a field is wrong (named).
+        UnknownNameError: there is no such field; the nearest is offered.
     """
     try:
         return Preprocess.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"{path} cannot be read as TOML: {error}.", hint="See `thinet-deploy build --help`.") from error
+        raise DataError(f"{path} cannot be read as TOML: {error}.", hint=_EXAMPLE) from error
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(
-            f"{path}: {field}: {first['msg']}.",
-            hint=f"Known fields: {', '.join(Preprocess.model_fields)}; needed are resize and crop.",
-        ) from error
+        place = "".join(f"{part}: " for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = Preprocess.model_fields if len(first["loc"]) == 1 else Augment.model_fields
+            raise UnknownNameError(f"field in {path}", str(first["loc"][-1]), known) from error
+        raise DataError(f"{path}: {place}{first['msg'].removeprefix('Value error, ')}.", hint=_EXAMPLE) from error

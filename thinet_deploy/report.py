@@ -14,7 +14,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from .artifact import read_json
-from .errors import InputError
+from .errors import InputError, first_line
 from .store import open_run
 from .training import Accuracy
 from .verify import Hop
@@ -132,6 +132,7 @@ class Table:
         threads: of the engines.
         cores: usable on the machine; torch uses all.
         batch: of forward and backward.
+        runtimes: the target's; what was not run here is shown as such.
         rows: the networks.
     """
 
@@ -144,6 +145,7 @@ class Table:
     threads: int
     cores: int
     batch: int
+    runtimes: tuple[str, ...]
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -153,8 +155,8 @@ class Table:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Table:
         """The inverse of `to_json`."""
-        values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows")}
-        return cls(**values, rows=tuple(_row(row) for row in data["rows"]))
+        values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows", "runtimes")}
+        return cls(**values, runtimes=tuple(data["runtimes"]), rows=tuple(_row(row) for row in data["rows"]))
 
 
 def _row(data: dict[str, Any]) -> Row:
@@ -173,7 +175,13 @@ def read_table(run: Path) -> Table:
         raise InputError(
             f"{run} has no table yet: its build is not finished.", hint="Run the same build again to finish it."
         )
-    return Table.from_json(read_json(path))
+    try:
+        return Table.from_json(read_json(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged, or of another version: {first_line(error)}.",
+            hint=f"Delete the folder {path.parent} and run the same build again: all else is kept.",
+        ) from error
 
 
 def check_machines(tables: Sequence[Table]) -> None:
@@ -223,8 +231,8 @@ def _engine(time: Time | None) -> str:
 
 
 def runtimes_of(tables: Sequence[Table]) -> list[str]:
-    """The runtimes that any row was measured on, in order of appearance."""
-    return list(dict.fromkeys(runtime for table in tables for row in table.rows for runtime in row.engines))
+    """The runtimes of all targets, in order of appearance."""
+    return list(dict.fromkeys(runtime for table in tables for runtime in table.runtimes))
 
 
 def headers(tables: Sequence[Table]) -> list[str]:
@@ -251,7 +259,7 @@ def render(tables: Sequence[Table]) -> RenderableType:
     runtimes, parts = runtimes_of(tables), list[RenderableType]()
     grid = Grid(title="ThiNet: the thin networks beside the original", title_justify="left")
     for index, header in enumerate(headers(tables)):
-        grid.add_column(header, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        grid.add_column(header, justify="left" if index == 0 else "right")
     for table in tables:
         if len(tables) > 1:
             grid.add_row(Text(f"{table.data} → {table.target}", style="bold"))
@@ -259,7 +267,8 @@ def render(tables: Sequence[Table]) -> RenderableType:
             grid.add_row(*cells(row, runtimes))
         grid.add_section()
     parts.append(grid)
-    parts += [_bars(tables, runtime) for runtime in runtimes]
+    measured = [r for r in runtimes if any(r in row.engines for table in tables for row in table.rows)]
+    parts += [_bars(tables, runtime) for runtime in measured]
     parts += [Text(note, style="dim") for table in tables for note in notes_of(table)]
     return Group(*parts)
 
@@ -276,8 +285,9 @@ def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
     return picture
 
 
-def render_hops(hops: Sequence[Hop]) -> RenderableType:
-    """The parity ledger: one verdict per hop."""
+def render_hops(hops: Sequence[Hop], table: Table) -> RenderableType:
+    """The parity ledger: one verdict per hop, with the table's names for the networks."""
+    labels = {row.name: row.label for row in table.rows}
     grid = Grid(title="Parity, hop by hop", title_justify="left")
     for header, justify in (
         ("model", "left"),
@@ -292,7 +302,7 @@ def render_hops(hops: Sequence[Hop]) -> RenderableType:
         grid.add_column(header, justify=justify)  # type: ignore[arg-type]
     for hop in hops:
         grid.add_row(
-            hop.model,
+            labels.get(hop.model, hop.model),
             hop.hop,
             Text("passed", style="green") if hop.passed else Text("FAILED", style="bold red"),
             "" if hop.error is None else f"{float(hop.error):.1e}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,12 +17,12 @@ from . import verify
 from .artifact import read_json, write_json
 from .counting import count
 from .errors import ModelError
-from .export import export_onnx
+from .export import check_exportable, export_onnx
 from .interfaces import Conversion, Progress
 from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
-from .pruning.graph import channel_graph
+from .pruning.graph import ChannelGraph, ChannelGroup, channel_graph
 from .pruning.layerwise import prunable, prune_layerwise
 from .pruning.plan import Plan, empty_plan, load_plan
 from .pruning.proof import prove
@@ -36,6 +37,7 @@ PROOF_IMAGES = 3
 ONNX_IMAGES = 8
 ENGINE_IMAGES = 1000
 GOLDEN_IMAGES = 8
+PARITY_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class Tools:
         fit = load_function(options.trainer, "fit")
         offered = {"epochs": epochs, "lr": lr, "stage": stage, "seed": options.seed, "batch_size": options.batch_size}
         taken = inspect.signature(fit).parameters
+        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        torch.manual_seed(derive(options.seed, stage))  # so that a plain loop gives the same weights when it is resumed
         try:
-            fit(model, images, **{name: value for name, value in offered.items() if name in taken})
+            fit(model, images, **{name: value for name, value in offered.items() if takes_all or name in taken})
         except Exception as error:  # the user's own code may raise anything
             raise ModelError(f"{options.trainer} failed in {stage}: {type(error).__name__}: {error}") from error
-        model.eval()
+        model.cpu().eval()
 
     def load(self, folder: Path) -> nn.Module:
         """The network that a stage left: plan and weights, or weights alone."""
@@ -91,6 +95,7 @@ def read_accuracy(folder: Path) -> Accuracy:
 def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
     """The original network: the user's weights, or trained here."""
     options, model = tools.job.options, tools.job.fresh()
+    _check_way(tools, model)
     if options.weights:
         load_weights(model, options.weights)
     else:
@@ -99,18 +104,30 @@ def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test))})
 
 
+def _check_way(tools: Tools, model: nn.Module) -> None:
+    """Raise ModelError for what would fail after the training: nothing to prune, or no way to ONNX."""
+    _groups(tools, channel_graph(model, tools.job.input_shape))
+    target = tools.job.target
+    check_exportable(model, tools.job.input_shape, opset=target.opset)
+
+
+def _groups(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
+    groups = prunable(graph)
+    if not groups:
+        reasons = "; ".join(f"{name}: {why}" for name, why in graph.whole.items())
+        raise ModelError(
+            f"There is nothing to prune in {tools.job.options.model}. {reasons}",
+            hint="This version prunes convolutions whose output feeds exactly one other convolution.",
+        )
+    return groups
+
+
 def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """ThiNet front to back, fine-tuning after each layer, and the proof of the plan."""
     job, options = tools.job, tools.job.options
     original = tools.load(dense_folder)
     graph = channel_graph(original, job.input_shape)
-    groups = prunable(graph)
-    if not groups:
-        reasons = "; ".join(f"{name}: {why}" for name, why in graph.whole.items())
-        raise ModelError(
-            f"There is nothing to prune in {options.model}. {reasons}",
-            hint="This version prunes convolutions whose output feeds exactly one other convolution.",
-        )
+    groups = _groups(tools, graph)
 
     def tune(model: nn.Module, step: str) -> None:
         tools.train(model, f"Fine-tuning, {step}", options.layer_epochs, options.lr / 3)
@@ -147,19 +164,10 @@ def tuned(tools: Tools, pruned_folder: Path, folder: Path, checkpoint: Checkpoin
 
 
 def with_gap(tools: Tools, folder: Path) -> tuple[nn.Module, Plan]:
-    """The network of a stage with global average pooling instead of its head, whose new layer is not trained yet.
-
-    Raises:
-        ModelError: the network has no fully connected head.
-    """
+    """The network of a stage with global average pooling instead of its head, whose new layer is not trained yet."""
     model, plan = tools.load(folder), load_plan(folder / PLAN)
     head = gap_head(model)
-    if head is None:
-        raise ModelError(
-            f"{tools.job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
-            "`features` and `classifier`, with a hidden layer in the classifier.",
-            hint="Use --preset thinet-conv, which keeps the head.",
-        )
+    assert head is not None, "load_job refuses --preset thinet-gap for such a network"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(tools.job.options.seed, "ThiNet-GAP head"))
         return apply(empty_plan(model).model_copy(update={"head": head}), model), plan.model_copy(update={"head": head})
@@ -244,13 +252,14 @@ def parity(
     data, hops = tools.job.data.test, list(pruning_hops)
     chosen = np.linspace(0, len(data) - 1, min(len(data), ENGINE_IMAGES)).astype(np.int64)
     inputs = data.inputs(chosen)
+    parts = [torch.from_numpy(part) for part in np.array_split(inputs, math.ceil(len(inputs) / PARITY_BATCH))]
     steps = len(networks) + len(engine_paths)
     for name, source in networks.items():
         tools.progress("Verifying", len(hops), steps + len(pruning_hops), f"{name}: torch to ONNX")
         model = tools.load(source)
         noise = verify.rounding_noise(model, inputs[:ONNX_IMAGES])
         with torch.inference_mode():
-            expected = torch.cat([model(torch.from_numpy(part)) for part in np.array_split(inputs, 16)]).numpy()
+            expected = torch.cat([model(part) for part in parts]).numpy()
         allowed = verify.tolerance(noise, "fp32")
         few = slice(ONNX_IMAGES)
         hops.append(verify.onnx_hop(name, onnx_folder / f"{name}.onnx", inputs[few], expected[few], allowed))

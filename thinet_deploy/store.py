@@ -92,12 +92,14 @@ class Run:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        with explain_os_errors(root):
+        with explain_os_errors(root, every=True):
             if root.exists() and not root.is_dir():
                 raise OutputError(f"{root} is a file, but a folder was expected.", hint="Choose another --out.")
             root.mkdir(parents=True, exist_ok=True)
             marker = root / "run.json"
-            if not marker.exists():
+            if marker.exists():
+                open_run(root)
+            else:
                 foreign = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))
                 if foreign:
                     raise OutputError(
@@ -115,10 +117,13 @@ class Run:
         Raises:
             OutputError: another process works in it.
         """
-        with explain_os_errors(self.root), (self.root / ".lock").open("w") as stream:
+        with explain_os_errors(self.root):
+            stream = (self.root / ".lock").open("w")
+        with stream:
             _lock(stream.fileno(), self.root)
-            for leftover in self.root.rglob(".tmp-*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            with explain_os_errors(self.root):
+                for leftover in sorted(self.root.rglob(".tmp-*"), reverse=True):  # what is inside comes first
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
 
     def stage(self, name: str, inputs: dict[str, Any], make: Callable[[Path, Checkpoint], None]) -> Stage:
@@ -131,14 +136,16 @@ class Run:
         """
         key = hash_json([name, inputs])
         folder, record = self.root / name, self.root / ".records" / f"{name}.json"
-        if (digest := _recorded(folder, record, key)) is not None:
-            return Stage(folder, digest, reused=True)
         partial = self.root / ".partial" / f"{name}.safetensors"
-        with self._explain_failures():
+        if (digest := _recorded(folder, record, key)) is not None:
+            partial.unlink(missing_ok=True)  # left when the process was killed right after the record was written
+            return Stage(folder, digest, reused=True)
+        with explain_os_errors(self.root):
             made = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=self.root))
             made.chmod(0o755)
             try:
-                make(made, Checkpoint(partial, key))
+                with self._explain_failures():
+                    make(made, Checkpoint(partial, key))
                 files = {p.relative_to(made).as_posix(): sha256_of(p) for p in sorted(made.rglob("*")) if p.is_file()}
                 if folder.exists():
                     rename(folder, made.with_name(f"{made.name}-old"))
@@ -150,12 +157,19 @@ class Run:
             partial.unlink(missing_ok=True)
         return Stage(folder, hash_json(files), reused=False)
 
+    def discard(self, name: str) -> None:
+        """Remove a stage that no longer holds, if it is there."""
+        (self.root / ".records" / f"{name}.json").unlink(missing_ok=True)
+        if (self.root / name).exists():
+            gone = self.root / f".tmp-{name}-gone"
+            rename(self.root / name, gone)
+            shutil.rmtree(gone)
+
     @contextmanager
     def _explain_failures(self) -> Iterator[None]:
-        """A full disk makes libraries fail in many ways: whatever they raise, name the cause."""
+        """A full disk makes libraries fail in many ways: whatever they raise, name the cause while it is still full."""
         try:
-            with explain_os_errors(self.root):
-                yield
+            yield
         except ThinetDeployError:
             raise
         except Exception as error:

@@ -70,8 +70,11 @@ def evaluate(model: nn.Module, images: ImageSet) -> Accuracy:
 
 
 def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
-    """Top-1 and top-5 accuracy of outputs (n, classes) for labels (n,)."""
-    ranks = (outputs > np.take_along_axis(outputs, labels[:, None], 1)).sum(1)
+    """Top-1 and top-5 accuracy of outputs (n, classes) for labels (n,).
+
+    Ties and NaN count against the label's class: a network whose outputs are all equal has learnt nothing.
+    """
+    ranks = (~(outputs < np.take_along_axis(outputs, labels[:, None], 1))).sum(1) - 1
     top1, top5 = float((ranks < 1).mean() * 100), float((ranks < 5).mean() * 100)
     return Accuracy(top1, top5, len(labels))
 

@@ -76,13 +76,14 @@ def compare(expected: Floats, got: Floats, allowed: float) -> tuple[bool, float,
 
     Images whose two best classes are closer than twice the allowed error may swap them.
     """
-    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    error = float(np.abs(expected - got).max()) / scale if expected.shape == got.shape else math.inf
-    if not math.isfinite(error):
+    if expected.shape != got.shape or not (np.isfinite(expected).all() and np.isfinite(got).all()):
         return False, math.inf, 0.0
+    exact = expected.astype(np.float64)  # float32 could overflow in a difference
+    scale = max(float(np.abs(exact).max()), float(np.finfo(np.float32).tiny))
+    error = float(np.abs(exact - got).max()) / scale
     same = expected.argmax(1) == got.argmax(1)
-    best = np.sort(expected, axis=1)[:, -2:]
-    undecided = best[:, 1] - best[:, 0] <= 2 * allowed * scale
+    best = np.sort(exact, axis=1)[:, -2:]
+    undecided = best[:, -1] - best[:, 0] <= 2 * allowed * scale
     return error <= allowed and bool((same | undecided).all()), error, float(same.mean() * 100)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def build_model(name: str, *, input_shape: InputShape | None, num_classes: int, 
 
     Args:
         name: "vgg16", "vgg-small", or "file.py:factory". A factory is called with those of the keyword
-            arguments num_classes and input_shape that it takes.
+            arguments num_classes and input_shape that it takes (with **kwargs, num_classes).
         input_shape: channels, height and width; None for the network's own default.
         num_classes: number of outputs.
         seed: of the run; initial weights depend on it only.
@@ -38,21 +39,32 @@ def build_model(name: str, *, input_shape: InputShape | None, num_classes: int, 
         raise UnknownNameError("model", name, [*MODELS, "file.py:factory"])
     offered = {"num_classes": num_classes, **({"input_shape": input_shape} if input_shape else {})}
     taken = inspect.signature(factory).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())  # torchvision's way
+    given = {key: value for key, value in offered.items() if key in taken or (passes_on and key == "num_classes")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "initial weights"))
         try:
-            model = factory(**{key: value for key, value in offered.items() if key in taken})
+            model = factory(**given)
         except Exception as error:  # the user's own code may raise anything
-            raise ModelError(f"{name} failed to build the network: {type(error).__name__}: {error}") from error
+            raise ModelError(
+                f"{name} failed to build the network: {type(error).__name__}: {error}",
+                hint=f"It was called with {', '.join(f'{key}={offered[key]}' for key in given) or 'no arguments'}.",
+            ) from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{name} returned {type(model).__name__}, but a torch.nn.Module was expected.")
+        raise ModelError(
+            f"{name} returned {type(model).__name__}, but a torch.nn.Module was expected.",
+            hint="The function has to return the network itself, not its weights or a tuple.",
+        )
     return model
 
 
 def input_shape_of(model: nn.Module) -> InputShape | None:
     """What the model itself says of its input (an attribute `input_shape`), or None."""
-    shape = getattr(model, "input_shape", None)
-    return (int(shape[0]), int(shape[1]), int(shape[2])) if shape is not None and len(shape) == 3 else None
+    try:
+        channels, height, width = model.input_shape  # type: ignore[misc]
+        return int(channels), int(height), int(width)
+    except (AttributeError, TypeError, ValueError):  # none, or one that means something else
+        return None
 
 
 def load_function(spec: str, purpose: str) -> Callable[..., object]:
@@ -64,17 +76,26 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
     path_text, _, name = spec.rpartition(":")
     path = Path(path_text)
     if not path_text.endswith(".py") or not name:
-        raise ModelError(f"{spec!r} is no {purpose}.", hint=f"Expected file.py:function, such as mine.py:{purpose}.")
+        raise ModelError(
+            f"{spec!r} names no function in a file.", hint=f"Expected file.py:function, such as mine.py:{purpose}."
+        )
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint=f"Expected file.py:function for the {purpose}.")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
+    module_spec = importlib.util.spec_from_file_location(f"_users_{path.stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)  # it may import what lies beside it; last, so that it stands in for nothing of ours
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code may raise anything
-        raise ModelError(f"{path} failed to load: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything, or be a program
+        raise ModelError(
+            f"{path} failed to load: {type(error).__name__}: {error}",
+            hint='Only definitions may run on import; put the rest under `if __name__ == "__main__":`.',
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

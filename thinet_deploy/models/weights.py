@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
 from ..artifact import write_bytes
-from ..errors import WeightsError
+from ..errors import WeightsError, first_line
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -27,7 +27,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         WeightsError: no such file, not readable without executing code, or made for another architecture
             (the first mismatching tensors are named).
     """
-    state = _read(path)
+    state = _without_wrapper(_read(path), model)
     _check(model, state, path)
     model.load_state_dict(state)
 
@@ -38,21 +38,31 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols, which we judge by the result
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is refused: it holds more than tensors, and loading it could execute code.",
+            f"{path} is refused: it is no file of tensors alone, and loading anything else could execute code.",
             hint="Save the state_dict only: torch.save(model.state_dict(), FILE), or use safetensors.",
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, safetensors.SafetensorError) as error:
+    except Exception as error:  # a damaged file makes torch raise anything
         raise WeightsError(
-            f"{path} cannot be read as weights: {str(error).splitlines()[0]}",
+            f"{path} cannot be read as weights: {first_line(error)}",
             hint="The file may be truncated; expected is a .safetensors or .pth file with a state_dict.",
         ) from error
     state = data.get("state_dict", data.get("model", data)) if isinstance(data, dict) else data
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise WeightsError(f"{path} holds no state_dict of tensors.", hint="Save model.state_dict().")
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def _without_wrapper(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Names without the prefix that DataParallel or torch.compile puts before all of them."""
+    for prefix in ("module.", "_orig_mod."):
+        own = any(name.startswith(prefix) for name in model.state_dict())
+        if not own and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def _check(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:

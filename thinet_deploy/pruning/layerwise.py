@@ -61,7 +61,7 @@ def prunable(graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
         return graph.groups
     smallest = min((group.map_size for group in graph.groups), default=(0, 0))
     inner = tuple(group for group in graph.groups if group.map_size != smallest and group.spread == 1)
-    return inner or tuple(group for group in graph.groups if group.spread == 1)[:-1]
+    return inner or tuple(group for group in graph.groups[:-1] if group.spread == 1)
 
 
 def prune_layerwise(

@@ -127,9 +127,19 @@ def load_plan(path: Path) -> Plan:
 
 
 def check_structure(plan: Plan, model: nn.Module) -> None:
-    """Raise ModelError when the plan belongs to a network of another structure."""
+    """Raise ModelError when the plan belongs to a network of another structure, or keeps what that does not have."""
     if plan.structure != fingerprint(model):
         raise ModelError(
             "The plan belongs to another network: parameter names or shapes differ from this model's.",
             hint="Give the --model (and number of classes) with which the plan was made.",
         )
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shapes = {name: tensor.shape for name, tensor in tensors}
+    for name, dims in plan.keep.items():
+        for dim, indices in dims.items():
+            size = shapes[name][dim] if name in shapes and 0 <= dim < len(shapes[name]) else 0
+            if not indices or min(indices) < 0 or max(indices) >= size:
+                raise ModelError(
+                    f"The plan is damaged: {name} of the network does not have what is to be kept of it.",
+                    hint="Write it anew with `thinet-deploy prune`.",
+                )

@@ -8,6 +8,7 @@ weights and on a copy with all parameters and buffers random (zeros in trained w
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,17 +83,20 @@ def prove(model: nn.Module, plan: Plan, images: torch.Tensor, *, seed: int) -> P
     """
     body = plan.model_copy(update={"head": None})
     sizes = (1, len(images))
-    worst = ("", 0.0, 1.0)
+    rows: list[tuple[str, float, float]] = []
     for base in (model, randomised(model, seed)):
         original = copy.deepcopy(base).double().eval()
         thin, masked = apply(body, original), cut(original, body)
         for size in sizes:
-            batch = images[:size].double()
-            for place, error, tolerance in _compare(masked, thin, body, batch):
-                if not worst[0] or not error / tolerance <= worst[1] / worst[2]:  # NaN counts as the worst
-                    worst = (place, error, tolerance)
-    place, error, tolerance = worst
+            rows += _compare(masked, thin, body, images[:size].double())
+    place, error, tolerance = max(rows, key=_excess)
     return Proof(error <= tolerance, error, tolerance, place, len(images), sizes)
+
+
+def _excess(row: tuple[str, float, float]) -> float:
+    """Error in units of the tolerance; what is no number is the worst."""
+    _, error, tolerance = row
+    return math.inf if math.isnan(error / tolerance) else error / tolerance
 
 
 def _compare(masked: nn.Module, thin: nn.Module, plan: Plan, batch: torch.Tensor) -> list[tuple[str, float, float]]:

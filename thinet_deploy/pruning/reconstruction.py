@@ -18,10 +18,10 @@ def scale(gram_cc: NDArray[np.float64], kept: NDArray[np.int64]) -> NDArray[np.f
     Returns:
         ŵ, one per kept channel; 1 for dead channels, whose scale is free.
     """
-    weights = np.ones(len(kept))
-    alive = np.flatnonzero(np.diagonal(gram_cc)[kept] > 0)
+    weights, energy = np.ones(len(kept)), np.diagonal(gram_cc)
+    alive = np.flatnonzero(energy[kept] > 0)
     live = kept[alive]
-    if len(live) == len(gram_cc):
+    if len(live) == np.count_nonzero(energy):  # all that contribute are kept: ŷ is their plain sum
         return weights
     system, target = gram_cc[np.ix_(live, live)], gram_cc[live].sum(1)
     # Channels that are multiples of one another make the system singular: lstsq takes the smallest ŵ.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data import ImageSet
+from ..errors import ModelError
 from ..seeds import derive, generator
 from .graph import ChannelGroup
 
@@ -128,6 +129,9 @@ def sampled_gram(
 
     Returns:
         G (channels, channels) in float64, and the number of rows.
+
+    Raises:
+        ModelError: the network computes NaN or infinity.
     """
     model.eval()
     consumer = model.get_submodule(group.consumer)
@@ -142,6 +146,11 @@ def sampled_gram(
         ]
         rows = contributions(conv, inputs, sampled)
         gram += rows.T @ rows
+    if not np.isfinite(gram).all():
+        raise ModelError(
+            f"What enters {group.consumer} is not finite (NaN or infinite), so its filters cannot be judged.",
+            hint="The weights are damaged, or training diverged: check --weights, or lower --lr.",
+        )
     return gram, len(chosen) * draws
 
 

@@ -87,5 +87,7 @@ def replace_head(model: nn.Module, head: GapHead) -> None:
     if hasattr(model, "avgpool"):
         model.avgpool = nn.Identity()
     parameter = next(model.parameters())
-    linear = nn.Linear(head.features, head.classes).to(device=parameter.device, dtype=parameter.dtype)
-    model.classifier = nn.Sequential(linear)
+    linear = nn.Linear(head.features, head.classes, device=parameter.device, dtype=parameter.dtype)
+    # Where the head itself flattened its input, the new one does.
+    flatten = [module for module in model.get_submodule("classifier").modules() if isinstance(module, nn.Flatten)]
+    model.classifier = nn.Sequential(*flatten[:1], linear)

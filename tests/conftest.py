@@ -1,0 +1,169 @@
+"""What several test files use: the real command line in this process, a few images, a tiny network."""
+
+import io
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY_NETS = """
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, classes, shape, kernel=3):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(shape[0], 4, kernel, padding=1), nn.ReLU(),
+            nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.AdaptiveAvgPool2d(2))
+        self.classifier = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, classes))
+        self.input_shape = shape
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+def tiny(num_classes=2, input_shape=(3, 16, 16)):
+    return Tiny(num_classes, input_shape)
+
+
+def wider(num_classes=2, input_shape=(3, 16, 16)):
+    net = tiny(num_classes, input_shape)
+    net.features[0], net.features[2] = nn.Conv2d(input_shape[0], 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
+    return net
+
+
+def shapeless(num_classes=2):
+    net = Tiny(num_classes, (3, 16, 16))
+    del net.input_shape
+    return net
+
+
+def headless(num_classes=2):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, num_classes, 3),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.input_shape = (3, 16, 16)
+    return net
+
+
+def large(num_classes=2):
+    return Tiny(num_classes, (3, 16, 16), kernel=40)
+
+
+def three_classes():
+    return Tiny(3, (3, 16, 16))
+
+
+def broken():
+    raise RuntimeError("the roof is on fire")
+
+
+def weights_only():
+    return tiny().state_dict()
+
+
+answer = 42
+"""
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs `thinet-deploy ARGUMENTS` in this process, through main()."""
+    from thinet_deploy.cli import main
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["thinet-deploy", *map(str, arguments)])
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            main()
+        return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures latency for moments only: the figures of these builds are looked at by nobody."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from thinet_deploy import pipeline
+
+    for name, value in {"ENGINE_SECONDS": 0.01, "ENGINE_ROUNDS": 8, "TORCH_ROUNDS": 8, "TORCH_BATCH": 2}.items():
+        monkeypatch.setattr(pipeline, name, value)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with data/ (two classes of 16×16 images) and net.py (tiny networks)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(TINY_NETS)
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                noise: Any = random.integers(0, 100, (16, 16, 3)) + 130 * label
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{index}.{'png' if index else 'jpg'}")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.py (see tiny_nets.py) and data/ (three classes of 8×8 images)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copyfile(Path(__file__).with_name("tiny_nets.py"), folder / "net.py")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)):
+        for label in range(3):
+            place = folder / "data" / split / f"class{label}"
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 60, (8, 8)).astype(np.uint8)
+                pixels[2 * label : 2 * label + 3] += 150  # a bright bar, higher or lower
+                Image.fromarray(pixels).save(place / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick_module() -> Iterator[None]:
+    """As `quick`, for builds that are made once for a whole file; long enough for intervals; torch has one thread."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from thinet_deploy import pipeline
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ENGINE_SECONDS": 0.06, "ENGINE_ROUNDS": 6, "TORCH_ROUNDS": 7, "TORCH_BATCH": 2}.items():
+            patch.setattr(pipeline, name, value)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny: Path) -> Callable[..., Any]:
+    """Makes options for a network of tiny_nets.py, for a target whose latency is not measured here (takes time)."""
+    from thinet_deploy.options import make_options
+
+    def make(out: Path, network: str = "plain", **changes: Any) -> Any:
+        usual = {"target": "raspberry-pi-5", "model": f"{tiny / 'net.py'}:{network}", "data": tiny / "data"}
+        return make_options({**usual, "epochs": 2, "finetune_epochs": 1, "out": out, **changes})
+
+    return make

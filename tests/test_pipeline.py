@@ -1,0 +1,308 @@
+"""The whole way on a tiny network of the user's own: what a build makes, keeps, refuses and says."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thinet_deploy import pipeline, registry, report, stages, verify
+from thinet_deploy.artifact import read_json
+from thinet_deploy.bundle import read_manifest, verify_bundle
+from thinet_deploy.errors import GateError
+from thinet_deploy.interfaces import Conversion
+from thinet_deploy.options import Options
+from thinet_deploy.pipeline import Build, build
+from thinet_deploy.pruning.plan import load_plan
+from thinet_deploy.pruning.proof import Proof
+from thinet_deploy.store import Run
+from thinet_deploy.target import load_profile
+
+pytestmark = pytest.mark.usefixtures("quick_module")
+TRAINED = ["dense", "prune", "conv", "gap", "scratch"]
+DEPLOYED = ["onnx", "engines", "parity", "latency", "bundle", "report"]
+MakeOptions = Callable[..., Options]
+
+
+@pytest.fixture(scope="module")
+def full(tiny_options: MakeOptions, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return build(tiny_options(tmp_path_factory.mktemp("full") / "run", target="cpu"))
+
+
+@pytest.fixture
+def copy(full: Build, tmp_path: Path) -> Path:
+    """A copy of the finished run, to go on with."""
+    return Path(shutil.copytree(full.run, tmp_path / "copy"))
+
+
+def made(options: Options, monkeypatch: pytest.MonkeyPatch) -> tuple[Build, list[str]]:
+    """Build, and tell which stages were not taken from before."""
+    names: list[str] = []
+    with monkeypatch.context() as patch:
+        stage = Run.stage
+
+        def watch(self: Run, name: str, *arguments: Any) -> Any:
+            result = stage(self, name, *arguments)
+            names.extend([name] * (not result.reused))
+            return result
+
+        patch.setattr(Run, "stage", watch)
+        return build(options), names
+
+
+def rows(done: Build) -> list[str]:
+    return [row.label for row in done.table.rows]
+
+
+# ---------------------------------------------------------------------------------------------- the main job
+
+
+def test_the_table_has_the_papers_rows(full: Build) -> None:
+    assert rows(full) == ["Original", "ThiNet-Conv (r=0.5)", "ThiNet-GAP", "Train from scratch"]
+    original, conv, gap, scratch = full.table.rows
+    assert original.flops > conv.flops > gap.flops == scratch.flops
+    assert original.parameters > conv.parameters > gap.parameters == scratch.parameters
+    assert original.size_bytes > conv.size_bytes > gap.size_bytes
+    assert "6 epochs" in scratch.note, "2 of the original + 1 for each of 2 layers + 1 for Conv + 1 for GAP"
+    assert read_json(full.run / "scratch" / "report.json")["epochs"] == 6
+    for row in full.table.rows:
+        assert set(row.engines) == {"openvino", "onnxruntime"}
+        assert 0 <= row.top1 <= row.top5 == 100, "with three classes the first five are all"
+        for time in row.engines.values():
+            assert (time.speedup is None) == (row.name == "original")
+    assert report.read_table(full.run) == full.table
+    assert "1.00×" not in report.to_markdown([full.table]).split("\n")[2], "the original has no speed-up"
+
+
+def test_every_hop_has_a_verdict_and_all_pass(full: Build) -> None:
+    conversions = ("torch → ONNX", "ONNX → openvino", "ONNX → onnxruntime")
+    assert [(hop.model, hop.hop) for hop in full.hops] == [
+        ("conv", "masked → pruned"),
+        ("conv", "pruned → fine-tuned"),
+        ("gap", "head replaced → fine-tuned"),
+        *((name, hop) for name in ("original", "conv", "gap") for hop in conversions),
+    ]
+    assert all(hop.passed for hop in full.hops)
+    assert all(hop.agreement is not None for hop in full.hops[3:])
+    assert {hop.images for hop in full.hops if hop.hop.startswith("ONNX")} == {15}
+
+
+def test_every_stage_leaves_its_files(full: Build) -> None:
+    run = full.run
+    assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
+        *("run.json", "options.json"),
+        *TRAINED,
+        *DEPLOYED,
+    }
+    assert {p.stem for p in (run / ".records").iterdir()} == {*TRAINED, *DEPLOYED}
+    widths = load_plan(run / "gap" / "plan.json").widths
+    assert widths == {"features.0": (6, 3), "features.2": (8, 4)}, "the last convolution stays"
+    assert load_plan(run / "gap" / "plan.json").head is not None
+    assert load_plan(run / "conv" / "plan.json").head is None
+    assert [p.name for p in sorted((run / "onnx").iterdir())] == [
+        "conv.onnx",
+        "export.json",
+        "gap.onnx",
+        "original.onnx",
+    ]
+    assert read_json(run / "latency" / "latency.json")["engines"][0]["samples"]["rounds_ms"]
+    manifest, checked = read_manifest(full.bundle), verify_bundle(full.bundle)
+    assert [engine.runtime for engine in manifest.engines] == ["openvino", "onnxruntime"]
+    assert [engine["verdict"] for engine in checked["engines"]] == ["passed", "passed"]
+    assert manifest.labels == ("class0", "class1", "class2")
+    assert manifest.parity["passed"] is True
+    assert full.notes == ()
+
+
+def test_the_same_command_does_nothing_anew(
+    full: Build, copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.parent.name in TRAINED + DEPLOYED}
+    again, names = made(tiny_options(copy, target="cpu"), monkeypatch)
+    assert names == []
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert (again.table, again.hops) == (full.table, full.hops)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"threads": 2}, ["latency", "report"]),
+        ({"preset": "thinet-conv"}, ["scratch", *DEPLOYED]),
+        ({"layer_epochs": 2}, ["prune", "conv", "gap", "scratch", *DEPLOYED]),
+    ],
+)
+def test_a_changed_option_makes_only_what_depends_on_it(
+    change: dict[str, Any], expected: list[str], copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, names = made(tiny_options(copy, target="cpu", **change), monkeypatch)
+    assert names == expected
+    assert rows(done)[-1] == "Train from scratch"
+    assert ("ThiNet-GAP" in rows(done)) == ("preset" not in change)
+    if "preset" in change:
+        assert "5 epochs" in done.table.rows[-1].note
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_seed_other_samples(
+    tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    runs = (("a", 5), ("b", 5), ("c", 6))
+    pruned = [pipeline.prune(tiny_options(tmp_path / run, epochs=1, seed=seed)) for run, seed in runs]
+    files = [[(folder / name).read_bytes() for name in ("plan.json", "model.safetensors")] for folder in pruned]
+    first, same, other = files
+    assert first == same
+    assert first[1] != other[1]
+    errors = [[layer["error"] for layer in read_json(folder / "report.json")["layers"]] for folder in pruned]
+    assert errors[0] == errors[1] != errors[2]
+    assert load_plan(pruned[0] / "plan.json").widths == load_plan(pruned[2] / "plan.json").widths
+
+
+# ---------------------------------------------------------------------------------------------- networks and targets
+
+
+def test_a_residual_network_is_pruned_inside_its_blocks(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    done = build(tiny_options(tmp_path / "run", "residual", keep=0.34))
+    assert rows(done) == ["Original", "ThiNet-Conv (r=0.34)", "Train from scratch"]
+    assert "5 epochs" in done.table.rows[-1].note
+    assert load_plan(done.run / "conv" / "plan.json").widths == {"blocks.0.conv1": (6, 2), "blocks.1.conv1": (6, 2)}
+    assert set(read_json(done.run / "prune" / "report.json")["whole"]) == {"stem", "blocks.0.conv2", "blocks.1.conv2"}
+    assert all(hop.passed for hop in done.hops)
+    assert [engine["verdict"] for engine in verify_bundle(done.bundle)["engines"]] == ["passed", "passed"]
+
+
+TARGETS = {  # target → (opset, IR version, engines in the bundle)
+    "jetson": (20, 9, ["onnxruntime"]),
+    "nvidia-gpu": (20, 9, ["onnxruntime"]),
+    "raspberry-pi-5": (20, 9, ["onnxruntime", "openvino"]),
+    "android": (20, 9, ["onnxruntime"]),
+    "ios": (20, 9, []),
+}
+
+
+@pytest.fixture(scope="module")
+def thin_run(tiny_options: MakeOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run for all targets after each other: nothing of one may be taken for another."""
+    return build(tiny_options(tmp_path_factory.mktemp("targets") / "run", target="ios")).run
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_device_gets_a_bundle_and_is_not_said_to_have_been_measured(
+    target: str, thin_run: Path, tiny_options: MakeOptions
+) -> None:
+    done = build(tiny_options(thin_run, target=target))
+    opset, ir_version, runtimes = TARGETS[target]
+    exported = read_json(done.run / "onnx" / "export.json")
+    assert {(e["opset"], e["ir_version"]) for e in exported.values()} == {(opset, ir_version)}
+    assert all(row.engines == {} for row in done.table.rows)
+    table = report.to_markdown([done.table])
+    assert "not run" in table
+    assert all(f"{runtime} (ms)" in table for runtime in load_profile(target).runtimes if runtime != "torch")
+    manifest, checked = read_manifest(done.bundle), verify_bundle(done.bundle)
+    assert manifest.target == target
+    assert [engine.runtime for engine in manifest.engines] == runtimes
+    assert [engine["verdict"] for engine in checked["engines"]] == ["passed"] * len(runtimes)
+    assert checked["exit_code"] == (0 if runtimes else 3)
+    assert manifest.notes == done.notes
+    notes = "\n".join(done.notes)
+    assert f"Nothing was run on the {target}" in notes
+    if target in ("jetson", "nvidia-gpu"):
+        assert [engine.path for engine in manifest.engines] == ["model.onnx"], "built there, from this"
+        assert f"has to be built on the {target}" in notes
+        assert "trtexec --onnx=model.onnx --saveEngine=model.engine --minShapes=input:1x1x8x8" in notes
+    if target == "ios":
+        assert "coreml" in notes
+        assert "ships model.onnx" in notes
+
+
+# ---------------------------------------------------------------------------------------------- gates
+
+
+def redo(run: Path, stage: str) -> None:
+    (run / ".records" / f"{stage}.json").unlink()
+
+
+def test_an_engine_of_another_network_does_not_pass(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    tool: Any = registry.converter("onnxruntime")
+    convert = tool.convert
+
+    def mixed_up(job: Conversion) -> Path:
+        """The engine for ThiNet-Conv is made from the original."""
+        path: Path = convert(Conversion(job.source.with_name(job.source.name.replace("conv", "original")), job.folder))
+        return path.rename(path.with_name(job.source.name))
+
+    redo(copy, "engines")
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "convert", mixed_up)
+        with pytest.raises(GateError, match=r"conv: ONNX → onnxruntime: error .*allowed") as failure:
+            build(tiny_options(copy, target="cpu"))
+    assert failure.value.exit_code == 1
+    assert str(failure.value).count("ONNX →") == 1, "only what failed is named"
+    hops = read_json(copy / "parity" / "parity.json")["hops"]
+    assert [(h["model"], h["hop"]) for h in hops if not h["passed"]] == [("conv", "ONNX → onnxruntime")]
+    assert not (copy / "bundle").exists(), "the bundle of the earlier build must not be taken for this one's"
+    assert not (copy / "report").exists()
+    assert (copy / "gap" / "model.safetensors").exists(), "results are kept"
+    redo(copy, "engines")
+    repaired, names = made(tiny_options(copy, target="cpu"), monkeypatch)
+    assert set(names) >= {"engines", "bundle", "report"}
+    assert verify_bundle(repaired.bundle)["exit_code"] == 0
+
+
+def test_the_tolerance_decides(copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    redo(copy, "parity")
+    monkeypatch.setitem(verify.ALLOWANCE, "fp32", 0.0)
+    with pytest.raises(GateError, match=r"[1-9] of 12 parity verdicts failed; no bundle was written"):
+        build(tiny_options(copy, target="cpu"))
+    assert not (copy / "bundle").exists()
+
+
+def test_a_plan_whose_proof_fails_is_refused(
+    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = Proof(False, 0.25, 1e-14, "features.2", 3, (1, 3))
+    monkeypatch.setattr(stages, "prove", lambda *_, **__: proof)
+    for work in (pipeline.prune, build):
+        with pytest.raises(GateError, match=r"masked → pruned: error 0\.25, allowed 1\.0e-14"):
+            work(tiny_options(tmp_path / "run"))
+    assert not (tmp_path / "run" / "thin").exists()
+    assert not (tmp_path / "run" / "conv").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+def arguments(asked: Options) -> list[object]:
+    numbers = ["--epochs", asked.epochs, "--finetune-epochs", asked.finetune_epochs]
+    return ["--target", asked.target, "--model", asked.model, "--data", asked.data, "--out", asked.out, *numbers]
+
+
+def test_one_json_document(full: Build, copy: Path, tiny_options: MakeOptions, cli: Callable[..., Any]) -> None:
+    done = cli("build", *arguments(tiny_options(copy, target="cpu")), "--json")
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert set(document) == {"run", "bundle", "table", "parity", "notes"}
+    assert document["table"] == json.loads(json.dumps(full.table.to_json()))
+    assert [hop["passed"] for hop in document["parity"]] == [True] * 12
+    assert Path(document["bundle"]) == copy / "bundle"
+
+
+def test_an_interrupt_ends_with_130_and_the_next_build_goes_on(
+    tiny_options: MakeOptions, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tiny_options(tmp_path / "run", target="ios")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "tuned", interrupt)
+        stopped = cli("build", *arguments(asked))
+    assert stopped.code == 130
+    assert "same command again" in " ".join(stopped.err.split())
+    assert [p.name for p in asked.out.iterdir() if p.name.startswith(".tmp-")] == []
+    names = made(asked, monkeypatch)[1]
+    assert names[0] == "conv", "what was done before the interrupt is kept"
