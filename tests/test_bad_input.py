@@ -208,7 +208,7 @@ MODELS = {
     "not callable": ("net.py:answer", ("no function in net.py called 'answer'",)),
     "raises": ("net.py:broken", ("failed to build the network", "the roof is on fire")),
     "no module": ("net.py:weights_only", ("returned OrderedDict", "torch.nn.Module")),
-    "outputs": ("net.py:three_classes", ("gives (1, 3) for one image, but (1, 2)", "num_classes")),
+    "outputs": ("net.py:three_classes", ("gives (1, 3) for an image, but (1, 2)", "num_classes")),
     "image too small": ("net.py:large", ("cannot take an image of 3x16x16", "--input-shape")),
     "no shape": ("net.py:shapeless", ("does not say which images it takes", "--input-shape 3x224x224")),
     "syntax": ("bad.py:make", ("bad.py failed to load: SyntaxError",)),

@@ -228,6 +228,8 @@ def test_an_epoch_has_every_image_once(count: int, size: int, pad: int, epoch: i
     labels = np.concatenate([labels for _, labels in parts])
     assert sorted(labels.tolist()) == list(range(count))
     assert [len(labels) for _, labels in parts[:-1]] == [size] * (len(parts) - 1)
+    assert len(parts) == numbered(count).training_steps(size)
+    assert min(count, size, 2) <= len(parts[-1][1]) <= size + 1, "a last image on its own joins the batch before"
     inputs = np.concatenate([inputs for inputs, _ in parts])
     assert (inputs.max(axis=(1, 2, 3)) == labels + 1).all(), "each image with its own label"
 

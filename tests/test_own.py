@@ -151,6 +151,14 @@ def test_prune_own_training_build(
     assert wrong.code == 2
     assert "another architecture" in wrong.err
     assert sorted(p for p in run.rglob("*") if p.is_file()) == before, "nothing was broken"
+    options = (run / "options.json").read_text()
+    for damage in (options[:40], "[]", '{"keep": 7}', '{"kep": 0.5}'):
+        (run / "options.json").write_text(damage)
+        damaged = cli("build", "--from", run, "--weights", file)
+        assert damaged.code == 2
+        assert "options.json is damaged, or of another version" in damaged.err
+        assert "`thinet-deploy prune` again" in damaged.err
+    (run / "options.json").write_text(options)
     thin = own_training(run, tiny)
     torch.save(thin.state_dict(), file)
     right = cli("build", "--from", run, "--weights", file, "--json")

@@ -1,6 +1,7 @@
 """The whole way on a tiny network of the user's own: what a build makes, keeps, refuses and says."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -260,13 +261,14 @@ def test_the_tolerance_decides(copy: Path, tiny_options: MakeOptions, monkeypatc
     assert not (copy / "bundle").exists()
 
 
+@pytest.mark.parametrize("error", [0.25, math.inf, math.nan])
 def test_a_plan_whose_proof_fails_is_refused(
-    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: float, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proof = Proof(False, 0.25, 1e-14, "features.2", 3, (1, 3))
+    proof = Proof(False, error, 1e-14, "features.2", 3, (1, 3))
     monkeypatch.setattr(stages, "prove", lambda *_, **__: proof)
     for work in (pipeline.prune, build):
-        with pytest.raises(GateError, match=r"masked → pruned: error 0\.25, allowed 1\.0e-14"):
+        with pytest.raises(GateError, match=rf"masked → pruned: error {error}, allowed 1\.0e-14"):
             work(tiny_options(tmp_path / "run"))
     assert not (tmp_path / "run" / "thin").exists()
     assert not (tmp_path / "run" / "conv").exists()

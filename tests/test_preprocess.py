@@ -59,6 +59,19 @@ def test_any_image_becomes_an_input(preprocess: Preprocess, height: int, width: 
     assert np.isfinite(inputs).all()
 
 
+@pytest.mark.parametrize("colour", ["GRAY", "RGB"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_an_input_has_the_strides_of_a_fresh_array(colour: str, count: int) -> None:
+    """Torch takes other strides, which one channel allows, for channels-last, and computes otherwise."""
+    channels = 1 if colour == "GRAY" else 3
+    preprocess = Preprocess.model_validate(
+        {"colour": colour, "mean": (0,) * channels, "std": (1,) * channels, "resize": (6, 7), "crop": (6, 7)}
+    )
+    inputs = preprocess.normalise(np.zeros((count, 6, 7, channels), np.uint8))
+    assert inputs.flags.c_contiguous
+    assert inputs.strides == np.empty((count, channels, 6, 7), np.float32).strides
+
+
 @given(st.integers(8, 60), st.integers(8, 60), st.integers(4, 40), st.sampled_from(["bilinear", "bicubic"]))
 @settings(max_examples=60, deadline=None)
 def test_one_number_keeps_the_aspect_ratio(height: int, width: int, side: int, how: str) -> None:

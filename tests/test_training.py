@@ -196,6 +196,12 @@ def test_divergence_is_an_error_with_advice(lr: float, images: ImageSet, tmp_pat
     assert saved is None or all(tensor.isfinite().all() for tensor in saved[0].values())
 
 
+def test_a_last_image_on_its_own_is_no_batch(images: ImageSet) -> None:
+    """BatchNorm on maps of 1x1 cannot be trained on one image: 50 = 7 x 7 + 1."""
+    points = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, CLASSES))
+    train(points, images, Recipe(epochs=1, lr=0.01, batch=7), seed=1, stage="s")
+
+
 def test_no_epochs_change_nothing(images: ImageSet) -> None:
     model = network()
     train(model, images, Recipe(epochs=0, lr=1), seed=1, stage="s")

@@ -29,6 +29,7 @@ from .interfaces import Array, Precision, TensorSpec
 
 GOLDEN, ONNX, MANIFEST = "golden.npz", "model.onnx", "manifest.json"
 WEIGHTS = (".bin", ".onnx.data")  # beside an .xml or .param, and beside a large .onnx
+_GIVE = "Give the folder RUN/bundle of a finished build."
 BUILD_AGAIN = "Copy the bundle again from where it was built, or build it again with `thinet-deploy build`."
 
 
@@ -156,11 +157,18 @@ def _check(folder: Path, spec: BundleSpec) -> None:
             raise BundleError(f"{path} should go into the bundle and does not exist.", hint="Run the conversion again.")
     kinds = [(engine.runtime, engine.precision) for engine in spec.engines]
     if len(set(kinds)) < len(kinds):
-        raise BundleError(f"A bundle holds one engine per runtime and precision, not {kinds}.")
+        listed = ", ".join(" ".join(kind) for kind in kinds)
+        raise BundleError(
+            f"A bundle holds one engine per runtime and precision, but was given {listed}.", hint="Give one of each."
+        )
     for tensors, arrays in ((spec.inputs, spec.golden_inputs), (spec.outputs, spec.golden_outputs)):
         names = {tensor.name for tensor in tensors}
         if names != set(arrays):
-            raise BundleError(f"The golden arrays are called {sorted(arrays)}, expected were {sorted(names)}.")
+            given, expected = ", ".join(sorted(arrays)), ", ".join(sorted(names))
+            raise BundleError(
+                f"The golden arrays are called {given}, but the network has {expected}.",
+                hint="Give one array for each of the network's inputs and outputs, under its name.",
+            )
 
 
 def _copy_engine(engine: EngineFile, folder: Path) -> EngineEntry:
@@ -217,7 +225,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except OSError as error:
-        raise BundleError(f"{folder} is no bundle: {MANIFEST} cannot be read ({error.strerror}).") from error
+        raise BundleError(
+            f"{folder} is no bundle: {MANIFEST} cannot be read ({error.strerror}).", hint=_GIVE
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole file"
@@ -237,9 +247,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         BundleError: there is no bundle, or its manifest is damaged.
     """
     if not (folder / MANIFEST).is_file():
-        raise BundleError(
-            f"{folder} is no bundle: it has no {MANIFEST}.", hint="Give the folder RUN/bundle of a finished build."
-        )
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}.", hint=_GIVE)
     command = [sys.executable, str(Path(runner.__file__).resolve()), "verify", "--bundle", str(folder), "--json"]
     child = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
     try:
@@ -248,5 +256,5 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         tail = child.stderr.strip()[-1000:]
         raise BundleError(f"Verifying {folder} ended with code {child.returncode}. {tail}", hint=BUILD_AGAIN) from error
     if "error" in report:
-        raise BundleError(report["error"])
+        raise BundleError(report["error"], hint=BUILD_AGAIN)
     return report

@@ -181,7 +181,7 @@ def prune(  # noqa: PLR0917 - one argument per option
         return
     grid = Grid("layer", "filters", "kept", "error without ŵ", "with ŵ", "top-1 pruned", "fine-tuned")
     for layer in report["layers"]:
-        errors = (f"{layer['error']:.4f}", f"{layer['error_scaled']:.4f}")
+        errors = (f"{float(layer['error']):.4f}", f"{float(layer['error_scaled']):.4f}")
         accuracies = (f"{layer['top1_pruned']:.2f}", f"{layer['top1_tuned']:.2f}")
         grid.add_row(layer["producer"], str(layer["before"]), str(layer["after"]), *errors, *accuracies)
     console = _stdout()

@@ -52,14 +52,18 @@ class ImageSet:
             indices = np.arange(start, min(start + size, len(self)))
             yield self.inputs(indices), self.labels[indices]
 
+    def training_steps(self, size: int) -> int:
+        """Batches of an epoch; a last image on its own joins the batch before, for BatchNorm cannot train on one."""
+        full, rest = divmod(len(self), size)
+        return full + (rest > 1 or not full)
+
     def training_batches(
         self, size: int, *, seed: int, stage: str, epoch: int
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """One shuffled, augmented epoch; order and augmentation depend on (seed, stage, epoch, image) only."""
         order = generator(seed, stage, epoch, "order").permutation(len(self))
         key = derive(seed, stage, epoch, "augment")
-        for start in range(0, len(self), size):
-            indices = order[start : start + size]
+        for indices in np.split(order, size * np.arange(1, self.training_steps(size))):
             crops = _augmented(self.read(indices), indices, self.preprocess, key)
             yield self.preprocess.normalise(crops), self.labels[indices]
 

@@ -281,7 +281,7 @@ def _jetson_check() -> Check:
     if facts := _jetson():
         found = ", ".join(f"{key} {value}" for key, value in facts.items() if value)
         return Check("Jetson", "ok", found)
-    return Check("Jetson", "note", "this machine is none", "Give one with --device ssh://user@host.")
+    return Check("Jetson", "note", "this machine is none")
 
 
 def _tool_check(name: str, advice: str) -> Check:

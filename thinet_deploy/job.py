@@ -57,9 +57,9 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What every stage's result depends on: network, images, seed."""
-        source = Path(self.options.model.rpartition(":")[0])
+        source, _, factory = self.options.model.rpartition(":")
         return {
-            "model": self.options.model if ":" not in self.options.model else sha256_of(source),
+            "model": [factory, sha256_of(Path(source))] if source else self.options.model,
             "classes": list(self.data.classes),
             "data": self.data.digest,
             "seed": self.options.seed,
@@ -119,30 +119,38 @@ def _preprocess(options: Options) -> Preprocess:
 
 
 def _check_model(job: Job) -> None:
-    """Run the network once, and read its weights, so that nothing is found out after minutes of work."""
-    model = job.fresh().eval()
+    """Run the network, and read its weights, so that nothing is found out after minutes of work."""
+    model = job.fresh()
     if job.options.weights:
         load_weights(model, job.options.weights)
-    shape = "x".join(map(str, job.input_shape))
-    try:
-        with torch.inference_mode():
-            output = model(torch.zeros(1, *job.input_shape))
-    except Exception as error:  # the user's own forward() may raise anything
-        raise ModelError(
-            f"{job.options.model} cannot take an image of {shape}: {first_line(error)}",
-            hint="Check --input-shape or --preprocess: channels x height x width.",
-        ) from error
+    _check_scores(job, model.eval(), "an image", 1, "Check --input-shape or --preprocess: channels x height x width.")
     if job.options.preset == "thinet-gap" and gap_head(model) is None:
         raise ModelError(
             f"{job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
             "`features` and `classifier`, with a hidden layer in the classifier.",
             hint="Use --preset thinet-conv, which keeps the head.",
         )
-    expected = (1, len(job.data.classes))
+    if not job.options.trainer:
+        batch = min(2, job.options.batch_size)
+        hint = "BatchNorm needs --batch-size 2 or more; else look at what forward() does in training."
+        _check_scores(job, model.train(), f"a training batch of {batch}", batch, hint)
+
+
+def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) -> None:
+    """Raise ModelError unless the network gives one score per image and class."""
+    try:
+        with torch.inference_mode():
+            output = model(torch.zeros(batch, *job.input_shape))
+    except Exception as error:  # the user's own forward() may raise anything
+        shape = "x".join(map(str, job.input_shape))
+        raise ModelError(
+            f"{job.options.model} cannot take {what} of {shape}: {first_line(error)}", hint=hint
+        ) from error
+    expected = (batch, len(job.data.classes))
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ModelError(
-            f"{job.options.model} gives {found} for one image, but {expected} was expected: "
+            f"{job.options.model} gives {found} for {what}, but {expected} was expected: "
             f"one score for each of the {expected[1]} classes.",
             hint="A factory that takes num_classes is called with the number of classes in the data.",
         )

@@ -13,7 +13,7 @@ from . import latency, registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_json
 from .bundle import BundleSpec, EngineFile, write_bundle
 from .environment import fingerprint, machine_id
-from .errors import GateError, InputError
+from .errors import GateError, InputError, first_line
 from .export import INPUT, OUTPUT
 from .interfaces import Progress, TensorSpec, silent
 from .job import Job, load_job
@@ -126,7 +126,13 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
     stored = open_run(root) / "options.json"
     if not stored.exists():
         raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
-    options = make_options({**read_json(stored), "out": root, **({"target": target} if target else {})})
+    try:
+        options = make_options({**read_json(stored), "out": root, **({"target": target} if target else {})})
+    except (OSError, ValueError, TypeError, InputError) as error:
+        raise InputError(
+            f"{stored} is damaged, or of another version: {first_line(error)}",
+            hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
+        ) from error
     job = load_job(options, progress)
     _check_runtimes(job.target)
     run = Run(root)

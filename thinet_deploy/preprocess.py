@@ -112,7 +112,8 @@ class Preprocess(BaseModel):
         """Scale and normalise crops (n, height, width, channels) into float32 (n, channels, height, width)."""
         scaled = images.astype(np.float32) / (255.0 if self.range == "0..1" else 1.0)
         normal = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(normal.transpose(0, 3, 1, 2), dtype=np.float32)
+        # A copy always: with one channel the channels-last strides would pass for contiguous, and torch goes by them.
+        return normal.astype(np.float32).transpose(0, 3, 1, 2).copy(order="C")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

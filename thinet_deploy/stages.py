@@ -23,9 +23,9 @@ from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
 from .pruning.graph import ChannelGraph, ChannelGroup, channel_graph
-from .pruning.layerwise import prunable, prune_layerwise
+from .pruning.layerwise import Layer, prunable, prune_layerwise
 from .pruning.plan import Plan, empty_plan, load_plan
-from .pruning.proof import prove
+from .pruning.proof import Proof, prove
 from .pruning.surgery import apply, gap_head, load_thin
 from .registry import convert
 from .seeds import derive
@@ -148,9 +148,9 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
     kept_whole = {group.producer: "one of the last convolutions" for group in graph.groups if group not in groups}
     report = {
         "accuracy": asdict(evaluate(thin, job.data.test)),
-        "layers": [asdict(layer) for layer in layers],
+        "layers": [_json_ready(layer) for layer in layers],
         "whole": {**graph.whole, **kept_whole},
-        "proof": asdict(proof),
+        "proof": _json_ready(proof),
     }
     write_json(folder / REPORT, report)
 
@@ -273,6 +273,9 @@ def parity(
     write_json(folder / "parity.json", {"hops": [_json_ready(hop) for hop in hops]})
 
 
-def _json_ready(hop: verify.Hop) -> dict[str, object]:
-    """JSON knows no infinity: an error that is no number becomes a string."""
-    return {key: str(value) if value == float("inf") else value for key, value in asdict(hop).items()}
+def _json_ready(record: verify.Hop | Proof | Layer) -> dict[str, object]:
+    """JSON knows neither infinity nor NaN: an error that is no number becomes a string."""
+    fields = asdict(record).items()
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields
+    }

@@ -100,7 +100,7 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    steps = math.ceil(len(images) / recipe.batch)
+    steps = images.training_steps(recipe.batch)
     first = _resume(model, optimizer, checkpoint) if checkpoint else 0
     progress(stage, first, recipe.epochs)
     for epoch in range(first, recipe.epochs):
