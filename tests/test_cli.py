@@ -1,5 +1,6 @@
 """The commands themselves: help that teaches, JSON that parses, progress on stderr only, exit codes."""
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from rich.console import Console
 
+import thinet_deploy.cli as commands
+from thinet_deploy import environment
 from thinet_deploy.options import Options
 
 Cli = Callable[..., Any]
@@ -100,6 +104,19 @@ def test_doctor(cli: Cli) -> None:
     assert all(check["advice"] for check in checks if check["status"] == "missing"), "how to get it"
 
 
+def test_brackets_are_no_markup(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_version", lambda package: None)
+    assert 'pip install "thinet-deploy[openvino]"' in cli("doctor").out
+
+
+@pytest.mark.parametrize("command", ["targets", "doctor"])
+def test_a_narrow_terminal_cuts_nothing(command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_stdout", lambda: Console(width=80))
+    text = cli(command).out
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
 # ---------------------------------------------------------------------------------------------- builds
 
 
@@ -172,6 +189,32 @@ def test_config_and_command_line(cli: Cli, workplace: Path) -> None:
     report = strict_json(done.out)
     assert report["folder"] == "sub/run/thin"
     assert [(layer["before"], layer["after"]) for layer in report["layers"]] == [(4, 1)]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_for_each_finished_stage_and_bars_for_those_in_flight(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(commands, "_ERR", Console(file=screen, force_terminal=terminal, width=80, color_system=None))
+    with commands._bars() as report:
+        for _ in range(2):  # the same stage again starts anew
+            for done in range(400):
+                report("Training", done, 400, f"epoch {done}/400, loss [1]" if done else "")
+            time.sleep(0.2)
+            report("Training", 400, 400, "loss [0]")
+        report("Reading", 7, 7)
+        report("Measuring", 1, 3)
+    lines = screen.getvalue().replace("\r", "\n").split("\n")
+    finished = [line.rstrip() for line in lines if "done" in line]
+    assert [line.removeprefix("\x1b[2K") for line in finished] == [
+        *["Training: done (loss [0])"] * 2,
+        "Reading: done",
+    ]
+    assert ("left" in screen.getvalue()) == terminal
+    if terminal:
+        assert "epoch 399/400, loss [1]" in screen.getvalue()
+        assert "Training" not in lines[-1] + lines[-2]
 
 
 # ---------------------------------------------------------------------------------------------- as a process

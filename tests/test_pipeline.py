@@ -1,5 +1,6 @@
 """The whole way on a tiny network of the user's own: what a build makes, keeps, refuses and says."""
 
+import io
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from thinet_deploy import pipeline, registry, report, stages, verify
 from thinet_deploy.artifact import read_json
@@ -88,6 +90,20 @@ def test_every_hop_has_a_verdict_and_all_pass(full: Build) -> None:
     assert all(hop.passed for hop in full.hops)
     assert all(hop.agreement is not None for hop in full.hops[3:])
     assert {hop.images for hop in full.hops if hop.hop.startswith("ONNX")} == {15}
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report.render([full.table], console.width), report.render_hops(full.hops, full.table))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert text.count("\n model ") == (2 if width == 80 else 1)
+    runtimes = report.runtimes_of([full.table])
+    assert [cell for row in full.table.rows for cell in report.cells(row, runtimes) if cell not in text] == []
+    assert text.count("passed error") + text.count("passed 15 images") == len(full.hops)
+    assert "12 of 12 passed" in text
 
 
 def test_every_stage_leaves_its_files(full: Build) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
 from .errors import InputError, ThinetDeployError, UnknownNameError
@@ -135,11 +137,11 @@ def build(  # noqa: PLR0917 - one argument per option
         )
         return
     console = _stdout()
-    console.print(report.render([done.table]))
+    console.print(report.render([done.table], console.width))
     console.print(report.render_hops(done.hops, done.table))
-    console.print(f"\n[bold]Bundle:[/bold] {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
+    typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
     for note in done.notes:
-        console.print(note, soft_wrap=True, markup=False)
+        typer.echo(note)
 
 
 @app.command()
@@ -179,21 +181,17 @@ def prune(  # noqa: PLR0917 - one argument per option
     if as_json:
         _print_json({"folder": str(folder), **report})
         return
-    grid = Grid("layer", "filters", "kept", "error without ŵ", "with ŵ", "top-1 pruned", "fine-tuned")
+    grid = _grid("layer", "filters", "kept", "error", "with ŵ", "top-1 pruned", "fine-tuned")
     for layer in report["layers"]:
         errors = (f"{float(layer['error']):.4f}", f"{float(layer['error_scaled']):.4f}")
         accuracies = (f"{layer['top1_pruned']:.2f}", f"{layer['top1_tuned']:.2f}")
         grid.add_row(layer["producer"], str(layer["before"]), str(layer["after"]), *errors, *accuracies)
-    console = _stdout()
-    console.print(grid)
+    _stdout().print(grid)
     for name, reason in report["whole"].items():
-        console.print(f"{name} stays whole: {reason}", markup=False)
+        typer.echo(f"{name} stays whole: {reason}")
     proof = report["proof"]
-    verdict = "passed" if proof["passed"] else "FAILED"
-    console.print(
-        f"Pruned = original minus filters: {verdict} (error {proof['error']:.1e}, allowed {proof['tolerance']:.1e})"
-    )
-    console.print(f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
+    typer.echo(f"Pruned = original minus filters: proved, error {proof['error']:.1e}, allowed {proof['tolerance']:.1e}")
+    typer.echo(f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
 
 
 @app.command()
@@ -219,7 +217,8 @@ def compare(
     if as_json or output == "json":
         _print_json([table.to_json() for table in tables])
     elif output == "table":
-        _stdout().print(report.render(tables))
+        console = _stdout()
+        console.print(report.render(tables, console.width))
     else:
         typer.echo((report.to_markdown if output == "markdown" else report.to_csv)(tables), nl=False)
 
@@ -263,11 +262,11 @@ def targets(
     if as_json:
         _print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
         return
-    grid = Grid("target", "also called", "engines built", "runtimes, in order", "precision", "opset")
+    grid = _grid("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
     for profile in profiles:
-        where = "on the device" if profile.builds_on_device else "on this machine"
+        where = "on device" if profile.builds_on_device else "made here"
         runtimes, precision = ", ".join(profile.runtimes), profile.precisions.recommended
-        grid.add_row(profile.id, ", ".join(profile.aliases), where, runtimes, precision, str(profile.opset))
+        grid.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
     _stdout().print(grid)
 
 
@@ -283,10 +282,10 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print_json([vars(check) for check in checks])
         return
-    grid = Grid("", "what", "found", "what to do")
+    grid = _grid("", "what", "found", "what to do", wrap=("found", "what to do"))
     marks = {"ok": "[green]✓[/green]", "missing": "[yellow]–[/yellow]", "note": " "}
     for check in checks:
-        grid.add_row(marks[check.status], check.name, check.found, check.advice)
+        grid.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
     _stdout().print(grid)
 
 
@@ -308,35 +307,46 @@ def _stdout() -> Console:
     return console if console.is_terminal else Console(width=max(console.width, 180))
 
 
+def _grid(*headers: str, wrap: tuple[str, ...] = ()) -> Grid:
+    """A table in which only the columns named in `wrap` may break lines: names and figures are never cut."""
+    grid = Grid(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in headers:
+        grid.add_column(header, no_wrap=header not in wrap)
+    return grid
+
+
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, default=str))
 
 
 @contextmanager
 def _bars() -> Iterator[Callable[..., None]]:
-    """Progress bars with the time left on a terminal; one line per finished stage elsewhere.
+    """One line per finished stage; on a terminal also a bar with the time left for each stage in flight.
 
     Meanwhile what the user's own code prints goes to stderr: stdout is for the result.
     """
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),  # as wide as the others leave it
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     bars = Progress(*columns, console=_ERR, disable=not _ERR.is_terminal, redirect_stdout=False)
-    with redirect_stdout(sys.stderr), bars:
-        tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskID] = {}
 
-        def report(stage: str, done: int, total: int, note: str = "") -> None:
+    def report(stage: str, done: int, total: int, note: str = "") -> None:
+        if done < total:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, note=note)
-            bars.update(tasks[stage], completed=done, total=total, note=note)
-            if done == total and not _ERR.is_terminal:
-                _ERR.print(f"{stage}: done{f' ({note})' if note else ''}", markup=False, highlight=False)
+                tasks[stage] = bars.add_task(stage, total=total, completed=done, note=note)
+            bars.update(tasks[stage], completed=done, note=note)
+            return
+        if stage in tasks:
+            bars.remove_task(tasks.pop(stage))
+        _ERR.print(f"{stage}: done{f' ({note})' if note else ''}", markup=False, highlight=False, soft_wrap=True)
 
+    with bars, redirect_stdout(sys.stderr):
         yield report
 
 
@@ -362,7 +372,7 @@ def _show_error(error: ThinetDeployError) -> int:
     """What happened and what to do on stderr, and with --json also as the one document on stdout; the exit code."""
     if "--json" in sys.argv:
         _print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
-    _ERR.print(f"[bold red]Error:[/bold red] {_escape(error.what)}", soft_wrap=True, highlight=False)
+    _ERR.print(f"[bold red]Error:[/bold red] {escape(error.what)}", soft_wrap=True, highlight=False)
     if error.hint:
         _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False)
     return error.exit_code
@@ -376,12 +386,6 @@ def _usage_error(error: typer.TyperException) -> ThinetDeployError:
         options = [name for param in context.command.params for name in param.opts if name.startswith("--")]
         return UnknownNameError(f"option of `{command}`", str(getattr(error, "option_name", "")), options)
     return InputError(error.format_message().replace("Value error, ", ""), hint=f"See `{command} --help`.")
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

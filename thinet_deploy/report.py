@@ -6,10 +6,12 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -195,7 +197,7 @@ def check_machines(tables: Sequence[Table]) -> None:
         )
 
 
-HEADERS = ("model", "top-1", "top-5", "#Param", "#FLOPs", "f./b. (ms)")
+HEADERS = ("model", "top-1", "top-5", "#Param", "#FLOPs", "size", "f./b. (ms)")
 
 
 def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
@@ -207,9 +209,9 @@ def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
         f"{row.top5:.2f}",
         _count(row.parameters),
         _count(row.flops),
+        f"{row.size_bytes / 2**20:.2f} MB",
         f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
         *times,
-        f"{row.size_bytes / 2**20:.2f} MB",
     ]
 
 
@@ -237,7 +239,7 @@ def runtimes_of(tables: Sequence[Table]) -> list[str]:
 
 def headers(tables: Sequence[Table]) -> list[str]:
     """The column names for tables side by side."""
-    return [*HEADERS, *(f"{runtime} (ms)" for runtime in runtimes_of(tables)), "size"]
+    return [*HEADERS, *(f"{runtime} (ms)" for runtime in runtimes_of(tables))]
 
 
 def notes_of(table: Table) -> list[str]:
@@ -254,23 +256,39 @@ def notes_of(table: Table) -> list[str]:
     return notes + [f"{row.label}: {row.note}." for row in table.rows if row.note]
 
 
-def render(tables: Sequence[Table]) -> RenderableType:
-    """The table, then the picture, then the small print."""
-    runtimes, parts = runtimes_of(tables), list[RenderableType]()
-    grid = Grid(title="ThiNet: the thin networks beside the original", title_justify="left")
-    for index, header in enumerate(headers(tables)):
-        grid.add_column(header, justify="left" if index == 0 else "right")
-    for table in tables:
-        if len(tables) > 1:
-            grid.add_row(Text(f"{table.data} → {table.target}", style="bold"))
-        for row in table.rows:
-            grid.add_row(*cells(row, runtimes))
-        grid.add_section()
-    parts.append(grid)
+def render(tables: Sequence[Table], width: int) -> RenderableType:
+    """The table, then the picture, then the small print, for a console of this width."""
+    runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width))
     measured = [r for r in runtimes if any(r in row.engines for table in tables for row in table.rows)]
     parts += [_bars(tables, runtime) for runtime in measured]
     parts += [Text(note, style="dim") for table in tables for note in notes_of(table)]
-    return Group(*parts)
+    return Group("ThiNet: the thin networks beside the original", *parts)
+
+
+def _grids(tables: Sequence[Table], width: int) -> list[Grid]:
+    """The table; where it is wider than the console, its columns go into several tables below each other."""
+    names, runtimes = headers(tables), runtimes_of(tables)
+    rows = [[cells(row, runtimes) for row in table.rows] for table in tables]
+    widths = [max(map(len, column)) + 2 for column in zip(names, *chain(*rows), strict=True)]  # blanks on both sides
+    parts = [[0]]
+    for index in range(1, len(names)):
+        if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > width:
+            parts.append([0])
+        parts[-1].append(index)
+    return [_grid(tables, names, rows, part) for part in parts]
+
+
+def _grid(tables: Sequence[Table], names: list[str], rows: list[list[list[str]]], columns: list[int]) -> Grid:
+    grid = Grid(box=SIMPLE_HEAD, show_edge=False)
+    for index in columns:
+        grid.add_column(names[index], justify="right" if index else "left", no_wrap=index > 0)
+    for table, lines in zip(tables, rows, strict=True):
+        if len(tables) > 1:
+            grid.add_row(Text(f"{table.data} → {table.target}", style="bold"))
+        for line in lines:
+            grid.add_row(*(line[index] for index in columns))
+        grid.add_row()
+    return grid
 
 
 def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
@@ -286,32 +304,28 @@ def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
 
 
 def render_hops(hops: Sequence[Hop], table: Table) -> RenderableType:
-    """The parity ledger: one verdict per hop, with the table's names for the networks."""
-    labels = {row.name: row.label for row in table.rows}
-    grid = Grid(title="Parity, hop by hop", title_justify="left")
-    for header, justify in (
-        ("model", "left"),
-        ("hop", "left"),
-        ("verdict", "left"),
-        ("error", "right"),
-        ("allowed", "right"),
-        ("same top-1", "right"),
-        ("images", "right"),
-        ("how", "left"),
-    ):
-        grid.add_column(header, justify=justify)  # type: ignore[arg-type]
-    for hop in hops:
-        grid.add_row(
-            labels.get(hop.model, hop.model),
-            hop.hop,
-            Text("passed", style="green") if hop.passed else Text("FAILED", style="bold red"),
-            "" if hop.error is None else f"{float(hop.error):.1e}",
-            "" if hop.tolerance is None else f"{hop.tolerance:.1e}",
-            "" if hop.agreement is None else f"{hop.agreement:.2f} %",
-            str(hop.images),
-            hop.detail,
-        )
-    return grid
+    """The parity ledger: a verdict on every hop, network by network with the table's names."""
+    grid, labels = Grid.grid(padding=(0, 1, 0, 0)), {row.name: row.label for row in table.rows}
+    for name, label in labels.items():
+        own = [hop for hop in hops if hop.model == name]
+        if own:
+            grid.add_row(Text(label, style="bold"))
+        for hop in own:
+            verdict = Text("passed", style="green") if hop.passed else Text("FAILED", style="bold red")
+            grid.add_row(f"  {hop.hop}", verdict, _figures(hop))
+    return Group(f"\nParity, hop by hop: {sum(hop.passed for hop in hops)} of {len(hops)} passed", grid)
+
+
+def _figures(hop: Hop) -> str:
+    parts = []
+    if hop.error is not None and hop.tolerance is not None:
+        error = float(hop.error)
+        parts.append(f"error {error:.1e} {'≤' if error <= hop.tolerance else '>'} {hop.tolerance:.1e}")
+    if hop.agreement is None:
+        parts.append(f"{hop.images} images, {hop.detail}")
+    else:
+        parts.append(f"same top-1 {round(hop.agreement * hop.images / 100)}/{hop.images}")
+    return ", ".join(parts)
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -352,8 +366,3 @@ def to_csv(tables: Sequence[Table]) -> str:
                 values += [time.ms, time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
             writer.writerow(values)
     return stream.getvalue()
-
-
-def show(renderable: RenderableType, console: Console) -> None:
-    """Print to a console, as wide as a pipe needs it to be."""
-    console.print(renderable)

@@ -70,6 +70,10 @@ class Tools:
             raise ModelError(f"{options.trainer} failed in {stage}: {type(error).__name__}: {error}") from error
         model.cpu().eval()
 
+    def test(self, model: nn.Module, name: str) -> Accuracy:
+        """Accuracy on the test images."""
+        return evaluate(model, self.job.data.test, f"Testing {name}", self.progress)
+
     def load(self, folder: Path) -> nn.Module:
         """The network that a stage left: plan and weights, or weights alone."""
         plan = load_plan(folder / PLAN) if (folder / PLAN).exists() else None
@@ -101,7 +105,7 @@ def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
     else:
         tools.train(model, "Training the original", options.epochs, options.lr, checkpoint)
     write_network(folder, model, None)
-    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test))})
+    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "the original"))})
 
 
 def _check_way(tools: Tools, model: nn.Module) -> None:
@@ -147,7 +151,7 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
     write_network(folder, thin, plan)
     kept_whole = {group.producer: "one of the last convolutions" for group in graph.groups if group not in groups}
     report = {
-        "accuracy": asdict(evaluate(thin, job.data.test)),
+        "accuracy": asdict(tools.test(thin, "the pruned network")),
         "layers": [_json_ready(layer) for layer in layers],
         "whole": {**graph.whole, **kept_whole},
         "proof": _json_ready(proof),
@@ -160,7 +164,7 @@ def tuned(tools: Tools, pruned_folder: Path, folder: Path, checkpoint: Checkpoin
     options, model = tools.job.options, tools.load(pruned_folder)
     tools.train(model, "Fine-tuning ThiNet-Conv", options.finetune_epochs, options.lr, checkpoint)
     write_network(folder, model, load_plan(pruned_folder / PLAN))
-    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test))})
+    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "ThiNet-Conv"))})
 
 
 def with_gap(tools: Tools, folder: Path) -> tuple[nn.Module, Plan]:
@@ -176,10 +180,10 @@ def with_gap(tools: Tools, folder: Path) -> tuple[nn.Module, Plan]:
 def gap(tools: Tools, conv_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """ThiNet-GAP: the head replaced, trained again."""
     options, (model, plan) = tools.job.options, with_gap(tools, conv_folder)
-    before = evaluate(model, tools.job.data.test)
+    before = tools.test(model, "the new head")
     tools.train(model, "Fine-tuning ThiNet-GAP", options.finetune_epochs, options.lr, checkpoint)
     write_network(folder, model, plan)
-    after = evaluate(model, tools.job.data.test)
+    after = tools.test(model, "ThiNet-GAP")
     write_json(folder / REPORT, {"accuracy": asdict(after), "before": asdict(before)})
 
 
@@ -194,7 +198,7 @@ def scratch(tools: Tools, thin_folder: Path, epochs: int, folder: Path, checkpoi
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     tools.train(model, "Training from scratch", epochs, tools.job.options.lr, checkpoint)
     write_network(folder, model, plan)
-    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test)), "epochs": epochs})
+    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "the control")), "epochs": epochs})
 
 
 def unfinished(tools: Tools, pruned_folder: Path, head: bool, folder: Path) -> None:
@@ -211,7 +215,7 @@ def own(tools: Tools, thin_folder: Path, weights: Path, folder: Path) -> None:
     plan = load_plan(thin_folder / PLAN)
     model = load_thin(plan, tools.job.fresh(), weights)
     write_network(folder, model, plan)
-    write_json(folder / REPORT, {"accuracy": asdict(evaluate(model, tools.job.data.test))})
+    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "the trained network"))})
 
 
 def exported(tools: Tools, networks: Mapping[str, Path], folder: Path) -> None:

@@ -56,17 +56,25 @@ class Accuracy:
     images: int
 
 
-def logits(model: nn.Module, images: ImageSet, batch: int = 256) -> torch.Tensor:
+def logits(
+    model: nn.Module, images: ImageSet, batch: int = 256, stage: str = "", progress: Progress = silent
+) -> torch.Tensor:
     """Outputs of the network in eval mode for all images in order, shape (n, classes)."""
     model.eval()
+    parts, done = [], 0
     with torch.inference_mode():
-        parts = [model(torch.from_numpy(inputs)) for inputs, _ in images.batches(batch)]
+        for inputs, labels in images.batches(batch):
+            progress(stage, done, len(images))
+            parts.append(model(torch.from_numpy(inputs)))
+            done += len(labels)
     return torch.cat(parts)
 
 
-def evaluate(model: nn.Module, images: ImageSet) -> Accuracy:
+def evaluate(model: nn.Module, images: ImageSet, stage: str = "Testing", progress: Progress = silent) -> Accuracy:
     """Top-1 and top-5 accuracy of a network."""
-    return accuracy(logits(model, images).numpy(), images.labels)
+    result = accuracy(logits(model, images, stage=stage, progress=progress).numpy(), images.labels)
+    progress(stage, len(images), len(images), f"top-1 {result.top1:.2f} %")
+    return result
 
 
 def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
@@ -102,13 +110,14 @@ def train(
     )
     steps = images.training_steps(recipe.batch)
     first = _resume(model, optimizer, checkpoint) if checkpoint else 0
-    progress(stage, first, recipe.epochs)
+    note = ""
     for epoch in range(first, recipe.epochs):
         torch.manual_seed(derive(seed, stage, epoch, "dropout"))
         model.train()
         total = 0.0
         batches = images.training_batches(recipe.batch, seed=seed, stage=stage, epoch=epoch)
         for step, (inputs, labels) in enumerate(batches):
+            progress(stage, epoch * steps + step, recipe.epochs * steps, note)
             for group in optimizer.param_groups:
                 group["lr"] = _rate(recipe, epoch + step / steps)
             loss = F.cross_entropy(model(torch.from_numpy(inputs)), torch.from_numpy(labels))
@@ -117,6 +126,7 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             total += loss.item()
+            note = f"epoch {epoch + 1}/{recipe.epochs}, loss {total / (step + 1):.3f}"
         if not math.isfinite(total):
             raise ThinetDeployError(
                 f"Training diverged: the loss of {stage} is {total} after epoch {epoch + 1} of {recipe.epochs}.",
@@ -124,7 +134,7 @@ def train(
             )
         if checkpoint:
             _save(model, optimizer, checkpoint, epoch + 1)
-        progress(stage, epoch + 1, recipe.epochs, f"loss {total / steps:.3f}")
+        progress(stage, (epoch + 1) * steps, recipe.epochs * steps, note)
     model.eval()
 
 
