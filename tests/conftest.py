@@ -1,6 +1,7 @@
 """What several test files use: the real command line in this process, a few images, a tiny network."""
 
 import io
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+
+# For tiny networks, threads that wait for each other cost more than they save: minutes, where cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY_NETS = """
 import torch

@@ -127,6 +127,15 @@ def test_a_changed_file_is_read_again(net: Callable[[str], str]) -> None:
         assert model.out_features == int(outputs)
 
 
+def test_the_source_itself_is_run_and_nothing_is_left_beside_it(
+    net: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages are keyed by the source, and __pycache__ may hold that of a moment ago."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    build_model(net(BODY.format(parameters="", outputs="2")), input_shape=None, num_classes=2, seed=0)
+    assert list(tmp_path.rglob("__pycache__")) == []
+
+
 BROKEN = {
     "no module": ("def make(): return 3", ModelError, "returned int, but a torch.nn.Module was expected"),
     "the class itself": ("from torch import nn\ndef make(): return nn.ReLU", ModelError, "returned type"),

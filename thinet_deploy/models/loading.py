@@ -6,7 +6,9 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import nn
@@ -67,6 +69,13 @@ def input_shape_of(model: nn.Module) -> InputShape | None:
         return None
 
 
+class _Source(SourceFileLoader):
+    """Runs the source itself, which is what stages are keyed by, and leaves no __pycache__ beside the user's file."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_function(spec: str, purpose: str) -> Callable[..., object]:
     """A function from the user's file, "file.py:function".
 
@@ -82,7 +91,8 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint=f"Expected file.py:function for the {purpose}.")
     # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
-    module_spec = importlib.util.spec_from_file_location(f"_users_{path.stem}", path)
+    own_name = f"_users_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(own_name, path, loader=_Source(own_name, str(path)))
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
