@@ -284,7 +284,7 @@ def _grid(tables: Sequence[Table], names: list[str], rows: list[list[list[str]]]
         grid.add_column(names[index], justify="right" if index else "left", no_wrap=index > 0)
     for table, lines in zip(tables, rows, strict=True):
         if len(tables) > 1:
-            grid.add_row(Text(f"{table.data} → {table.target}", style="bold"))
+            grid.add_row(Text(f"{table.model} on {table.data} → {table.target}", style="bold"))
         for line in lines:
             grid.add_row(*(line[index] for index in columns))
         grid.add_row()

@@ -102,8 +102,8 @@ def tuning_hop(model: str, hop: str, before: Accuracy, after: Accuracy) -> Hop:
     """
     share = after.top1 / 100
     margin = 100 * 1.96 * math.sqrt(max(share * (1 - share), 0.25 / after.images) / after.images)
-    passed = after.top1 >= before.top1 - margin
-    return Hop(model, hop, passed, images=after.images, detail=f"top-1 {before.top1:.2f} → {after.top1:.2f} %")
+    detail = f"top-1 {before.top1:.2f} → {after.top1:.2f} %, allowed from {max(before.top1 - margin, 0):.2f} %"
+    return Hop(model, hop, after.top1 >= before.top1 - margin, images=after.images, detail=detail)
 
 
 def onnx_hop(model: str, path: Path, inputs: Floats, expected: Floats, allowed: float) -> Hop:
