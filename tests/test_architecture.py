@@ -23,7 +23,7 @@ PROFILES = f"{CORE}.profiles"
 # A module may import from its own level and from lower ones. Names are relative to thinet_deploy; a sub-package stands
 # for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
 LEVELS = {
-    4: {"cli", "__main__"},
+    4: {"cli", "cli_options", "cli_progress", "__main__"},
     3: {"pipeline", "stages", "job"},
     2: {
         "pruning",
@@ -67,6 +67,8 @@ HEAVY = {
     "timm",
 }
 MAX_LINES = 400
+# A table of networks with what is expected of each is read row by row.
+MAX_LINES_OF_A_TEST = 550
 # runner.py is copied into every bundle as one file, so it cannot be split; its sections are marked.
 MAX_LINES_OF_RUNNER = 760
 
@@ -296,9 +298,15 @@ def _written_files() -> list[Path]:
     return [*MODULES.values(), *Path(__file__).parent.glob("*.py")]
 
 
+def _most_lines(file: Path) -> int:
+    if file.name == "runner.py":
+        return MAX_LINES_OF_RUNNER
+    return MAX_LINES_OF_A_TEST if file.name.startswith("test_") else MAX_LINES
+
+
 def test_files_are_short() -> None:
     lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in _written_files()}
-    allowed = {file: MAX_LINES_OF_RUNNER if file.endswith("runner.py") else MAX_LINES for file in lengths}
+    allowed = {file: _most_lines(Path(file)) for file in lengths}
     assert {file: length for file, length in lengths.items() if length > allowed[file]} == {}
 
 

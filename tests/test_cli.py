@@ -16,6 +16,7 @@ from rich.console import Console
 
 import thinet_deploy.cli as commands
 from thinet_deploy import environment
+from thinet_deploy.cli_progress import bars
 from thinet_deploy.options import Options
 
 Cli = Callable[..., Any]
@@ -197,7 +198,7 @@ def test_a_line_for_each_finished_stage_and_bars_for_those_in_flight(
 ) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(commands, "_ERR", Console(file=screen, force_terminal=terminal, width=80, color_system=None))
-    with commands._bars() as report:
+    with bars(commands._ERR) as report:
         for _ in range(2):  # the same stage again starts anew
             for done in range(400):
                 report("Training", done, 400, f"epoch {done}/400, loss [1]" if done else "")

@@ -11,11 +11,13 @@ from torch import nn
 
 from thinet_deploy.counting import Count, count
 from thinet_deploy.models.vgg import VGG, vgg16, vgg_small
-from thinet_deploy.pruning.graph import ChannelGraph, channel_graph
+from thinet_deploy.pruning.budget import Wish, some, uniform
+from thinet_deploy.pruning.discovery import channel_graph
+from thinet_deploy.pruning.graph import ChannelGraph
 from thinet_deploy.pruning.layerwise import prunable
-from thinet_deploy.pruning.plan import empty_plan, plan_group
-from thinet_deploy.pruning.selection import keep_count
+from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply, gap_head, replace_head
+from thinet_deploy.pruning.trace import example_inputs
 
 IMAGENET = (3, 224, 224)
 TINY = ((16, 16), (32, 32), (64,) * 3, (128,) * 3, (128, 128, 256))
@@ -59,17 +61,15 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 @cache
 def dense(name: str) -> tuple[nn.Module, ChannelGraph]:
     model = on_meta(resnet50 if name == "resnet50" else lambda: vgg16(num_classes=int(name.removeprefix("vgg16-"))))
-    return model, channel_graph(model, IMAGENET)
+    return model, channel_graph(model, example_inputs(model, IMAGENET))
 
 
 def pruned(name: str, keep: float) -> nn.Module:
     """Every prunable group at one keep ratio, by plans, as the pipeline does it."""
     model, graph = dense(name)
-    plan, thin = empty_plan(model), model
-    for group in prunable(graph):
-        step = plan_group(thin, group, list(range(keep_count(group.channels, keep))))
-        thin, plan = apply(step, thin), plan.then(step)
-    return apply(plan, model)
+    groups = prunable(graph)
+    kept = some(graph, groups, uniform(groups, keep, Wish()))
+    return apply(settled_plan(model, graph, kept, example_inputs(model, IMAGENET)), model)
 
 
 def with_gap(model: nn.Module) -> nn.Module:
@@ -133,7 +133,8 @@ def test_resnet_prunes_the_first_two_convolutions_of_every_block() -> None:
     blocks = [name for name, module in model.named_modules() if isinstance(module, Bottleneck)]
     assert len(blocks) == 16
     expected = [(f"{name}.conv{i}", f"{name}.conv{i + 1}") for name in blocks for i in (1, 2)]
-    assert [(group.producer, group.consumer) for group in prunable(graph)] == expected
+    pairs = [(*group.producers, *(each.weight for each in group.consumers)) for group in prunable(graph)]
+    assert pairs == [(producer, f"{consumer}.weight") for producer, consumer in expected]
 
 
 def test_vgg_at_keep_04() -> None:

@@ -144,7 +144,7 @@ def test_prune_own_training_build(
     monkeypatch.chdir(tiny)
     assert pipeline.prune(tiny_options(run, data=Path("data"), model="net.py:plain")) == run / "thin"
     monkeypatch.chdir(tmp_path)  # the paths given to prune were relative to another folder
-    assert {p.name for p in (run / "thin").iterdir()} == {"plan.json", "model.safetensors", "report.json"}
+    assert {p.name for p in (run / "thin").iterdir()} == {"plan.json", "model.safetensors", "model.pt2", "report.json"}
     torch.save(nn.Linear(3, 3).state_dict(), file)
     before = sorted(p for p in run.rglob("*") if p.is_file())
     wrong = cli("build", "--from", run, "--weights", file)

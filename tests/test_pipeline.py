@@ -184,7 +184,12 @@ def test_a_residual_network_is_pruned_inside_its_blocks(tiny_options: MakeOption
     assert rows(done) == ["Original", "ThiNet-Conv (r=0.34)", "Train from scratch"]
     assert "5 epochs" in done.table.rows[-1].note
     assert load_plan(done.run / "conv" / "plan.json").widths == {"blocks.0.conv1": (6, 2), "blocks.1.conv1": (6, 2)}
-    assert set(read_json(done.run / "prune" / "report.json")["whole"]) == {"stem", "blocks.0.conv2", "blocks.1.conv2"}
+    assert set(read_json(done.run / "prune" / "report.json")["whole"]) == {
+        "stem",
+        "blocks.0.conv2",
+        "blocks.1.conv2",
+        "linear",
+    }
     assert all(hop.passed for hop in done.hops)
     assert [engine["verdict"] for engine in verify_bundle(done.bundle)["engines"]] == ["passed", "passed"]
 
@@ -281,7 +286,7 @@ def test_the_tolerance_decides(copy: Path, tiny_options: MakeOptions, monkeypatc
 def test_a_plan_whose_proof_fails_is_refused(
     error: float, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proof = Proof(False, error, 1e-14, "features.2", 3, (1, 3))
+    proof = Proof(False, error, 1e-14, "features.2", "features.0", 3, (1, 3))
     monkeypatch.setattr(stages, "prove", lambda *_, **__: proof)
     for work in (pipeline.prune, build):
         with pytest.raises(GateError, match=rf"masked → pruned: error {error}, allowed 1\.0e-14"):

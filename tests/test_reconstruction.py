@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
+from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import ChannelGroup
-from thinet_deploy.pruning.plan import plan_group
+from thinet_deploy.pruning.plan import empty_plan, plan_channels
 from thinet_deploy.pruning.reconstruction import relative_error, scale
 from thinet_deploy.pruning.selection import thinet
 from thinet_deploy.pruning.surgery import apply, fold_scale
+from thinet_deploy.pruning.trace import example_inputs
 
 Rows = NDArray[np.float64]
 
@@ -122,36 +125,60 @@ def test_equal_channels_share_the_weight_of_the_removed_one() -> None:
     np.testing.assert_allclose(scale(rows.T @ rows, np.array([0, 2, 3, 4])), [1.5, 1.5, 1, 1], rtol=1e-6)
 
 
-def networks() -> dict[str, tuple[nn.Module, ChannelGroup]]:
+def network(kind: str) -> tuple[nn.Module, ChannelGroup]:
     torch.manual_seed(0)
-    conv = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
-    linear = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5))
-    return {
-        "conv": (conv, ChannelGroup("0", (), "2", 6, 1, (4, 4))),
-        "linear": (linear, ChannelGroup("0", (), "3", 6, 16, (4, 4))),
+    rest: dict[str, list[nn.Module]] = {
+        "conv": [nn.Conv2d(6, 5, 3)],
+        "grouped": [nn.Conv2d(6, 4, 3, groups=2)],
+        "transposed": [nn.ConvTranspose2d(6, 5, 3)],
+        "linear": [nn.Flatten(), nn.Linear(6 * 16, 5)],
     }
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), *rest[kind]).eval()
+    return model, channel_graph(model, example_inputs(model, (2, 6, 6))).groups[0]
 
 
-@pytest.mark.parametrize("kind", ["conv", "linear"])
+KINDS = ["conv", "grouped", "transposed", "linear"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_keeping_everything_leaves_the_network_as_it_was(kind: str) -> None:
-    model, group = networks()[kind]
+    model, group = network(kind)
     rows = some_rows(5, channels=6)
-    kept = thinet(rows.T @ rows, 6)
-    thin = apply(plan_group(model, group, kept.tolist()), model)
-    fold_scale(thin, group, scale(rows.T @ rows, kept))
+    kept = thinet(rows.T @ rows, 6, group.cells)
+    plan = plan_channels(model, channel_graph(model, example_inputs(model, (2, 6, 6))), np.ones(6, dtype=bool))
+    assert plan == empty_plan(model)
+    thin = apply(plan, model)
+    fold_scale(thin, group, plan, scale(rows.T @ rows, kept))
     images = torch.randn(3, 2, 6, 6)
     assert torch.equal(thin(images), model(images))
 
 
-@pytest.mark.parametrize("kind", ["conv", "linear"])
+def scaled_by_hand(model: nn.Module, images: torch.Tensor, factors: NDArray[np.float64]) -> torch.Tensor:
+    parts: Any = model
+    outputs: torch.Tensor = parts[2:](parts[:2](images) * torch.from_numpy(factors).float().view(1, -1, 1, 1))
+    return outputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_folding_scales_what_each_channel_contributes_and_leaves_the_bias(kind: str) -> None:
-    model, group = networks()[kind]
+    model, group = network(kind)
     weights = np.array([1.5, -2, 0, 1, 0.25, 3])
     scaled = copy.deepcopy(model)
-    fold_scale(scaled, group, weights)
+    fold_scale(scaled, group, empty_plan(model), weights)
     images = torch.randn(3, 2, 6, 6)
-    factors = torch.from_numpy(weights).float().view(1, -1, 1, 1)
-    expected = model[2:](model[:2](images) * factors)  # type: ignore[index]
-    torch.testing.assert_close(scaled(images), expected, rtol=1e-5, atol=1e-6)
-    bias = f"{group.consumer}.bias"
+    torch.testing.assert_close(scaled(images), scaled_by_hand(model, images, weights), rtol=1e-5, atol=1e-6)
+    bias = group.consumers[0].weight.replace("weight", "bias")
     assert torch.equal(scaled.get_parameter(bias), model.get_parameter(bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_into_a_pruned_network_scales_the_channels_that_are_left(kind: str) -> None:
+    model, group = network(kind)
+    graph, kept = channel_graph(model, example_inputs(model, (2, 6, 6))), np.isin(np.arange(6), [0, 1, 4, 5])
+    plan = plan_channels(model, graph, kept)
+    thin = apply(plan, model)
+    weights = np.array([1.5, -2, 7, 1, 0.25, 3])
+    fold_scale(thin, group, plan, weights)
+    images = torch.randn(3, 2, 6, 6)
+    expected = scaled_by_hand(model, images, np.where(kept, weights, 0))
+    torch.testing.assert_close(thin(images), expected, rtol=1e-5, atol=1e-6)

@@ -223,6 +223,6 @@ def test_fine_tuning_fails_when_accuracy_falls_by_more_than_chance(
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_pruning_hop_is_the_proofs_verdict(passed: bool) -> None:
-    hop = pruning_hop("net", Proof(passed, 3e-16, 1e-14, "features.2", 3, (1, 3)))
+    hop = pruning_hop("net", Proof(passed, 3e-16, 1e-14, "features.2", "features.0", 3, (1, 3)))
     assert (hop.passed, hop.error, hop.tolerance, hop.images) == (passed, 3e-16, 1e-14, 3)
     assert "features.2" in hop.detail

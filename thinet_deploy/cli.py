@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +11,36 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
+from .cli_options import (
+    BatchSize,
+    Config,
+    Data,
+    Epochs,
+    FinetuneEpochs,
+    Ignore,
+    InputShape,
+    Json,
+    Keep,
+    KeepLayer,
+    LayerEpochs,
+    LearningRate,
+    Macs,
+    Model,
+    Out,
+    Preprocess,
+    Preset,
+    RoundTo,
+    Seed,
+    Shortcuts,
+    Size,
+    Target,
+    Threads,
+    Trainer,
+    Weights,
+)
+from .cli_progress import bars
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
 app = typer.Typer(
@@ -35,49 +60,6 @@ app = typer.Typer(
 
 _ERR = Console(stderr=True)
 
-Target = Annotated[
-    str | None, typer.Option("--target", "-t", help="What to build for: see `targets`. \\[default: cpu]")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(help="vgg16, vgg-small, or your own file.py:factory.  \\[default: vgg-small on the built-in digits]"),
-]
-Data = Annotated[Path | None, typer.Option(help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="Trained weights, .safetensors or .pth. Without them the network is trained here.")
-]
-Preprocess = Annotated[
-    Path | None,
-    typer.Option(help="TOML file with resize, crop, colour, range, mean, std; goes with the model into the bundle."),
-]
-InputShape = Annotated[
-    str | None, typer.Option(help="Channels x height x width, such as 3x224x224, for a model that does not say.")
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="thinet-conv: prune the convolutions. thinet-gap: also replace the fully connected head by global "
-        "average pooling.  \\[default: thinet-gap where there is such a head]"
-    ),
-]
-Keep = Annotated[float | None, typer.Option(help="Share of filters that stay in every pruned layer.  \\[default: 0.5]")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of training the original.  \\[default: 20]")]
-LayerEpochs = Annotated[int | None, typer.Option(help="Epochs after each pruned layer.  \\[default: 1]")]
-FinetuneEpochs = Annotated[
-    int | None, typer.Option(help="Epochs at the end, for ThiNet-Conv and again for ThiNet-GAP.  \\[default: 15]")
-]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.  \\[default: 0.03]")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  \\[default: 32]")]
-Trainer = Annotated[
-    str | None,
-    typer.Option(help="file.py:fit, your own training: fit(model, images, epochs=…, lr=…) trains the model in place."),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  \\[default: thinet-run]")]
-Config = Annotated[Path | None, typer.Option(help="TOML file with any of these options; the command line wins.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
-
 
 @app.command()
 def build(  # noqa: PLR0917 - one argument per option
@@ -89,6 +71,12 @@ def build(  # noqa: PLR0917 - one argument per option
     input_shape: InputShape = None,
     preset: Preset = None,
     keep: Keep = None,
+    macs: Macs = None,
+    size: Size = None,
+    round_to: RoundTo = None,
+    keep_layer: KeepLayer = None,
+    ignore: Ignore = None,
+    prune_shortcuts: Shortcuts = None,
     epochs: Epochs = None,
     layer_epochs: LayerEpochs = None,
     finetune_epochs: FinetuneEpochs = None,
@@ -112,10 +100,10 @@ def build(  # noqa: PLR0917 - one argument per option
     [bold]thinet-deploy build -t jetson --data photos --model vgg16 --weights vgg16.pth[/bold]
     [bold]thinet-deploy build --from RUN --weights mine.safetensors[/bold]   (after prune and your own training)
     """
-    given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_OPTIONS}
+    given = {key: value for key, value in locals().items() if value not in (None, []) and key not in _NOT_OPTIONS}
     from . import pipeline, report
 
-    with _bars() as progress:
+    with bars(_ERR) as progress:
         if from_run:
             if weights is None or set(given) - {"weights", "target"} or config:
                 raise InputError(
@@ -154,6 +142,12 @@ def prune(  # noqa: PLR0917 - one argument per option
     input_shape: InputShape = None,
     preset: Preset = None,
     keep: Keep = None,
+    macs: Macs = None,
+    size: Size = None,
+    round_to: RoundTo = None,
+    keep_layer: KeepLayer = None,
+    ignore: Ignore = None,
+    prune_shortcuts: Shortcuts = None,
     epochs: Epochs = None,
     layer_epochs: LayerEpochs = None,
     lr: LearningRate = None,
@@ -171,24 +165,35 @@ def prune(  # noqa: PLR0917 - one argument per option
     In your own training: [bold]thin = thinet_deploy.load_thin(load_plan("RUN/thin/plan.json"), fresh_model,
     Path("RUN/thin/model.safetensors"))[/bold]. Afterwards: [bold]thinet-deploy build --from RUN --weights FILE[/bold].
     """
-    given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_OPTIONS}
+    given = {key: value for key, value in locals().items() if value not in (None, []) and key not in _NOT_OPTIONS}
     from . import pipeline
     from .artifact import read_json
 
-    with _bars() as progress:
+    with bars(_ERR) as progress:
         folder = pipeline.prune(_options(given, config), progress)
     report = read_json(folder / "report.json")
     if as_json:
         _print_json({"folder": str(folder), **report})
         return
+    _show_pruned(folder, report)
+
+
+def _show_pruned(folder: Path, report: dict[str, Any]) -> None:
+    """The layers that were pruned, what stayed whole and why, and what comes next."""
     grid = _grid("layer", "filters", "kept", "error", "with ŵ", "top-1 pruned", "fine-tuned")
     for layer in report["layers"]:
         errors = (f"{float(layer['error']):.4f}", f"{float(layer['error_scaled']):.4f}")
         accuracies = (f"{layer['top1_pruned']:.2f}", f"{layer['top1_tuned']:.2f}")
-        grid.add_row(layer["producer"], str(layer["before"]), str(layer["after"]), *errors, *accuracies)
+        first, *others = layer["producer"].split(", ")
+        name = f"{first} and {len(others)} more" if others else first
+        grid.add_row(name, str(layer["before"]), str(layer["after"]), *errors, *accuracies)
     _stdout().print(grid)
-    for name, reason in report["whole"].items():
-        typer.echo(f"{name} stays whole: {reason}")
+    for reason in dict.fromkeys(report["whole"].values()):
+        names = [name for name, why in report["whole"].items() if why == reason]
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        typer.echo(f"Whole: {', '.join(names[:_NAMES_SHOWN])}{more}: {reason}")
+    before, after = report["macs"]["before"], report["macs"]["after"]
+    typer.echo(f"Multiply-accumulates: {before / 1e6:.2f}M before, {after / 1e6:.2f}M now, {before / after:.2f}x fewer")
     proof = report["proof"]
     typer.echo(f"Pruned = original minus filters: proved, error {proof['error']:.1e}, allowed {proof['tolerance']:.1e}")
     typer.echo(f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
@@ -289,12 +294,16 @@ def doctor(as_json: Json = False) -> None:
     _stdout().print(grid)
 
 
+_NAMES_SHOWN = 4  # report.json has them all
 _NOT_OPTIONS = frozenset({"from_run", "config", "as_json"})
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
-    from .options import make_options, parse_shape, read_config
+    from .options import make_options, parse_layer, parse_shape, read_config
 
+    given = dict(given)
+    if layers := given.pop("keep_layer", None):
+        given["keep_layer"] = dict(parse_layer(each) for each in layers)
     values = {**(read_config(config) if config else {}), **given}
     if isinstance(values.get("input_shape"), str):
         values["input_shape"] = parse_shape(values["input_shape"])
@@ -317,37 +326,6 @@ def _grid(*headers: str, wrap: tuple[str, ...] = ()) -> Grid:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=1, default=str))
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[..., None]]:
-    """One line per finished stage; on a terminal also a bar with the time left for each stage in flight.
-
-    Meanwhile what the user's own code prints goes to stderr: stdout is for the result.
-    """
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),  # as wide as the others leave it
-        TaskProgressColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
-    )
-    bars = Progress(*columns, console=_ERR, disable=not _ERR.is_terminal, redirect_stdout=False)
-    tasks: dict[str, TaskID] = {}
-
-    def report(stage: str, done: int, total: int, note: str = "") -> None:
-        if done < total:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, completed=done, note=note)
-            bars.update(tasks[stage], completed=done, note=note)
-            return
-        if stage in tasks:
-            bars.remove_task(tasks.pop(stage))
-        _ERR.print(f"{stage}: done{f' ({note})' if note else ''}", markup=False, highlight=False, soft_wrap=True)
-
-    with bars, redirect_stdout(sys.stderr):
-        yield report
 
 
 def main() -> None:

@@ -110,6 +110,27 @@ def _check_batch(taken: TensorSpec, given: TensorSpec) -> None:
         )
 
 
+def export_program(model: nn.Module, input_shape: tuple[int, int, int], path: Path) -> None:
+    """Write a network as an ExportedProgram (.pt2) with a dynamic batch, for users without its source.
+
+    Paths of this machine and real images are not in it. Load only such files of your own: the archive can ask for
+    unpickling.
+    """
+    example = (torch.zeros(2, *input_shape),)
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    try:
+        program = torch.export.export(model.eval(), example, dynamic_shapes=dynamic)
+    except Exception:  # noqa: BLE001 - a forward() with a fixed batch; export_onnx refuses it where it matters
+        program = torch.export.export(model.eval(), example)
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            for local in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
+                node.meta.pop(local, None)
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    write_bytes(path, archive.getvalue())
+
+
 def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> onnx.ModelProto:
     example = torch.zeros(2, *input_shape)  # batch 2: batch 1 would be taken for a constant
     hint = "forward() must take one image batch, whose size may vary."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,12 @@ class Options(BaseModel):
         input_shape: channels, height and width of the input, for a model that does not say.
         preset: what to make; None for thinet-gap where the network has a fully connected head.
         keep: keep ratio r of every pruned layer.
+        macs: budget instead: "2x" for half as many multiply-accumulates, or their number, such as "300M".
+        size: budget instead: of the weights, such as "5MB" (4 bytes each, 2^20 bytes in a MB, biases not counted).
+        round_to: widths are multiples of this number; budgets are reached all the same.
+        keep_layer: pattern of module names, such as "layer4.*" → keep ratio of these layers.
+        ignore: patterns of module names that stay whole.
+        prune_shortcuts: prune residual streams too.
         epochs: of training the dense network (and, for given weights, what they are taken to have had).
         layer_epochs: of fine-tuning after each pruned layer.
         finetune_epochs: of fine-tuning at the end, for ThiNet-Conv and again for ThiNet-GAP.
@@ -47,6 +53,12 @@ class Options(BaseModel):
     input_shape: tuple[int, int, int] | None = None
     preset: Preset | None = None
     keep: float = Field(default=0.5, gt=0, le=1)
+    macs: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(x|k|M|G|B)?$")
+    size: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(kB|MB|GB)$")
+    round_to: int = Field(default=1, ge=1)
+    keep_layer: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    prune_shortcuts: bool = False
     epochs: int = Field(default=20, ge=0)
     layer_epochs: int = Field(default=1, ge=0)
     finetune_epochs: int = Field(default=15, ge=0)
@@ -56,6 +68,27 @@ class Options(BaseModel):
     threads: int = Field(default=1, ge=1)
     seed: int = 0
     out: Path = Path("thinet-run")
+
+    def most_macs(self, present: int) -> float | None:
+        """The budget of multiply-accumulates for a network that has `present` now; None without one."""
+        if self.macs is None:
+            return None
+        if self.macs.endswith("x"):
+            return present / max(float(self.macs[:-1]), 1e-9)
+        number = self.macs.rstrip("kMGB")
+        return float(number) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[self.macs[len(number) :]]
+
+    @property
+    def most_bytes(self) -> float | None:
+        """The budget of weights in bytes; None without one."""
+        if self.size is None:
+            return None
+        return float(self.size[:-2]) * {"kB": 2**10, "MB": 2**20, "GB": 2**30}[self.size[-2:]]
+
+    @property
+    def widths(self) -> str:
+        """What was asked of the widths, for people: "r=0.5", "MACs 2x" …"""
+        return f"MACs {self.macs}" if self.macs else f"size {self.size}" if self.size else f"r={self.keep:g}"
 
 
 def make_options(values: dict[str, Any]) -> Options:
@@ -82,6 +115,8 @@ def make_options(values: dict[str, Any]) -> Options:
 
 
 _HINTS = {
+    "macs": "--macs 2x halves the multiply-accumulates; --macs 300M and --macs 1.5G are numbers of them.",
+    "size": "--size 5MB, --size 800kB: of the weights, 4 bytes each.",
     "keep": "--keep is the share of filters that stay in each pruned layer: 0.5 keeps half of them.",
 }
 
@@ -122,3 +157,18 @@ def parse_shape(text: str) -> tuple[int, int, int]:
             f"--input-shape is {text!r}, but channels x height x width was expected.", hint="Such as 3x224x224."
         )
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def parse_layer(text: str) -> tuple[str, float]:
+    """Turn "layer4.*=0.7" into ("layer4.*", 0.7).
+
+    Raises:
+        InputError: it is no such thing.
+    """
+    pattern, _, ratio = text.rpartition("=")
+    try:
+        return pattern, float(ratio if pattern else "")
+    except ValueError:
+        raise InputError(
+            f"--keep-layer is {text!r}, but PATTERN=R was expected.", hint='Such as "layer4.*=0.7".'
+        ) from None

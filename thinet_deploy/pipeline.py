@@ -34,6 +34,8 @@ ENGINE_ROUNDS = 15
 TORCH_BATCH = 32
 TORCH_ROUNDS = 9
 RUNNER = Path(_RUNNER_FILE)
+# Options that decide which filters stay.
+WIDTHS = {"keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
             verify.tuning_hop("own", "pruned → trained", read_accuracy(thin.folder), read_accuracy(own.folder)),
         ]
         name = "ThiNet-GAP" if head else "ThiNet-Conv"
-        labels = {"original": "Original", "own": f"{name} (r={options.keep:g}), own training"}
+        labels = {"original": "Original", "own": f"{name} ({options.widths}), own training"}
         return _deploy(run, tools, Networks({"original": original, "own": own}, labels, hops, None))
 
 
@@ -160,7 +162,7 @@ def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
         **job.identity,
         **training,
         "dense": original.digest,
-        "keep": options.keep,
+        "widths": options.model_dump(mode="json", include=WIDTHS),
         "epochs": options.layer_epochs,
     }
     pruned = run.stage("prune", inputs, partial(stages.pruned, tools, original.folder))
@@ -210,7 +212,7 @@ def _train_and_prune(run: Run, tools: Tools) -> Networks:
     epochs += options.finetune_epochs * (2 if head else 1)
     inputs = {**after, "thin": sha256_of(last.folder / PLAN), "epochs": epochs, **tools.job.identity}
     scratch = run.stage("scratch", inputs, partial(stages.scratch, tools, last.folder, epochs))
-    labels = {"original": "Original", "conv": f"ThiNet-Conv (r={options.keep:g})", "gap": "ThiNet-GAP"}
+    labels = {"original": "Original", "conv": f"ThiNet-Conv ({options.widths})", "gap": "ThiNet-GAP"}
     return Networks(networks, labels, hops, scratch)
 
 

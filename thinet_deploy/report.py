@@ -197,7 +197,7 @@ def check_machines(tables: Sequence[Table]) -> None:
         )
 
 
-HEADERS = ("model", "top-1", "top-5", "#Param", "#FLOPs", "size", "f./b. (ms)")
+HEADERS = ("model", "top-1", "top-5", "#Param", "#FLOPs", "f./b. (ms)")
 
 
 def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
@@ -209,9 +209,9 @@ def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
         f"{row.top5:.2f}",
         _count(row.parameters),
         _count(row.flops),
-        f"{row.size_bytes / 2**20:.2f} MB",
         f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
         *times,
+        f"{row.size_bytes / 2**20:.2f} MB",
     ]
 
 
@@ -239,7 +239,7 @@ def runtimes_of(tables: Sequence[Table]) -> list[str]:
 
 def headers(tables: Sequence[Table]) -> list[str]:
     """The column names for tables side by side."""
-    return [*HEADERS, *(f"{runtime} (ms)" for runtime in runtimes_of(tables))]
+    return [*HEADERS, *(f"{runtime} (ms)" for runtime in runtimes_of(tables)), "size"]
 
 
 def notes_of(table: Table) -> list[str]:
@@ -270,8 +270,11 @@ def _grids(tables: Sequence[Table], width: int) -> list[Grid]:
     names, runtimes = headers(tables), runtimes_of(tables)
     rows = [[cells(row, runtimes) for row in table.rows] for table in tables]
     widths = [max(map(len, column)) + 2 for column in zip(names, *chain(*rows), strict=True)]  # blanks on both sides
+    order = list(range(1, len(names)))
+    if sum(widths) > width:  # the size, which stands last, goes with the other figures that are no times
+        order.insert(HEADERS.index("f./b. (ms)") - 1, order.pop())
     parts = [[0]]
-    for index in range(1, len(names)):
+    for index in order:
         if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > width:
             parts.append([0])
         parts[-1].append(index)

@@ -17,22 +17,25 @@ from . import verify
 from .artifact import read_json, write_json
 from .counting import count
 from .errors import ModelError
-from .export import check_exportable, export_onnx
+from .export import check_exportable, export_onnx, export_program
 from .interfaces import Conversion, Progress
 from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
-from .pruning.graph import ChannelGraph, ChannelGroup, channel_graph
-from .pruning.layerwise import Layer, prunable, prune_layerwise
-from .pruning.plan import Plan, empty_plan, load_plan
+from .pruning.budget import Wish, choose_widths, cost
+from .pruning.discovery import channel_graph
+from .pruning.graph import ChannelGraph, ChannelGroup
+from .pruning.layerwise import Layer, Schedule, prunable, prune_layerwise
+from .pruning.plan import Plan, empty_plan, load_plan, weights_fingerprint
 from .pruning.proof import Proof, prove
 from .pruning.surgery import apply, gap_head, load_thin
+from .pruning.trace import example_inputs, named_tensors
 from .registry import convert
 from .seeds import derive
 from .store import Checkpoint
 from .training import Accuracy, Recipe, evaluate, train
 
-PLAN, WEIGHTS, REPORT = "plan.json", "model.safetensors", "report.json"
+PLAN, WEIGHTS, REPORT, PROGRAM = "plan.json", "model.safetensors", "report.json", "model.pt2"
 PROOF_IMAGES = 3
 ONNX_IMAGES = 8
 ENGINE_IMAGES = 1000
@@ -109,54 +112,82 @@ def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _check_way(tools: Tools, model: nn.Module) -> None:
-    """Raise ModelError for what would fail after the training: nothing to prune, or no way to ONNX."""
-    _groups(tools, channel_graph(model, tools.job.input_shape))
+    """Raise what would fail after the training: nothing to prune, a budget out of reach, no way to ONNX."""
+    graph = _graph(tools, model)
+    groups = _groups(tools, graph)
+    choose_widths(dict(named_tensors(model)), graph, groups, _wish(tools, model, graph))
     target = tools.job.target
     check_exportable(model, tools.job.input_shape, opset=target.opset)
 
 
+def _graph(tools: Tools, model: nn.Module) -> ChannelGraph:
+    return channel_graph(model, example_inputs(model, tools.job.input_shape), ignore=tools.job.options.ignore)
+
+
 def _groups(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
-    groups = prunable(graph)
+    groups = prunable(graph, shortcuts=tools.job.options.prune_shortcuts)
     if not groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in graph.whole.items())
+        streams = any(group.shortcut for group in graph.groups)
         raise ModelError(
             f"There is nothing to prune in {tools.job.options.model}. {reasons}",
-            hint="This version prunes convolutions whose output feeds exactly one other convolution.",
+            hint="Only its residual streams can go: --prune-shortcuts."
+            if streams
+            else "See which operations are named.",
         )
     return groups
+
+
+def _wish(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
+    """What the options ask of widths, in numbers for this network."""
+    options = tools.job.options
+    dense = cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool))
+    return Wish(
+        keep=options.keep,
+        macs=options.most_macs(dense.macs),
+        size=options.most_bytes,
+        grid=options.round_to,
+        layers=options.keep_layer,
+    )
 
 
 def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """ThiNet front to back, fine-tuning after each layer, and the proof of the plan."""
     job, options = tools.job, tools.job.options
     original = tools.load(dense_folder)
-    graph = channel_graph(original, job.input_shape)
-    groups = _groups(tools, graph)
+    graph = _graph(tools, original)
+    groups, tensors = _groups(tools, graph), dict(named_tensors(original))
 
     def tune(model: nn.Module, step: str) -> None:
         tools.train(model, f"Fine-tuning, {step}", options.layer_epochs, options.lr / 3)
 
-    thin, plan, layers = prune_layerwise(
-        original,
-        job.data,
-        groups,
-        keep=options.keep,
-        seed=options.seed,
-        tune=tune,
-        checkpoint=checkpoint,
-        progress=tools.progress,
-    )
+    inputs = example_inputs(original, job.input_shape)
+    schedule = Schedule(original, graph, job.data, inputs, options.seed, tune)
+    widths = choose_widths(tensors, graph, groups, _wish(tools, original, graph))
+    thin, plan, layers = prune_layerwise(schedule, groups, widths, checkpoint, tools.progress)
+    plan = plan.model_copy(update={"weights": weights_fingerprint(original)})
     images = torch.from_numpy(job.data.train.inputs(np.arange(PROOF_IMAGES)))
-    proof = prove(original, plan, images, seed=options.seed)
+    proof = prove(original, graph, plan, (images,), seed=options.seed)
     write_network(folder, thin, plan)
-    kept_whole = {group.producer: "one of the last convolutions" for group in graph.groups if group not in groups}
+    before, after = (count(model, job.input_shape).macs for model in (original, thin))
     report = {
         "accuracy": asdict(tools.test(thin, "the pruned network")),
         "layers": [_json_ready(layer) for layer in layers],
-        "whole": {**graph.whole, **kept_whole},
+        "whole": {**graph.whole, **_left_whole(graph, groups)},
+        "macs": {"before": before, "after": after},
         "proof": _json_ready(proof),
     }
     write_json(folder / REPORT, report)
+
+
+def _left_whole(graph: ChannelGraph, groups: tuple[ChannelGroup, ...]) -> dict[str, str]:
+    """Producer → why it was not pruned, although it could be."""
+    return {
+        producer: "a residual stream (--prune-shortcuts prunes them)" if group.shortcut else "one of the last layers"
+        for group in graph.groups
+        if group not in groups
+        for producer in group.producers
+    }
 
 
 def tuned(tools: Tools, pruned_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
@@ -208,6 +239,7 @@ def unfinished(tools: Tools, pruned_folder: Path, head: bool, folder: Path) -> N
     else:
         write_network(folder, tools.load(pruned_folder), load_plan(pruned_folder / PLAN))
     shutil.copyfile(pruned_folder / REPORT, folder / REPORT)
+    export_program(tools.load(folder), tools.job.input_shape, folder / PROGRAM)
 
 
 def own(tools: Tools, thin_folder: Path, weights: Path, folder: Path) -> None:

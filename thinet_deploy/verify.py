@@ -91,6 +91,7 @@ def pruning_hop(model: str, proof: Proof) -> Hop:
     """Masked → pruned: the plan's proof."""
     detail = (
         f"float64, real and random weights, batch {' and '.join(map(str, proof.batch_sizes))}; worst: {proof.place}"
+        + (f" (from {proof.group})" if proof.group else "")
     )
     return Hop(model, "masked → pruned", proof.passed, proof.error, proof.tolerance, images=proof.images, detail=detail)
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from ..data import Dataset
 from ..interfaces import Progress, silent
 from ..store import Checkpoint
 from ..training import evaluate
+from .budget import Widths, possible
 from .graph import ChannelGraph, ChannelGroup
-from .plan import Plan, empty_plan, plan_group
+from .plan import Plan, empty_plan, fingerprint
 from .reconstruction import relative_error, scale
-from .selection import keep_count, thinet
+from .retrace import settled_plan
+from .selection import thinet
 from .statistics import sampled_gram
 from .surgery import apply, fold_scale
+from .trace import Inputs
 
 DRAWS = 10
 IMAGES_PER_CLASS = 10
@@ -26,11 +31,11 @@ MIN_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Layer:
-    """What happened to one layer.
+    """What happened to one group of layers.
 
     Attributes:
-        producer: module name of the pruned convolution.
-        consumer: module name of the layer whose input statistics decided.
+        producer: module names of the pruned layers, the first one of the network first.
+        consumer: module names of the layers whose input statistics decided.
         before: filters before.
         after: filters after.
         rows: samples behind the decision.
@@ -51,86 +56,149 @@ class Layer:
     top1_tuned: float
 
 
-def prunable(graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
+def prunable(graph: ChannelGraph, *, shortcuts: bool = False) -> tuple[ChannelGroup, ...]:
     """The groups that ThiNet prunes, front to back.
 
     In a plain network the last convs stay: those at the smallest map (conv5_x of VGG-16, which the papers keep),
-    and the one that feeds the head. Where branches meet, all groups are pruned (the inner convs of a ResNet).
+    and the fully connected head. Where branches meet, all groups but the residual streams are pruned (the first two
+    convs of a ResNet's bottleneck).
+
+    Args:
+        graph: of the network.
+        shortcuts: prune residual streams too.
     """
     if graph.joins:
-        return graph.groups
-    smallest = min((group.map_size for group in graph.groups), default=(0, 0))
-    inner = tuple(group for group in graph.groups if group.map_size != smallest and group.spread == 1)
-    return inner or tuple(group for group in graph.groups[:-1] if group.spread == 1)
+        return tuple(group for group in graph.groups if shortcuts or not group.shortcut)
+    convs = [group for group in graph.groups if group.map_size is not None]
+    smallest = min((group.map_size for group in convs if group.map_size), default=None)
+    inner = tuple(group for group in convs if group.map_size != smallest and not _feeds_head(graph, group))
+    return inner or tuple(group for group in convs[:-1] if not _feeds_head(graph, group))
+
+
+def _feeds_head(graph: ChannelGraph, group: ChannelGroup) -> bool:
+    return any(consumer.spread > 1 for consumer in group.consumers)
+
+
+@dataclass(frozen=True)
+class Thin:
+    """A network on its way to being thin.
+
+    Attributes:
+        model: as it stands.
+        plan: that leads to it from the original.
+        kept: per channel of the graph, whether it stays.
+    """
+
+    model: nn.Module
+    plan: Plan
+    kept: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every step of the schedule works with.
+
+    Attributes:
+        original: the dense network; left untouched.
+        graph: of it.
+        data: calibration samples come from its training images.
+        inputs: example inputs of the network, to trace it.
+        seed: of the run.
+        tune: fine-tunes a network in place; called with the network and the name of the step.
+    """
+
+    original: nn.Module
+    graph: ChannelGraph
+    data: Dataset
+    inputs: Inputs
+    seed: int
+    tune: Callable[[nn.Module, str], None]
 
 
 def prune_layerwise(
-    model: nn.Module,
-    data: Dataset,
+    schedule: Schedule,
     groups: Sequence[ChannelGroup],
-    *,
-    keep: float,
-    seed: int,
-    tune: Callable[[nn.Module, str], None],
+    widths: Widths,
     checkpoint: Checkpoint,
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan, list[Layer]]:
     """Prune groups front to back with ThiNet as published.
 
     Args:
-        model: the dense network; left untouched.
-        data: calibration samples come from its training images.
-        groups: from `prunable`.
-        keep: share of filters kept in every group.
-        seed: of the run.
-        tune: fine-tunes the network in place; called with the network and the name of the step.
+        schedule: network, data and fine-tuning.
+        groups: to prune, from `prunable`.
+        widths: how many channels of each group stay.
         checkpoint: saved after every layer.
         progress: called before the first and after every layer.
 
     Returns:
         The thin network, the plan that leads to it, and what happened layer by layer.
     """
-    plan, layers, thin = empty_plan(model, data.preprocess), list[Layer](), model
+    model, kept = schedule.original, np.ones(schedule.graph.channels, dtype=bool)
+    thin = Thin(model, empty_plan(model, schedule.data.preprocess), kept)
+    layers: list[Layer] = []
     if saved := checkpoint.load():
         tensors, state = saved
         plan, layers = Plan.model_validate(state["plan"]), [Layer(**layer) for layer in state["layers"]]
-        thin = apply(plan, model)
-        thin.load_state_dict(tensors)
-    for index, group in enumerate(groups):
-        progress("Pruning", index, len(groups), group.producer)
+        kept[state["removed"]] = False
+        thin = Thin(apply(plan, model), plan, kept)
+        thin.model.load_state_dict(tensors)
+    todo = [group for group in groups if widths[group.name] < len(group.channels)]
+    for index, group in enumerate(todo):
+        progress("Pruning", index, len(todo), group.name)
         if index < len(layers):
             continue
-        thin, step, layer = _prune_group(thin, data, group, keep, seed, tune)
-        plan = plan.then(step)
+        thin, layer = _prune_group(schedule, thin, group, widths[group.name])
         layers.append(layer)
-        state = {"plan": plan.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}
-        checkpoint.save(thin.state_dict(), state)
-    progress("Pruning", len(groups), len(groups))
-    return (thin if groups else apply(plan, model)), plan, layers
+        state = {
+            "plan": thin.plan.model_dump(mode="json"),
+            "removed": np.flatnonzero(~thin.kept).tolist(),
+            "layers": [asdict(layer) for layer in layers],
+        }
+        checkpoint.save(thin.model.state_dict(), state)
+    progress("Pruning", len(todo), len(todo))
+    return (thin.model if layers else apply(thin.plan, model)), thin.plan, layers
 
 
-def _prune_group(
-    model: nn.Module, data: Dataset, group: ChannelGroup, keep: float, seed: int, tune: Callable[[nn.Module, str], None]
-) -> tuple[nn.Module, Plan, Layer]:
+def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int) -> tuple[Thin, Layer]:
+    data, seed = schedule.data, schedule.seed
     per_class = max(IMAGES_PER_CLASS, MIN_IMAGES // len(data.classes))
-    chosen = data.train.calibration(per_class, seed=seed, stage=group.producer)
-    gram, rows = sampled_gram(model, group, data.train, chosen, draws=DRAWS, seed=seed)
-    kept = thinet(gram, keep_count(group.channels, keep))
-    weights = scale(gram, kept)
-    step = plan_group(model, group, kept.tolist())
-    thin = apply(step, model)
-    fold_scale(thin, group, weights)
-    pruned = evaluate(thin, data.test).top1
-    tune(thin, f"layer {group.producer}")
+    chosen = data.train.calibration(per_class, seed=seed, stage=group.name)
+    gram, rows = sampled_gram(thin.model, group, thin.plan, data.train, chosen, draws=DRAWS, seed=seed)
+    stays, kept = _select(schedule.graph, thin.kept, group, gram, width)
+    weights = scale(gram, stays)
+    plan = settled_plan(schedule.original, schedule.graph, kept, schedule.inputs)
+    plan = plan.model_copy(update={"preprocess": data.preprocess})
+    step = plan.since(thin.plan).model_copy(update={"structure": fingerprint(thin.model)})
+    model = apply(step, thin.model)
+    everywhere = np.ones(len(group.channels))
+    everywhere[stays] = weights
+    fold_scale(model, group, plan, everywhere)
+    pruned = evaluate(model, data.test).top1
+    schedule.tune(model, f"layer {group.name}")
     layer = Layer(
-        producer=group.producer,
-        consumer=group.consumer,
-        before=group.channels,
-        after=len(kept),
+        producer=", ".join(group.producers),
+        consumer=", ".join(dict.fromkeys(each.weight.removesuffix(".weight") for each in group.consumers)),
+        before=len(group.channels),
+        after=len(stays),
         rows=rows,
-        error=relative_error(gram, kept, weights * 0 + 1),
-        error_scaled=relative_error(gram, kept, weights),
+        error=relative_error(gram, stays, weights * 0 + 1),
+        error_scaled=relative_error(gram, stays, weights),
         top1_pruned=pruned,
-        top1_tuned=evaluate(thin, data.test).top1,
+        top1_tuned=evaluate(model, data.test).top1,
     )
-    return thin, step, layer
+    return Thin(model, plan, kept), layer
+
+
+def _select(
+    graph: ChannelGraph, kept: NDArray[np.bool_], group: ChannelGroup, gram: NDArray[np.float64], width: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """ThiNet's choice, and all channels that stay then; wider where a layer would lose all of its filters."""
+    while True:
+        stays = thinet(gram, width, group.cells)
+        after = kept.copy()
+        after[group.channels] = False
+        after[group.channels[stays]] = True
+        if graph.leaves_filters(after) or width == len(group.channels):
+            return stays, after
+        width = next(wider for wider in possible(group, 1) if wider > width)

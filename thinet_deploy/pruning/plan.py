@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from ..artifact import hash_json, write_bytes
 from ..errors import InputError, ModelError
 from ..preprocess import Preprocess
-from .graph import ChannelGroup
+from .graph import STAYS, ChannelGraph, ChannelGroup, Channels, Consumer
+from .trace import named_tensors
 
 Indices = tuple[int, ...]
 
@@ -37,7 +42,9 @@ class Plan(BaseModel):
         format: names the file's kind.
         version: of the format.
         structure: fingerprint of the model the plan belongs to (parameter names and shapes).
-        keep: parameter or buffer name → dimension → ordered indices that stay.
+        weights: fingerprint of the values it was made from; a plan fits other values too, such as fine-tuned ones.
+        keep: parameter or buffer name → dimension → indices that stay, in the order in which they stand then.
+        grouped: weight of a grouped convolution → groups; its inputs in `keep` are counted over all groups.
         attributes: module name → attribute → new value, such as out_channels.
         widths: module name of every producer → (filters before, filters after).
         head: the new head, if it was replaced.
@@ -47,10 +54,12 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["thinet-deploy/plan"] = "thinet-deploy/plan"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     structure: str
+    weights: str = ""
     keep: dict[str, dict[int, Indices]] = Field(default_factory=dict)
-    attributes: dict[str, dict[str, int]] = Field(default_factory=dict)
+    grouped: dict[str, int] = Field(default_factory=dict)
+    attributes: dict[str, dict[str, int | Indices]] = Field(default_factory=dict)
     widths: dict[str, tuple[int, int]] = Field(default_factory=dict)
     head: GapHead | None = None
     preprocess: Preprocess | None = None
@@ -73,8 +82,28 @@ class Plan(BaseModel):
         for name, (before, after) in cut.widths.items():
             widths[name] = (widths[name][0] if name in widths else before, after)
         return self.model_copy(
-            update={"keep": keep, "attributes": attributes, "widths": widths, "head": cut.head or self.head}
+            update={
+                "keep": keep,
+                "grouped": {**self.grouped, **cut.grouped},
+                "attributes": attributes,
+                "widths": widths,
+                "head": cut.head or self.head,
+            }
         )
+
+    def since(self, before: Plan) -> Plan:
+        """The plan that leads from what `before` leaves to what `self` leaves: before.then(self.since(before)) = self.
+
+        `before` keeps everything that `self` keeps.
+        """
+        keep: dict[str, dict[int, Indices]] = {}
+        for name, dims in self.keep.items():
+            keep[name] = {}
+            for dim, indices in dims.items():
+                places = before.keep.get(name, {}).get(dim)
+                where = {index: place for place, index in enumerate(places)} if places is not None else None
+                keep[name][dim] = tuple(where[index] for index in indices) if where else indices
+        return self.model_copy(update={"keep": keep})
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -82,29 +111,73 @@ def fingerprint(model: nn.Module) -> str:
     return hash_json([[name, list(tensor.shape)] for name, tensor in sorted(model.state_dict().items())])
 
 
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of a model's values."""
+    tensors = sorted(model.state_dict().items())
+    return hash_json(
+        [
+            [name, hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()]
+            for name, tensor in tensors
+        ]
+    )
+
+
 def empty_plan(model: nn.Module, preprocess: Preprocess | None = None) -> Plan:
     """The plan that keeps everything."""
     return Plan(structure=fingerprint(model), preprocess=preprocess)
 
 
-def plan_group(model: nn.Module, group: ChannelGroup, kept: list[int]) -> Plan:
-    """The plan that keeps the filters `kept` of one group, and everything else."""
-    filters = tuple(kept)
-    inputs = tuple(channel * group.spread + k for channel in kept for k in range(group.spread))
+def plan_channels(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_]) -> Plan:
+    """The plan that keeps some channels of a graph, each dimension in its original order.
+
+    Args:
+        model: the network of the graph.
+        graph: its channels.
+        kept: per channel of the graph, whether it stays.
+    """
+    stays = np.append(kept, True)
+    assert STAYS == -1
     keep: dict[str, dict[int, Indices]] = {}
-    attributes: dict[str, dict[str, int]] = {group.producer: {"out_channels": len(filters)}}
-    for owner in (group.producer, *group.norms):
-        module = model.get_submodule(owner)
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.dim() > 0:
-                keep[f"{owner}.{name}"] = {0: filters}
-    for norm in group.norms:
-        attributes[norm] = {"num_features": len(filters)}
-    keep[f"{group.consumer}.weight"] = {1: inputs}
-    size = "in_channels" if isinstance(model.get_submodule(group.consumer), nn.Conv2d) else "in_features"
-    attributes[group.consumer] = {size: len(inputs)}
-    widths = {group.producer: (group.channels, len(filters))}
-    return Plan(structure=fingerprint(model), keep=keep, attributes=attributes, widths=widths)
+    for axis in graph.axes:
+        if not stays[axis.channels].all():
+            keep.setdefault(axis.site.parameter, {})[axis.site.dim] = tuple(
+                np.flatnonzero(stays[axis.channels]).tolist()
+            )
+    grouped = {
+        axis.site.parameter: axis.groups for axis in graph.axes if axis.groups > 1 and axis.site.parameter in keep
+    }
+    attributes: dict[str, dict[str, int | Indices]] = {}
+    for each in graph.attributes:
+        count = int(stays[each.channels].sum())
+        if count == len(each.channels):
+            continue
+        mine = attributes.setdefault(each.module, {})
+        if each.index is None:
+            mine[each.name] = count
+        else:
+            present = mine.get(each.name, getattr(model.get_submodule(each.module), each.name))
+            assert not isinstance(present, int)
+            mine[each.name] = (*present[: each.index], count, *present[each.index + 1 :])
+    widths = {
+        axis.site.parameter.removesuffix(".weight"): (len(axis.channels), int(stays[axis.channels].sum()))
+        for axis in graph.axes
+        if axis.producer and not stays[axis.channels].all()
+    }
+    return Plan(
+        structure=fingerprint(model),
+        keep=keep,
+        grouped=grouped,
+        attributes=attributes,
+        widths=widths,
+    )
+
+
+def members(group: ChannelGroup, consumer: Consumer, plan: Plan) -> Channels:
+    """For each input that a consumer still has under a plan: which of the group's channels it is, or STAYS."""
+    indices = plan.keep.get(consumer.weight, {}).get(consumer.dim)
+    channels = consumer.channels if indices is None else consumer.channels[list(indices)]
+    where = {channel: place for place, channel in enumerate(group.channels.tolist())}
+    return np.array([where.get(channel, STAYS) for channel in channels.tolist()], dtype=np.int64)
 
 
 def load_plan(path: Path) -> Plan:
@@ -133,11 +206,11 @@ def check_structure(plan: Plan, model: nn.Module) -> None:
             "The plan belongs to another network: parameter names or shapes differ from this model's.",
             hint="Give the --model (and number of classes) with which the plan was made.",
         )
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    shapes = {name: tensor.shape for name, tensor in tensors}
+    shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
     for name, dims in plan.keep.items():
         for dim, indices in dims.items():
             size = shapes[name][dim] if name in shapes and 0 <= dim < len(shapes[name]) else 0
+            size *= plan.grouped.get(name, 1) if dim == 1 else 1
             if not indices or min(indices) < 0 or max(indices) >= size:
                 raise ModelError(
                     f"The plan is damaged: {name} of the network does not have what is to be kept of it.",

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..seeds import derive
+from .graph import ChannelGraph, Consumer
 from .plan import Plan
 from .surgery import apply
+from .trace import Inputs, named_tensors
+from .watch import Call, watch
 
 OUTPUT = "output"
 # A wrong index changes outputs by parts in a hundred; rounding in another order by a few units in the last place.
@@ -32,6 +37,7 @@ class Proof:
         error: largest difference, relative to the largest value at that place.
         tolerance: from the cut network's own response to inputs changed by one unit in the last place.
         place: where the error is closest to, or furthest above, its tolerance: a consumer's module name, or "output".
+        group: producers of the channels that are read there; "" for the output.
         images: how many inputs were used.
         batch_sizes: that were run.
     """
@@ -40,20 +46,26 @@ class Proof:
     error: float
     tolerance: float
     place: str
+    group: str
     images: int
     batch_sizes: tuple[int, ...]
 
 
-def cut(model: nn.Module, plan: Plan) -> nn.Module:
+def cut(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     """A copy of the original in which consumers ignore the channels that the plan removes; nothing is sliced."""
     masked = copy.deepcopy(model)
-    for name, dims in plan.keep.items():
-        if 1 in dims:
-            weight = masked.get_parameter(name)
-            stays = torch.zeros(weight.shape[1], dtype=torch.bool)
-            stays[list(dims[1])] = True
-            with torch.no_grad():
-                weight[:, ~stays] = 0
+    tensors = dict(named_tensors(masked))
+    for consumer in {(each.weight, each.dim): each for group in graph.groups for each in group.consumers}.values():
+        indices = plan.keep.get(consumer.weight, {}).get(consumer.dim)
+        if indices is None:
+            continue
+        weight = tensors[consumer.weight].detach().movedim(consumer.dim, 0)
+        groups = plan.grouped.get(consumer.weight, 1)
+        goes = torch.ones(len(weight) * groups, dtype=torch.bool)
+        goes[list(indices)] = False
+        for group, part in enumerate(goes.chunk(groups)):  # a grouped convolution's filters read only their own part
+            filters = weight.shape[1] // groups
+            weight[part, group * filters : (group + 1) * filters] = 0
     return masked
 
 
@@ -72,25 +84,39 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
     return other
 
 
-def prove(model: nn.Module, plan: Plan, images: torch.Tensor, *, seed: int) -> Proof:
+def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: Inputs, *, seed: int) -> Proof:
     """Prove a plan on the original network (the head is left as it is).
 
     Args:
         model: the original.
+        graph: its channels.
         plan: whose indices are to be proved.
-        images: real inputs (n, channels, height, width), n at least 2.
+        inputs: real inputs of the network, each (n, …), n at least 2.
         seed: of the randomised copy.
     """
     body = plan.model_copy(update={"head": None})
-    sizes = (1, len(images))
+    sizes = (1, len(inputs[0]))
     rows: list[tuple[str, float, float]] = []
     for base in (model, randomised(model, seed)):
         original = copy.deepcopy(base).double().eval()
-        thin, masked = apply(body, original), cut(original, body)
+        thin, masked = apply(body, original), cut(original, graph, body)
+        del original
         for size in sizes:
-            rows += _compare(masked, thin, body, images[:size].double())
+            batch = tuple(each[:size].double() if each.is_floating_point() else each[:size] for each in inputs)
+            rows += _compare(masked, thin, graph, body, batch)
     place, error, tolerance = max(rows, key=_excess)
-    return Proof(error <= tolerance, error, tolerance, place, len(images), sizes)
+    return Proof(error <= tolerance, error, tolerance, place, _feeders(graph, place), len(inputs[0]), sizes)
+
+
+def _feeders(graph: ChannelGraph, place: str) -> str:
+    """The producers whose channels a consumer reads."""
+    name = place.partition(" (")[0]
+    groups = [group for group in graph.groups if any(_named(each) == name for each in group.consumers)]
+    return ", ".join(dict.fromkeys(producer for group in groups for producer in group.producers))
+
+
+def _named(consumer: Consumer) -> str:
+    return consumer.weight.removesuffix(".weight")
 
 
 def _excess(row: tuple[str, float, float]) -> float:
@@ -99,35 +125,39 @@ def _excess(row: tuple[str, float, float]) -> float:
     return math.inf if math.isnan(error / tolerance) else error / tolerance
 
 
-def _compare(masked: nn.Module, thin: nn.Module, plan: Plan, batch: torch.Tensor) -> list[tuple[str, float, float]]:
+def _compare(
+    masked: nn.Module, thin: nn.Module, graph: ChannelGraph, plan: Plan, batch: Inputs
+) -> list[tuple[str, float, float]]:
     """(place, error, tolerance) at every consumer and at the output, each relative to the largest value there."""
-    expected, got = _observe(masked, plan, batch), _observe(thin, plan, batch)
-    nudged = _observe(masked, plan, batch * (1 + torch.finfo(torch.float64).eps))
+    filters = {each.weight: plan.keep.get(each.weight, {}) for group in graph.groups for each in group.consumers}
+    expected, got = _observe(masked, filters, batch), _observe(thin, {name: {} for name in filters}, batch)
+    step = 1 + torch.finfo(torch.float64).eps
+    nudged = _observe(masked, filters, tuple(each * step if each.is_floating_point() else each for each in batch))
     rows = []
     for place, value in expected.items():
-        indices = plan.keep.get(f"{place}.weight", {}).get(0)
-        stays = slice(None) if indices is None else torch.tensor(indices)
         scale = max(float(value.abs().max()), torch.finfo(torch.float64).tiny)
         noise = float((value - nudged[place]).abs().max()) / scale
         tolerance = _NOISE_FACTOR * (noise + torch.finfo(torch.float64).eps)
-        rows.append((place, float((value[:, stays] - got[place]).abs().max()) / scale, tolerance))
+        same = place in got and got[place].shape == value.shape
+        rows.append((place, float((value - got[place]).abs().max()) / scale if same else math.inf, tolerance))
     return rows
 
 
-def _observe(model: nn.Module, plan: Plan, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Outputs of all consumers of the plan, and of the network."""
+def _observe(
+    model: nn.Module, filters: Mapping[str, Mapping[int, Sequence[int]]], batch: Inputs
+) -> dict[str, torch.Tensor]:
+    """Outputs of consumers, reduced to the filters named, and of the network."""
     seen: dict[str, torch.Tensor] = {}
-    consumers = [name.removesuffix(".weight") for name, dims in plan.keep.items() if 1 in dims]
 
-    def watch(place: str) -> torch.utils.hooks.RemovableHandle:
+    def see(call: Call) -> None:
+        place = call.weight.removesuffix(".weight") + (f" (use {call.number + 1})" if call.number else "")
+        stays = filters[call.weight].get(int("output_padding" in call.given))  # the dimension of a weight's filters
+        channel = -1 if call.given["weight"].dim() == 2 else 1
         # clone: an in-place ReLU behind the consumer would overwrite what was seen
-        return model.get_submodule(place).register_forward_hook(lambda _, __, out: seen.update({place: out.clone()}))
+        seen[place] = call.output.clone() if stays is None else call.output.index_select(channel, torch.tensor(stays))
 
-    hooks = [watch(place) for place in consumers]
-    try:
-        with torch.inference_mode():
-            seen[OUTPUT] = model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.inference_mode(), watch(model, filters, see):
+        outputs = tree_leaves(model(*batch))
+    for index, output in enumerate(each for each in outputs if isinstance(each, torch.Tensor)):
+        seen[OUTPUT if index == 0 else f"{OUTPUT} {index + 1}"] = output
     return seen

@@ -18,7 +18,7 @@ def keep_count(channels: int, ratio: float) -> int:
     return max(1, int(channels * ratio))
 
 
-def thinet(gram_cc: NDArray[np.float64], keep: int) -> NDArray[np.int64]:
+def thinet(gram_cc: NDArray[np.float64], keep: int, cells: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """ThiNet's greedy removal (ICCV 2017, algorithm 1) in Gram form.
 
     Repeatedly removes the channel j that minimises ‖Σ_{t∈T} x̂_t + x̂_j‖₂ over the removed set T; with
@@ -27,15 +27,20 @@ def thinet(gram_cc: NDArray[np.float64], keep: int) -> NDArray[np.int64]:
     Args:
         gram_cc: G, (channels, channels).
         keep: channels to keep.
+        cells: per channel, the cell it is in; every cell keeps the same share (`ChannelGroup`). None: one cell.
 
     Returns:
         Kept channels, ascending.
     """
     channels = len(gram_cc)
+    cells = np.zeros(channels, dtype=np.int64) if cells is None else cells
+    sizes = np.bincount(cells)
+    left = sizes - sizes * keep // channels  # to be removed from each cell
     cost = np.diagonal(gram_cc).copy()
     kept = np.ones(channels, dtype=bool)
-    for _ in range(channels - keep):
-        j = int(np.argmin(np.where(kept, cost, np.inf)))
+    for _ in range(int(left.sum())):
+        j = int(np.argmin(np.where(kept & (left[cells] > 0), cost, np.inf)))
         kept[j] = False
+        left[cells[j]] -= 1
         cost += 2 * gram_cc[:, j]
     return np.flatnonzero(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import nn
 from ..errors import ModelError
 from ..models.weights import load_weights
 from .graph import ChannelGroup
-from .plan import GapHead, Plan, check_structure
+from .plan import GapHead, Plan, check_structure, members
+from .trace import named_tensors
 
 
 def apply(plan: Plan, model: nn.Module) -> nn.Module:
@@ -24,20 +26,47 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
     """
     check_structure(plan, model)
     thin = copy.deepcopy(model)
-    for name, dims in plan.keep.items():
-        owner, _, leaf = name.rpartition(".")
-        module = thin.get_submodule(owner)
-        tensor = getattr(module, leaf).detach()
-        for dim, indices in dims.items():
-            tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
-        is_parameter = leaf in dict(module.named_parameters(recurse=False))
-        setattr(module, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+    places = defaultdict[int, list[str]](list)
+    for name, tensor in named_tensors(thin):
+        places[id(tensor)].append(name)
+    for names in places.values():
+        if names[0] in plan.keep:
+            _set(thin, names, _sliced(thin, plan, names[0]))
     for owner, values in plan.attributes.items():
+        module = thin.get_submodule(owner)
         for attribute, value in values.items():
-            setattr(thin.get_submodule(owner), attribute, value)
+            sequence = list if isinstance(getattr(module, attribute, None), list) else tuple
+            setattr(module, attribute, value if isinstance(value, int) else sequence(value))
     if plan.head:
         replace_head(thin, plan.head)
     return thin
+
+
+def _sliced(model: nn.Module, plan: Plan, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(owner), leaf).detach()
+    dims = {dim: torch.tensor(indices, device=tensor.device) for dim, indices in plan.keep[name].items()}
+    if (groups := plan.grouped.get(name, 1)) > 1:  # every group of filters reads inputs of its own
+        inputs = dims.pop(1, torch.arange(tensor.shape[1] * groups, device=tensor.device))
+        filters = dims.pop(0, torch.arange(tensor.shape[0], device=tensor.device))
+        parts = zip(filters.reshape(groups, -1), inputs.reshape(groups, -1), strict=True)
+        per_group = tensor.shape[1]
+        return torch.cat([tensor[rows][:, columns - group * per_group] for group, (rows, columns) in enumerate(parts)])
+    for dim, indices in dims.items():
+        tensor = tensor.index_select(dim, indices)
+    return tensor
+
+
+def _set(model: nn.Module, names: list[str], tensor: torch.Tensor) -> None:
+    """Put a tensor in all its places: tied weights stay tied."""
+    new: torch.Tensor | None = None
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, leaf)
+        if new is None:
+            new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        setattr(module, leaf, new)
 
 
 def load_thin(plan: Plan, fresh: nn.Module, weights: Path) -> nn.Module:
@@ -47,14 +76,27 @@ def load_thin(plan: Plan, fresh: nn.Module, weights: Path) -> nn.Module:
     return thin.eval()
 
 
-def fold_scale(model: nn.Module, group: ChannelGroup, scale: NDArray[np.float64]) -> None:
-    """Multiply the consumer's weights by ŵ, one scalar per (kept) input channel; its bias stays."""
-    weight = model.get_submodule(group.consumer).weight
-    assert isinstance(weight, nn.Parameter)
-    factors = torch.from_numpy(np.repeat(scale, group.spread))
-    with torch.no_grad():
-        shaped = factors.view(1, -1, *[1] * (weight.dim() - 2))
-        weight.copy_((weight.double() * shaped).to(weight.dtype))
+def fold_scale(model: nn.Module, group: ChannelGroup, plan: Plan, scale: NDArray[np.float64]) -> None:
+    """Multiply the consumers' weights by ŵ, one scalar per channel of the group; their biases stay.
+
+    Args:
+        model: the thin network, in place.
+        group: whose channels are scaled.
+        plan: that led to the network.
+        scale: per channel of the group, whether it is still there or not.
+    """
+    tensors = dict(named_tensors(model))
+    for consumer in {each.weight: each for each in group.consumers}.values():
+        factors = torch.from_numpy(np.append(scale, 1.0)[members(group, consumer, plan)])
+        weight = tensors[consumer.weight]
+        groups = len(factors) // weight.shape[1] if consumer.dim == 1 else 1
+        with torch.no_grad():
+            if consumer.dim == 1 and groups > 1:
+                shaped = factors.reshape(groups, -1).repeat_interleave(len(weight) // groups, 0)
+                shaped = shaped.reshape(*shaped.shape, *[1] * (weight.dim() - 2))
+            else:
+                shaped = factors.reshape([-1 if dim == consumer.dim else 1 for dim in range(weight.dim())])
+            weight.copy_((weight.double() * shaped).to(weight.dtype))
 
 
 def gap_head(model: nn.Module) -> GapHead | None:

@@ -1,0 +1,67 @@
+"""The options that commands share, each with the help that `--help` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Target = Annotated[
+    str | None, typer.Option("--target", "-t", help="What to build for: see `targets`. \\[default: cpu]")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="vgg16, vgg-small, or your own file.py:factory.  \\[default: vgg-small on the built-in digits]"),
+]
+Data = Annotated[Path | None, typer.Option(help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="Trained weights, .safetensors or .pth. Without them the network is trained here.")
+]
+Preprocess = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with resize, crop, colour, range, mean, std; goes with the model into the bundle."),
+]
+InputShape = Annotated[
+    str | None, typer.Option(help="Channels x height x width, such as 3x224x224, for a model that does not say.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="thinet-conv: prune the convolutions. thinet-gap: also replace the fully connected head by global "
+        "average pooling.  \\[default: thinet-gap where there is such a head]"
+    ),
+]
+Keep = Annotated[float | None, typer.Option(help="Share of filters that stay in every pruned layer.  \\[default: 0.5]")]
+Macs = Annotated[
+    str | None,
+    typer.Option(help="Budget instead of --keep: 2x for half of the multiply-accumulates, or a number such as 300M."),
+]
+Size = Annotated[str | None, typer.Option(help="Budget instead of --keep: of the weights, such as 5MB.")]
+RoundTo = Annotated[
+    int | None, typer.Option(help="Widths are multiples of this; budgets are reached all the same.  \\[default: 1]")
+]
+KeepLayer = Annotated[
+    list[str] | None,
+    typer.Option("--keep-layer", help="PATTERN=R: another keep ratio for some layers, such as layer4.*=0.7."),
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay whole, such as layer1.*.")]
+Shortcuts = Annotated[
+    bool | None, typer.Option("--prune-shortcuts", help="Prune residual streams too, not only inside blocks.")
+]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training the original.  \\[default: 20]")]
+LayerEpochs = Annotated[int | None, typer.Option(help="Epochs after each pruned layer.  \\[default: 1]")]
+FinetuneEpochs = Annotated[
+    int | None, typer.Option(help="Epochs at the end, for ThiNet-Conv and again for ThiNet-GAP.  \\[default: 15]")
+]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.  \\[default: 0.03]")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  \\[default: 32]")]
+Trainer = Annotated[
+    str | None,
+    typer.Option(help="file.py:fit, your own training: fit(model, images, epochs=…, lr=…) trains the model in place."),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  \\[default: thinet-run]")]
+Config = Annotated[Path | None, typer.Option(help="TOML file with any of these options; the command line wins.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]

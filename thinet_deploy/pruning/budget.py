@@ -1,0 +1,138 @@
+"""How many channels stay: uniform widths for a keep ratio, or for a budget of multiply-accumulates or size."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import GateError
+from .graph import ChannelGraph, ChannelGroup
+
+Widths = dict[str, int]  # group's name → channels that stay
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks of widths.
+
+    Attributes:
+        keep: share of channels that stay in every group, where no budget is given.
+        macs: most multiply-accumulates for one input; None for no such budget.
+        size: most bytes of weights, by the papers' rule (4 per weight, biases not counted); None for no such budget.
+        grid: widths are multiples of this number.
+        layers: pattern of producers → keep ratio of theirs, whatever the others get.
+    """
+
+    keep: float = 0.5
+    macs: float | None = None
+    size: float | None = None
+    grid: int = 1
+    layers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a network for one input: multiply-accumulates, and bytes of its weights by the papers' rule."""
+
+    macs: int
+    size: int
+
+
+def cost(tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, kept: NDArray[np.bool_]) -> Cost:
+    """What a network costs when only some channels stay; nothing is run.
+
+    Args:
+        tensors: parameters and buffers of the original by name.
+        graph: its channels.
+        kept: per channel, whether it stays.
+    """
+    stays, counts = np.append(kept, True), dict[str, list[int]]()
+    for axis in graph.axes:
+        left = counts.setdefault(axis.site.parameter, list(tensors[axis.site.parameter].shape))
+        left[axis.site.dim] = int(stays[axis.channels].sum()) // axis.groups
+    macs = size = 0
+    for name, tensor in tensors.items():
+        elements = math.prod(counts.get(name, tensor.shape))
+        macs += graph.work.get(name, 0) * elements
+        if tensor.dim() > 1 or name.endswith((".weight", ".running_mean")):
+            size += 4 * elements
+    return Cost(macs, size)
+
+
+def possible(group: ChannelGroup, grid: int) -> list[int]:
+    """Widths that a group can have: equal shares of its cells, multiples of the grid, or all of it."""
+    widths = [group.width(step) for step in range(1, group.steps + 1)]
+    return [width for width in widths if width % grid == 0 or width == len(group.channels)]
+
+
+def uniform(groups: Sequence[ChannelGroup], ratio: float, wish: Wish) -> Widths:
+    """One keep ratio for all groups, each at a width it can have.
+
+    Without a grid the number is int(C·r) as in ThiNet, or the next lower one that keeps shares equal; with one it is
+    the nearest on the grid.
+    """
+    widths = {}
+    for group in groups:
+        mine = next((r for pattern, r in wish.layers.items() if _matches(group, pattern)), ratio)
+        goal, choices = len(group.channels) * mine, possible(group, wish.grid)
+        if wish.grid > 1:
+            widths[group.name] = min(choices, key=lambda width: (abs(width - goal), width))
+        else:
+            widths[group.name] = max((width for width in choices if width <= goal + 1e-9), default=choices[0])
+    return widths
+
+
+def _matches(group: ChannelGroup, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(producer, pattern) for producer in group.producers)
+
+
+def choose_widths(
+    tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish
+) -> Widths:
+    """Widths for what the user asks: the largest uniform ones within the budget.
+
+    Raises:
+        GateError: the budget cannot be reached with these groups.
+    """
+    if wish.macs is None and wish.size is None:
+        return uniform(groups, wish.keep, wish)
+
+    def within(ratio: float) -> bool:
+        now = cost(tensors, graph, some(graph, groups, uniform(groups, ratio, wish)))
+        return now.macs <= (wish.macs or math.inf) and now.size <= (wish.size or math.inf)
+
+    if not within(0.0):
+        least = cost(tensors, graph, some(graph, groups, uniform(groups, 0.0, wish)))
+        raise GateError(
+            f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.1f} M multiply-accumulates "
+            f"and {least.size / 2**20:.2f} MB are left.",
+            hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), or ignore fewer layers.",
+        )
+    return uniform(groups, _largest(within), wish)
+
+
+def _largest(within: Callable[[float], bool]) -> float:
+    """The largest ratio up to 1 that is within the budget; wider is never cheaper."""
+    if within(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) else (low, middle)
+    return low
+
+
+def some(graph: ChannelGraph, groups: Sequence[ChannelGroup], widths: Widths) -> NDArray[np.bool_]:
+    """A keep set of the widths asked for, whichever channels these are: costs depend on numbers only."""
+    kept = np.ones(graph.channels, dtype=bool)
+    for group in groups:
+        for cell in np.unique(group.cells):
+            mine = group.channels[group.cells == cell]
+            kept[mine[len(mine) * widths[group.name] // len(group.channels) :]] = False
+    return kept

@@ -1,0 +1,132 @@
+"""The second trace: a pruned network has to put the same channels together as the original.
+
+Python code may shuffle channels, or count them with fixed numbers. So the pruned network is traced again, with the
+labels of the filters that stay: consumers get their inputs in the order in which these arrive, and whatever does not
+stand where it stood is found, with its place in the code.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx, nn
+
+from ..errors import ModelError
+from .graph import ChannelGraph
+from .label_pass import Labels, lean
+from .labels import FIXED, PARAMETER, Check, MismatchError
+from .plan import Plan, plan_channels
+from .rules import run
+from .surgery import apply
+from .trace import Inputs, Trace, operation, place, trace
+
+# Operations that take parts of a dimension.
+_TAKING = frozenset({"slice", "split", "split_with_sizes", "chunk", "narrow", "select", "unbind", "tensor_split"})
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass
+class RetraceError(Exception):
+    """The pruned network does not run, or does something else than the original.
+
+    Attributes:
+        modules: of the user's own code that were running, the innermost first.
+        line: "file.py:12" in it, if known.
+        what: went wrong.
+    """
+
+    modules: list[str]
+    line: str
+    what: str
+
+
+def settled_plan(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_], inputs: Inputs) -> Plan:
+    """The plan that keeps some channels, every dimension in the order in which channels arrive there.
+
+    Raises:
+        RetraceError: the pruned network does not run, or mixes channels up.
+    """
+    plan = plan_channels(model, graph, kept)
+    thin = apply(plan, model)
+    try:
+        traced = trace(thin, inputs)
+    except ModelError as error:
+        raise _failure(thin, inputs, str(error)) from error
+    keep = {
+        axis.site: list(plan.keep[axis.site.parameter][axis.site.dim])
+        for axis in graph.axes
+        if axis.site.dim in plan.keep.get(axis.site.parameter, {})
+    }
+    book = Check(graph.draft, keep)
+    try:
+        _same_parts(graph, book, traced, run(traced, book))
+        orders = book.orders()
+    except MismatchError as error:
+        raise _mismatch(thin, error) from error
+    ordered = {name: dict(dims) for name, dims in plan.keep.items()}
+    for site, order in orders.items():
+        ordered[site.parameter][site.dim] = tuple(order)
+    return plan.model_copy(update={"keep": ordered})
+
+
+def _same_parts(graph: ChannelGraph, book: Check, pruned: Trace, after: dict[str, Labels]) -> None:
+    """Parts taken of channels have to be the same parts: what happens to each by itself leaves no trace in labels.
+
+    Raises:
+        MismatchError: a slice or split takes other channels than those that are left of it.
+    """
+    ours, theirs = ([node for node in each.nodes if operation(node) in _TAKING] for each in (graph.trace, pruned))
+    if not ours or [operation(node) for node in ours] != [operation(node) for node in theirs]:
+        return  # the proof will tell
+    before, left = run(graph.trace, Check(graph.draft, {})), book.left()
+    for one, other in zip(ours, theirs, strict=True):
+        if [part & left for part in _channels(before[one.name])] != _channels(after[other.name]):
+            error = MismatchError(f"{place(other)} takes other channels than before")
+            error.node = other  # type: ignore[attr-defined]
+            raise error
+
+
+def _channels(labels: Labels) -> list[set[int]]:
+    parts = labels if isinstance(labels, list) else [labels]
+    found = [set(lean(part).unique().tolist()) if part is not None else set() for part in parts]
+    return [{label for label in part if FIXED < label < PARAMETER} for part in found]
+
+
+def _mismatch(model: nn.Module, error: MismatchError) -> RetraceError:
+    node = getattr(error, "node", None)
+    if not isinstance(node, fx.Node):
+        return RetraceError([""], "", str(error))
+    stack = [name.partition("@")[0] for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    line = place(node).partition(" (")[2].removesuffix(")")
+    return RetraceError(_users_own(model, stack), line, str(error))
+
+
+def _failure(model: nn.Module, inputs: Inputs, message: str) -> RetraceError:
+    """Run the network as it is to see where it fails."""
+    stack: list[str] = []
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda _, __, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(lambda _, __, ___: stack.pop() and None))
+    try:
+        with torch.inference_mode():
+            model(*inputs)
+    except Exception as error:  # noqa: BLE001 - the user's own code may raise anything
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
+        line = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        return RetraceError(_users_own(model, stack), line, str(error).splitlines()[0] if str(error) else repr(error))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return RetraceError([""], "", message)
+
+
+def _users_own(model: nn.Module, stack: list[str]) -> list[str]:
+    """The modules whose forward() is not torch's, the innermost first."""
+    own = [name for name in stack if not type(model.get_submodule(name)).__module__.startswith("torch.nn.")]
+    return own[::-1] or [""]
