@@ -128,7 +128,9 @@ def test_size_in_words() -> None:
     assert make_options({}).most_bytes is None
 
 
-@pytest.mark.parametrize("values", [{"macs": "half"}, {"size": "5"}, {"round_to": 0}, {"keep_layer": {"a": 0.0}}])
+@pytest.mark.parametrize(
+    "values", [{"macs": "half"}, {"size": "5"}, {"round_to": 0}, {"round_to": "targets"}, {"keep_layer": {"a": 0.0}}]
+)
 def test_what_is_no_budget(values: dict[str, Any]) -> None:
     with pytest.raises(InputError) as error:
         make_options(values)
@@ -140,6 +142,13 @@ def test_one_layers_ratio_in_words() -> None:
     for wrong in ("layer4", "layer4=", "=0.7x", "0.7"):
         with pytest.raises(InputError, match="PATTERN=R"):
             parse_layer(wrong)
+
+
+def test_the_grid_of_the_target(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    assert make_options({"round_to": "8"}).round_to == 8
+    folder = prune(tiny_options(tmp_path / "run", "residual", keep=0.5, round_to="target"))  # cpu: multiples of 16
+    assert load_plan(folder / "plan.json").widths == {}  # layers of six filters stay whole
+    assert set(read_json(folder / "report.json")["whole"]) >= {"blocks.0.conv1", "blocks.1.conv1"}
 
 
 def test_no_such_option() -> None:

@@ -39,7 +39,11 @@ Macs = Annotated[
 ]
 Size = Annotated[str | None, typer.Option(help="Budget instead of --keep: of the weights, such as 5MB.")]
 RoundTo = Annotated[
-    int | None, typer.Option(help="Widths are multiples of this; budgets are reached all the same.  \\[default: 1]")
+    str | None,
+    typer.Option(
+        help="Widths are multiples of this number, or of the target profile's (`target`); budgets are reached all the "
+        "same.  \\[default: 1]"
+    ),
 ]
 KeepLayer = Annotated[
     list[str] | None,

@@ -28,7 +28,8 @@ class Options(BaseModel):
         keep: keep ratio r of every pruned layer.
         macs: budget instead: "2x" for half as many multiply-accumulates, or their number, such as "300M".
         size: budget instead: of the weights, such as "5MB" (4 bytes each, 2^20 bytes in a MB, biases not counted).
-        round_to: widths are multiples of this number; budgets are reached all the same.
+        round_to: widths are multiples of this number, or of what the target profile knows to be fast ("target");
+            budgets are reached all the same.
         keep_layer: pattern of module names, such as "layer4.*" → keep ratio of these layers.
         ignore: patterns of module names that stay whole.
         prune_shortcuts: prune residual streams too.
@@ -55,7 +56,7 @@ class Options(BaseModel):
     keep: float = Field(default=0.5, gt=0, le=1)
     macs: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(x|k|M|G|B)?$")
     size: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(kB|MB|GB)$")
-    round_to: int = Field(default=1, ge=1)
+    round_to: Annotated[int, Field(ge=1)] | Literal["target"] = 1
     keep_layer: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     prune_shortcuts: bool = False
@@ -116,6 +117,7 @@ def make_options(values: dict[str, Any]) -> Options:
 
 _HINTS = {
     "macs": "--macs 2x halves the multiply-accumulates; --macs 300M and --macs 1.5G are numbers of them.",
+    "round_to": "--round-to 16, or --round-to target for the number in the target's profile.",
     "size": "--size 5MB, --size 800kB: of the weights, 4 bytes each.",
     "keep": "--keep is the share of filters that stay in each pruned layer: 0.5 keeps half of them.",
 }

@@ -163,6 +163,7 @@ def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
         **training,
         "dense": original.digest,
         "widths": options.model_dump(mode="json", include=WIDTHS),
+        **({"grid": job.target.channel_grid} if options.round_to == "target" else {}),
         "epochs": options.layer_epochs,
     }
     pruned = run.stage("prune", inputs, partial(stages.pruned, tools, original.folder))

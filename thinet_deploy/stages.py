@@ -22,7 +22,7 @@ from .interfaces import Conversion, Progress
 from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
-from .pruning.budget import Wish, choose_widths, cost
+from .pruning.budget import Widths, Wish, choose_widths, cost
 from .pruning.discovery import channel_graph
 from .pruning.graph import ChannelGraph, ChannelGroup
 from .pruning.layerwise import Layer, Schedule, prunable, prune_layerwise
@@ -146,7 +146,7 @@ def _wish(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
         keep=options.keep,
         macs=options.most_macs(dense.macs),
         size=options.most_bytes,
-        grid=options.round_to,
+        grid=tools.job.target.channel_grid if options.round_to == "target" else options.round_to,
         layers=options.keep_layer,
     )
 
@@ -173,21 +173,27 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
     report = {
         "accuracy": asdict(tools.test(thin, "the pruned network")),
         "layers": [_json_ready(layer) for layer in layers],
-        "whole": {**graph.whole, **_left_whole(graph, groups)},
+        "whole": {**graph.whole, **_left_whole(graph, groups, widths)},
         "macs": {"before": before, "after": after},
         "proof": _json_ready(proof),
     }
     write_json(folder / REPORT, report)
 
 
-def _left_whole(graph: ChannelGraph, groups: tuple[ChannelGroup, ...]) -> dict[str, str]:
+def _left_whole(graph: ChannelGraph, groups: tuple[ChannelGroup, ...], widths: Widths) -> dict[str, str]:
     """Producer → why it was not pruned, although it could be."""
-    return {
-        producer: "a residual stream (--prune-shortcuts prunes them)" if group.shortcut else "one of the last layers"
-        for group in graph.groups
-        if group not in groups
-        for producer in group.producers
-    }
+    reasons = {}
+    for group in graph.groups:
+        if group not in groups:
+            why = "a residual stream (--prune-shortcuts prunes them)" if group.shortcut else "one of the last layers"
+        elif widths[group.name] == len(group.channels):
+            why = (
+                f"no narrower width is nearer to what was asked (it has {len(group.channels)} filters; see --round-to)"
+            )
+        else:
+            continue
+        reasons.update(dict.fromkeys(group.producers, why))
+    return reasons
 
 
 def tuned(tools: Tools, pruned_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
