@@ -43,8 +43,6 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing into $(VENV): some hundred megabytes, once …"
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) "$$(grep '^torch==' $(CONSTRAINTS))"
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[cpu,dev]'
-	@# For tests/test_families.py; its dependencies would bring another torch.
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --no-deps torchvision
 	@rm -f $(UNFINISHED)
 	@touch $(STAMP)
 

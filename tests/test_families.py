@@ -1,5 +1,6 @@
 """Pruned networks of torchvision: the exported ONNX file equals torch and has exactly the planned widths."""
 
+import importlib.util
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,8 @@ SLOW = [
 @pytest.fixture(scope="module")
 def zoo() -> ModuleType:
     """torchvision.models; its compiled operations are missing beside a CPU build of torch, so they are declared."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operation in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operation):

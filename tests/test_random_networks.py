@@ -104,7 +104,7 @@ class Draw:
 
     def pointwise(self, inputs: int) -> tuple[nn.Module, int]:
         norms = (nn.BatchNorm2d(inputs), nn.InstanceNorm2d(inputs, affine=True), nn.GroupNorm(inputs, inputs))
-        acts = (nn.ReLU(inplace=True), nn.SiLU(), nn.PReLU(inputs), nn.Hardswish(), nn.Dropout())
+        acts = (nn.ReLU(), nn.SiLU(), nn.PReLU(inputs), nn.Hardswish(), nn.Dropout())
         maps = (nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.Upsample(scale_factor=1.5), nn.ReflectionPad2d(1))
         return self.pick(*norms, norms[0], *acts, acts[0], *maps, Lambda(lambda x: x * 0.5 + 1)), inputs
 

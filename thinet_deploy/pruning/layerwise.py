@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..data import Dataset
+from ..errors import ModelError
 from ..interfaces import Progress, silent
 from ..store import Checkpoint
 from ..training import evaluate
@@ -17,7 +18,7 @@ from .budget import Widths, possible
 from .graph import ChannelGraph, ChannelGroup
 from .plan import Plan, empty_plan, fingerprint
 from .reconstruction import relative_error, scale
-from .retrace import settled_plan
+from .retrace import RetraceError, settled_plan
 from .selection import thinet
 from .statistics import sampled_gram
 from .surgery import apply, fold_scale
@@ -167,7 +168,14 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     gram, rows = sampled_gram(thin.model, group, thin.plan, data.train, chosen, draws=DRAWS, seed=seed)
     stays, kept = _select(schedule.graph, thin.kept, group, gram, width)
     weights = scale(gram, stays)
-    plan = settled_plan(schedule.original, schedule.graph, kept, schedule.inputs)
+    try:
+        plan = settled_plan(schedule.original, schedule.graph, kept, schedule.inputs)
+    except RetraceError as error:
+        raise ModelError(
+            f"Without the filters chosen in {group.name} the network is another one: {error.what} "
+            f"({error.modules[0] or 'the network'} {error.line}).",
+            hint=f'Leave this layer whole: --ignore "{group.name}".',
+        ) from error
     plan = plan.model_copy(update={"preprocess": data.preprocess})
     step = plan.since(thin.plan).model_copy(update={"structure": fingerprint(thin.model)})
     model = apply(step, thin.model)
