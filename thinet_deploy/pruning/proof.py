@@ -26,6 +26,8 @@ from .watch import Call, watch
 OUTPUT = "output"
 # A wrong index changes outputs by parts in a hundred; rounding in another order by a few units in the last place.
 _NOISE_FACTOR = 64
+# Large enough that the response is not itself rounding, small enough to be linear.
+_NUDGE = 2.0**-30
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Proof:
     Attributes:
         passed: whether the error is within the tolerance everywhere.
         error: largest difference, relative to the largest value at that place.
-        tolerance: from the cut network's own response to inputs changed by one unit in the last place.
+        tolerance: from the cut network's own response to small changes of its weights and inputs, scaled down to
+            one unit in the last place.
         place: where the error is closest to, or furthest above, its tolerance: a consumer's module name, or "output".
         group: producers of the channels that are read there; "" for the output.
         images: how many inputs were used.
@@ -101,9 +104,11 @@ def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: Inputs, *, 
         original = copy.deepcopy(base).double().eval()
         thin, masked = apply(body, original), cut(original, graph, body)
         del original
-        for size in sizes:
-            batch = tuple(each[:size].double() if each.is_floating_point() else each[:size] for each in inputs)
-            rows += _compare(masked, thin, graph, body, batch)
+        batches = [
+            tuple(each[:size].double() if each.is_floating_point() else each[:size] for each in inputs)
+            for size in sizes
+        ]
+        rows += _compare(masked, thin, graph, body, batches)
     place, error, tolerance = max(rows, key=_excess)
     return Proof(error <= tolerance, error, tolerance, place, _feeders(graph, place), len(inputs[0]), sizes)
 
@@ -126,21 +131,43 @@ def _excess(row: tuple[str, float, float]) -> float:
 
 
 def _compare(
-    masked: nn.Module, thin: nn.Module, graph: ChannelGraph, plan: Plan, batch: Inputs
+    masked: nn.Module, thin: nn.Module, graph: ChannelGraph, plan: Plan, batches: Sequence[Inputs]
 ) -> list[tuple[str, float, float]]:
-    """(place, error, tolerance) at every consumer and at the output, each relative to the largest value there."""
+    """(place, error, tolerance) at every consumer and at the output, each relative to the largest value there.
+
+    `masked` is not what it was afterwards.
+    """
     filters = {each.weight: plan.keep.get(each.weight, {}) for group in graph.groups for each in group.consumers}
-    expected, got = _observe(masked, filters, batch), _observe(thin, {name: {} for name in filters}, batch)
-    step = 1 + torch.finfo(torch.float64).eps
-    nudged = _observe(masked, filters, tuple(each * step if each.is_floating_point() else each for each in batch))
+    expected = [_observe(masked, filters, batch) for batch in batches]
+    got = [_observe(thin, {name: {} for name in filters}, batch) for batch in batches]
+    errors = [
+        {place: _apart(value, other.get(place)) for place, value in mine.items()}
+        for mine, other in zip(expected, got, strict=True)
+    ]
+    del got
+    rng = torch.Generator().manual_seed(0)
+    for tensor in masked.state_dict().values():
+        tensor.copy_(_nudged(tensor, rng))
     rows = []
-    for place, value in expected.items():
-        scale = max(float(value.abs().max()), torch.finfo(torch.float64).tiny)
-        noise = float((value - nudged[place]).abs().max()) / scale
-        tolerance = _NOISE_FACTOR * (noise + torch.finfo(torch.float64).eps)
-        same = place in got and got[place].shape == value.shape
-        rows.append((place, float((value - got[place]).abs().max()) / scale if same else math.inf, tolerance))
+    for batch, values, apart in zip(batches, expected, errors, strict=True):
+        nudged = _observe(masked, filters, tuple(_nudged(each, rng) for each in batch))
+        for place, value in values.items():
+            noise = _apart(value, nudged[place]) / _NUDGE + 1
+            rows.append((place, apart[place], _NOISE_FACTOR * noise * torch.finfo(torch.float64).eps))
     return rows
+
+
+def _nudged(tensor: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor * (1 + _NUDGE * torch.randn(tensor.shape, generator=rng, dtype=torch.float64))
+
+
+def _apart(value: torch.Tensor, other: torch.Tensor | None) -> float:
+    """The largest difference, relative to the largest value."""
+    if other is None or other.shape != value.shape:
+        return math.inf
+    return float((value - other).abs().max()) / max(float(value.abs().max()), torch.finfo(torch.float64).tiny)
 
 
 def _observe(

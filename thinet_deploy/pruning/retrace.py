@@ -8,6 +8,7 @@ stand where it stood is found, with its place in the code.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import fx, nn
 from ..errors import ModelError
 from .graph import ChannelGraph
 from .label_pass import Labels, lean
-from .labels import FIXED, PARAMETER, Check, MismatchError
+from .labels import FIXED, PARAMETER, Check, Draft, MismatchError, Site
 from .plan import Plan, plan_channels
 from .rules import run
 from .surgery import apply
@@ -62,16 +63,62 @@ def settled_plan(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_],
         for axis in graph.axes
         if axis.site.dim in plan.keep.get(axis.site.parameter, {})
     }
-    book = Check(graph.draft, keep)
     try:
-        _same_parts(graph, book, traced, run(traced, book))
-        orders = book.orders()
+        orders = _orders(graph, keep, traced)
     except MismatchError as error:
-        raise _mismatch(thin, error) from error
+        if (aligned := _aligned(graph, plan, keep, traced)) == keep:
+            raise _mismatch(thin, error) from error
+        try:
+            orders = _orders(graph, aligned, traced)
+        except MismatchError as other:
+            raise _mismatch(thin, other) from other
     ordered = {name: dict(dims) for name, dims in plan.keep.items()}
     for site, order in orders.items():
         ordered[site.parameter][site.dim] = tuple(order)
     return plan.model_copy(update={"keep": ordered})
+
+
+def _orders(graph: ChannelGraph, keep: Mapping[Site, list[int]], pruned: Trace) -> dict[Site, list[int]]:
+    """For every site of `keep` its indices in the order in which channels arrive; MismatchError as `settled_plan`."""
+    book = Check(graph.draft, keep)
+    _same_parts(graph, book, pruned, run(pruned, book))
+    return book.orders()
+
+
+def _aligned(graph: ChannelGraph, plan: Plan, keep: Mapping[Site, list[int]], pruned: Trace) -> dict[Site, list[int]]:
+    """`keep`, with the filters of later producers in the order in which they meet those of earlier ones.
+
+    A layer whose channels are added to shuffled ones has to make them in the shuffled order. A filter of a grouped
+    convolution stays in its group.
+    """
+    met = Draft(producers=list(graph.draft.producers))
+    run(pruned, met)
+    aligned, belongs = dict(keep), dict[int, int]()  # what the pruned network puts together → the original's channel
+    for site in sorted(graph.draft.producers, key=lambda site: site in keep):
+        if site not in met.sites:
+            continue
+        channels = graph.draft.roots(graph.draft.sites[site].labels).tolist()
+        places = [met.find(label) for label in met.sites[site].labels.tolist()]
+        kept = keep.get(site, list(range(len(channels))))
+        if site in keep:
+            size = len(kept) // plan.grouped.get(site.parameter, 1)
+            blocks = (slice(start, start + size) for start in range(0, len(kept), size))
+            kept = [each for block in blocks for each in _placed(kept[block], places[block], channels, belongs)]
+            aligned[site] = kept
+        for index, where in zip(kept, places, strict=True):
+            belongs.setdefault(where, channels[index])
+    return aligned
+
+
+def _placed(kept: list[int], places: list[int], channels: list[int], belongs: Mapping[int, int]) -> list[int]:
+    """The filters that belong to some places there, the others in their own order."""
+    left, order = list(kept), dict[int, int]()
+    for position, where in enumerate(places):
+        fitting = [index for index in left if channels[index] == belongs.get(where)]
+        if fitting:
+            order[position] = fitting[0]
+            left.remove(fitting[0])
+    return [order[position] if position in order else left.pop(0) for position in range(len(kept))]
 
 
 def _same_parts(graph: ChannelGraph, book: Check, pruned: Trace, after: dict[str, Labels]) -> None:
