@@ -1,7 +1,8 @@
-"""Which channels stay: the paper's greedy loop, and what follows from it (thinet.md, sections 1 and 6)."""
+"""Which channels stay: the papers' greedy loops, and what follows from them (thinet.md, sections 1 and 6)."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from thinet_deploy.errors import InputError
-from thinet_deploy.pruning.selection import keep_count, thinet
+from thinet_deploy.pruning.selection import NOISE, by_score, keep_count, thinet, thinet_omp
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -131,3 +132,156 @@ def test_a_ratio_that_is_no_share_is_refused(ratio: float) -> None:
     with pytest.raises(InputError, match="keep ratio") as caught:
         keep_count(64, ratio)
     assert caught.value.hint
+
+
+# --- greedy addition (TPAMI) -------------------------------------------------------------------------------------
+
+
+def direct_addition(rows: NDArray[np.float64], keep: int) -> list[int]:
+    """TPAMI's rule on the rows themselves, every refit from scratch; ties as `thinet_omp` has them."""
+    target, energy, chosen = rows.sum(1), (rows**2).sum(0), list[int]()
+    floor = (NOISE * np.sqrt(energy).sum()) ** 2
+    while len(chosen) < keep:
+        residual = target - rows[:, chosen] @ np.linalg.lstsq(rows[:, chosen], target)[0] if chosen else target
+        scores = {}
+        for j in set(range(rows.shape[1])) - set(chosen):
+            score = (rows[:, j] @ residual) ** 2 / energy[j] if energy[j] > 0 else -1.0
+            scores[j] = 0.0 if 0 <= score <= floor else float(score)
+        best = max(scores.values())
+        chosen.append(min(j for j, score in scores.items() if score >= best - NOISE * abs(best)))
+    return sorted(chosen)
+
+
+def error_of(rows: NDArray[np.float64], kept: NDArray[np.int64]) -> float:
+    target = rows.sum(1)
+    return float(np.linalg.norm(target - rows[:, kept] @ np.linalg.lstsq(rows[:, kept], target)[0]))
+
+
+def test_addition_from_the_gram_matrix_equals_refits_on_the_rows_in_150_cases() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(150):
+        channels = int(rng.integers(2, 20))
+        rows, keep = some_rows(rng, channels), int(rng.integers(1, channels + 1))
+        assert thinet_omp(rows.T @ rows, keep).tolist() == direct_addition(rows, keep)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 10), st.integers(1, 12), st.integers(0, 2**31), st.data())
+def test_addition_with_dead_and_repeated_channels_and_any_rank(
+    channels: int, samples: int, seed: int, data: st.DataObject
+) -> None:
+    rows = np.random.default_rng(seed).normal(size=(samples, channels))
+    index = st.integers(0, channels - 1)
+    for one, other in data.draw(st.lists(st.tuples(index, index), max_size=4)):
+        rows[:, one] = rows[:, other]
+    rows[:, sorted(data.draw(st.sets(index, max_size=channels - 1)))] = 0
+    keep = data.draw(st.integers(1, channels))
+    kept = thinet_omp(rows.T @ rows, keep)
+    assert kept.tolist() == direct_addition(rows, keep)
+    alive = np.flatnonzero((rows**2).sum(0))
+    # All live ones, or live ones only.
+    assert set(kept) >= set(alive) or set(kept) <= set(alive)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 10), st.data())
+def test_ties_of_the_addition_go_to_the_lowest_index(channels: int, data: st.DataObject) -> None:
+    values = st.lists(st.integers(-1, 1), min_size=channels, max_size=channels)
+    rows = np.array(data.draw(st.lists(values, min_size=1, max_size=6)), dtype=np.float64)
+    keep = data.draw(st.integers(1, channels))
+    assert thinet_omp(rows.T @ rows, keep).tolist() == direct_addition(rows, keep)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 16), st.integers(0, 2**31), st.data())
+def test_the_order_and_number_of_rows_do_not_matter(channels: int, seed: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    rows, keep = some_rows(rng, channels), data.draw(st.integers(1, channels))
+    shuffled = np.concatenate([rows] * data.draw(st.integers(1, 3)))
+    rng.shuffle(shuffled)
+    shuffled *= data.draw(st.sampled_from([1.0, 1e-6, 1e6]))  # nor their unit
+    expected = thinet_omp(rows.T @ rows, keep)
+    np.testing.assert_array_equal(thinet_omp(shuffled.T @ shuffled, keep), expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_permuting_channels_permutes_the_addition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, order = some_rows(rng, 17), rng.permutation(17)
+    shuffled = rows[:, order]
+    assert set(order[thinet_omp(shuffled.T @ shuffled, 6)]) == set(thinet_omp(rows.T @ rows, 6))
+
+
+def test_every_further_channel_is_an_addition_and_the_error_never_grows() -> None:
+    rows = some_rows(np.random.default_rng(4), 20)
+    before = rows.T @ rows
+    kept = [thinet_omp(before, keep) for keep in range(1, 21)]
+    np.testing.assert_array_equal(before, rows.T @ rows)  # the input is not used up
+    for fewer, more in itertools.pairwise(kept):
+        assert set(fewer) < set(more)
+        assert error_of(rows, more) <= error_of(rows, fewer) + 1e-9
+    assert error_of(rows, kept[-1]) < 1e-9
+
+
+def test_one_channel_of_each_pair_is_enough_and_then_the_lowest_are_filled_up() -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 4))[:, [0, 0, 1, 1, 2, 2, 3, 3]]
+    gram = rows.T @ rows
+    assert thinet_omp(gram, 4).tolist() == [0, 2, 4, 6]
+    assert thinet_omp(gram, 6).tolist() == [0, 1, 2, 3, 4, 6]
+
+
+def test_an_ill_conditioned_gram_matrix_breaks_nothing() -> None:
+    rng = np.random.default_rng(0)
+    line = rng.normal(size=(100, 1))
+    rows = line + 1e-7 * rng.normal(size=(100, 12))  # all but one singular value within float noise of G
+    rows[:, 3], rows[:, 7] = 0, 1e-160
+    kept = thinet_omp(rows.T @ rows, 11)
+    assert len(set(kept)) == 11
+    assert 3 not in kept
+
+
+def test_a_dead_layer_keeps_as_many_as_asked_by_addition() -> None:
+    assert thinet_omp(np.zeros((5, 5)), 2).tolist() == [0, 1]
+
+
+# --- scores and cells --------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([-1.0, 0.0, -0.0, 0.5, 2.0, math.inf]), min_size=1, max_size=12), st.data())
+def test_the_highest_scores_stay_and_the_lowest_index_of_equal_ones(scores: list[float], data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, len(scores)))
+    expected = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:keep]
+    assert by_score(np.array(scores), keep).tolist() == sorted(expected)
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"1 of 3 channels have NaN") as caught:
+        by_score(np.array([1.0, math.nan, 2.0]), 2)
+    assert caught.value.hint
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.data())
+def test_every_cell_keeps_its_share_by_every_rule(seed: int, unit: int, data: st.DataObject) -> None:
+    """Cells of 2·unit and unit channels, mixed."""
+    rng = np.random.default_rng(seed)
+    cells = rng.permutation(np.repeat([0, 0, 1, 2, 2], unit))
+    step = data.draw(st.integers(0, unit))
+    rows = some_rows(rng, 5 * unit)
+    scores = rng.integers(3, size=5 * unit).astype(np.float64)
+    gram = rows.T @ rows
+    for kept in (thinet(gram, 5 * step, cells), thinet_omp(gram, 5 * step, cells), by_score(scores, 5 * step, cells)):
+        assert np.bincount(cells[kept], minlength=3).tolist() == [2 * step, step, 2 * step]
+        assert (np.diff(kept) > 0).all()
+    for cell in range(3):
+        mine = np.flatnonzero(cells == cell)
+        share = len(mine) * step // unit
+        kept = by_score(scores, 5 * step, cells)
+        assert kept[cells[kept] == cell].tolist() == mine[by_score(scores[mine], share)].tolist()
+
+
+def test_a_full_cell_is_passed_over_by_the_addition() -> None:
+    rows = np.diag([4.0, 3.0, 2.0, 1.0])
+    assert thinet_omp(rows.T @ rows, 2).tolist() == [0, 1]
+    assert thinet_omp(rows.T @ rows, 2, np.array([0, 0, 1, 1])).tolist() == [0, 2]
