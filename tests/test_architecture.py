@@ -43,6 +43,7 @@ LEVELS = {
         "environment",
         "target",
         "data",
+        "intervals",
         "preprocess",
         "models",
         "runner",

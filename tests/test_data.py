@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from thinet_deploy import data
-from thinet_deploy.data import Dataset, ImageSet, load_digits, load_folder
+from thinet_deploy.data import UNLABELLED, Dataset, ImageSet, images_digest, load_digits, load_folder, load_images
 from thinet_deploy.errors import DataError
 from thinet_deploy.preprocess import Augment, Preprocess
 
@@ -202,6 +202,78 @@ def test_progress_is_reported(folder: Path) -> None:
     assert said == [("Reading training images", 22, 22), ("Reading test images", 22, 22)]
 
 
+# ---------------------------------------------------------------------------------------------- unlabelled images
+
+
+def test_unlabelled_images_are_those_of_all_folders_in_the_order_of_their_paths(folder: Path) -> None:
+    found, whole = load_images(folder, PREPROCESS), load_folder(folder, PREPROCESS)
+    assert found.labels.tolist() == [UNLABELLED] * 44
+    assert not found.labelled
+    assert whole.train.labelled
+    assert (everything(found) == np.concatenate([everything(whole.train), everything(whole.test)])).all()
+    assert (everything(load_images(folder / "train", PREPROCESS)) == everything(whole.train)).all()
+    assert (everything(load_images(folder / "train" / "first", PREPROCESS)) == everything(whole.train)[:11]).all()
+
+
+def test_files_and_folders_side_by_side_have_one_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "zzz.png").write_bytes((folder / "train" / "first" / "c.png").read_bytes())
+    (folder / "b.png").write_bytes((folder / "val" / "second" / "c.png").read_bytes())
+    before, digest = everything(load_images(folder, PREPROCESS)), images_digest(folder, PREPROCESS)
+    assert len(before) == 46
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(list(listed(path))))
+    assert (everything(load_images(folder, PREPROCESS)) == before).all()
+    assert images_digest(folder, PREPROCESS) == digest
+
+
+def test_hidden_and_linked_folders_add_nothing(folder: Path) -> None:
+    before, digest = everything(load_images(folder, PREPROCESS)), images_digest(folder, PREPROCESS)
+    hidden = folder / ".thumbnails"
+    hidden.mkdir()
+    (hidden / "a.png").write_bytes((folder / "train" / "first" / "c.png").read_bytes())
+    (folder / "train" / "._a.jpg").write_text("what macOS leaves beside a.jpg")
+    (folder / "val" / "round").symlink_to(folder)
+    assert (everything(load_images(folder, PREPROCESS)) == before).all()
+    assert images_digest(folder, PREPROCESS) == digest
+
+
+def test_a_linked_folder_is_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("links")
+    (place / "photos").symlink_to(folder / "train")
+    assert (everything(load_images(place, PREPROCESS)) == everything(load_folder(folder, PREPROCESS).train)).all()
+
+
+def test_unlabelled_on_demand_equals_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = everything(load_images(folder, PREPROCESS))
+    monkeypatch.setattr(data, "MEMORY_BYTES", 0)
+    assert (everything(load_images(folder, PREPROCESS)) == whole).all()
+
+
+@pytest.mark.parametrize("memory", [0, 2 << 30])
+def test_what_is_no_image_is_named(folder: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MEMORY_BYTES", memory)
+    with pytest.raises(DataError, match="no folder"):
+        load_images(folder / "absent", PREPROCESS)
+    (folder / "empty" / "emptier").mkdir(parents=True)
+    with pytest.raises(DataError, match="has no images"):
+        load_images(folder / "empty", PREPROCESS)
+    with pytest.raises(DataError, match="has no images"):
+        images_digest(folder / "empty", PREPROCESS)
+    (folder / "empty" / "emptier" / "text.jpg").write_text("no image")
+    with pytest.raises(DataError, match=r"text\.jpg is not an image"):
+        load_images(folder, PREPROCESS)
+
+
+def test_the_digest_of_unlabelled_images_changes_with_them(folder: Path) -> None:
+    seen = [images_digest(folder, PREPROCESS)]
+    seen.append(images_digest(folder, PREPROCESS.model_copy(update={"crop": (7, 7)})))
+    (folder / "new.png").write_bytes((folder / "train" / "first" / "c.png").read_bytes())
+    seen.append(images_digest(folder, PREPROCESS))
+    (folder / "new.png").rename(folder / "newer.png")
+    seen.append(images_digest(folder, PREPROCESS))
+    assert len(set(seen)) == 4
+
+
 # ---------------------------------------------------------------------------------------------- batches
 
 
@@ -307,3 +379,113 @@ def test_calibration_depends_on_seed_and_stage(digits: Dataset) -> None:
     assert len(drawn) == 4
     more = digits.train.calibration(10, seed=0, stage="a")
     assert set(digits.train.calibration(5, seed=0, stage="a")) <= set(more), "more images include the fewer"
+
+
+def labelled(labels: list[int]) -> ImageSet:
+    """Images whose first pixel is their own index."""
+
+    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.broadcast_to(indices.astype(np.uint8)[:, None, None, None], (len(indices), 12, 12, 3))
+
+    return ImageSet(np.array(labels, dtype=np.int64), read, PREPROCESS)
+
+
+def test_all_unlabelled_images_calibrate() -> None:
+    images = labelled([UNLABELLED] * 30)
+    assert images.calibration(2, seed=0, stage="s").tolist() == list(range(30))
+    assert images.calibration(0, seed=0, stage="s").tolist() == []
+    chosen = images.sample(7, seed=0, stage="s")
+    assert len(set(chosen.tolist())) == 7
+    assert chosen.tolist() != list(range(7))
+
+
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=80), st.integers(0, 90), st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_a_sample_is_as_balanced_as_can_be(labels: list[int], count: int, seed: int) -> None:
+    images = labelled(labels)
+    chosen = images.sample(count, seed=seed, stage="s")
+    assert len(chosen) == min(count, len(labels))
+    assert (np.diff(chosen) > 0).all(), "each once, ascending"
+    there, counted = Counter(labels), Counter(images.labels[chosen].tolist())
+    most = max(counted.values(), default=0)
+    assert all(counted[label] >= most - 1 or counted[label] == there[label] for label in there)
+    assert set(images.sample(count // 2, seed=seed, stage="s")) <= set(chosen), "more images include the fewer"
+
+
+def test_a_sample_of_equal_shares_is_the_calibration(digits: Dataset) -> None:
+    """So one can stand for the other."""
+    per_class = digits.train.calibration(7, seed=3, stage="s")
+    assert (digits.train.sample(70, seed=3, stage="s") == per_class).all()
+
+
+def test_every_image_is_as_likely_in_a_sample() -> None:
+    images = labelled([0] * 10 + [1] * 10 + [2] * 10)
+    times = Counter(int(row) for seed in range(600) for row in images.sample(5, seed=seed, stage="s"))
+    assert set(times) == set(range(30))
+    assert max(abs(each - 100) for each in times.values()) < 45, "600 · 5 / 30 = 100, σ ≈ 9"
+
+
+# ---------------------------------------------------------------------------------------------- views and splits
+
+
+def test_a_view_reads_its_rows_when_they_are_needed() -> None:
+    asked = list[list[int]]()
+    images = labelled([3, 1, 2, 1, 0])
+
+    def read(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        asked.append(rows.tolist())
+        return images.read(rows)
+
+    spied = ImageSet(images.labels, read, PREPROCESS)
+    view = spied.view(np.array([4, 1, 3])).view(np.array([2, 0]))
+    assert asked == []
+    assert view.labels.tolist() == [1, 0]
+    assert view.read(np.array([1, 0, 1]))[:, 0, 0, 0].tolist() == [4, 3, 4]
+    assert asked == [[4, 3, 4]]
+
+
+def test_an_image_is_augmented_alike_in_a_view_and_in_the_whole(unique: ImageSet) -> None:
+    rows = np.array([39, 3, 17, 4, 20, 8, 11])
+    whole = epoch_of(unique, 16)
+    for view in (unique.view(rows), unique.view(np.arange(1, 40)[::-1]).view(40 - 1 - rows)):
+        part = epoch_of(view, 3)
+        assert sorted(part) == sorted(rows.tolist())
+        assert all(part[label] == whole[label] for label in part)
+        assert epoch_of(view, 3, epoch=1) != part
+
+
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=80), st.floats(0.01, 0.99), st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_a_split_has_every_image_on_one_side_and_every_class_on_both(
+    labels: list[int], share: float, seed: int
+) -> None:
+    images = labelled(labels)
+    there = Counter(labels)
+    if max(there.values()) == 1:
+        with pytest.raises(DataError, match="one image alone"):
+            images.split(share, seed)
+        return
+    fit, held_out = images.split(share, seed)
+    rows = [side.read(np.arange(len(side)))[:, 0, 0, 0].tolist() for side in (fit, held_out)]
+    assert sorted(rows[0] + rows[1]) == list(range(len(labels)))
+    assert rows == [sorted(rows[0]), sorted(rows[1])]
+    for label, size in there.items():
+        out = int((held_out.labels == label).sum())
+        assert abs(out - share * size) < 1 or out in (1, size - 1)
+        assert 1 <= out < size or (size == 1 and out == 0)
+    assert [labels[row] for row in rows[1]] == held_out.labels.tolist()
+
+
+def test_a_split_depends_on_its_seed_alone(digits: Dataset) -> None:
+    one, same, other = (digits.train.split(0.2, seed)[1].labels.tolist() for seed in (0, 0, 1))
+    numbers = [digits.train.split(0.2, seed)[1].numbers for seed in (0, 0, 1)]
+    assert Counter(one) == Counter(other), "stratified"
+    assert one == same
+    assert np.array_equal(numbers[0], numbers[1])  # type: ignore[arg-type]
+    assert not np.array_equal(numbers[0], numbers[2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_a_share_is_between_nothing_and_all(share: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        labelled([0, 0, 1, 1]).split(share, 0)

@@ -22,25 +22,42 @@ from .seeds import derive, generator
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 # Images whose resized pixels fit in this many bytes are decoded once, at the start; larger sets are read as needed.
 MEMORY_BYTES = 2 << 30
+# The label of an image whose class nobody told: good for calibration and distillation, not for training on labels.
+UNLABELLED = -1
 _DIGITS_TRAIN = 900
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one split.
+    """Images of one split, or a choice of them.
 
     Attributes:
-        labels: class index per image, shape (n,).
+        labels: class index per image, shape (n,); UNLABELLED where it is not known.
         read: resized images by index, uint8 (n, height, width, channels) of the preprocessing's canvas.
         preprocess: how images become the network's input.
+        numbers: what each image goes by in random augmentation, shape (n,); None for its index. A view keeps the
+            numbers of the whole, so that an image is augmented alike in both.
     """
 
     labels: NDArray[np.int64]
     read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
     preprocess: Preprocess
+    numbers: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the class of every image is known."""
+        return bool((self.labels != UNLABELLED).all())
+
+    def view(self, rows: NDArray[np.int64]) -> ImageSet:
+        """The images of these indices, in this order, read from here when they are needed."""
+        numbers = np.arange(len(self)) if self.numbers is None else self.numbers
+        return ImageSet(
+            self.labels[rows], lambda indices: self.read(rows[indices]), self.preprocess, numbers=numbers[rows]
+        )
 
     def inputs(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """The network's input without augmentation, float32 (n, channels, height, width)."""
@@ -64,16 +81,65 @@ class ImageSet:
         order = generator(seed, stage, epoch, "order").permutation(len(self))
         key = derive(seed, stage, epoch, "augment")
         for indices in np.split(order, size * np.arange(1, self.training_steps(size))):
-            crops = _augmented(self.read(indices), indices, self.preprocess, key)
+            numbers = indices if self.numbers is None else self.numbers[indices]
+            crops = _augmented(self.read(indices), numbers, self.preprocess, key)
             yield self.preprocess.normalise(crops), self.labels[indices]
 
     def calibration(self, per_class: int, *, seed: int, stage: str) -> NDArray[np.int64]:
-        """Up to `per_class` images of each class, drawn without replacement, in ascending order."""
-        picks = []
+        """Up to `per_class` images of each class, drawn without replacement, in ascending order.
+
+        Unlabelled images are all taken, for each may be of a class of its own: `sample` draws a number of them.
+        """
+        places = self._places(seed, stage, "calibration")
+        places[self.labels == UNLABELLED] = 0
+        return np.flatnonzero(places < per_class)
+
+    def sample(self, count: int, *, seed: int, stage: str) -> NDArray[np.int64]:
+        """`count` images (all, if there are no more), drawn without replacement, in ascending order.
+
+        As equally over the classes as possible: the numbers of two classes differ by more than one only where the
+        smaller class is used up. A larger sample holds the smaller ones, and holds `calibration`'s images where it has
+        room for them. Unlabelled images count as one class.
+        """
+        classes, members = np.unique(self.labels, return_inverse=True)
+        # Which classes give one more where `count` is no multiple of their number is drawn too.
+        turns = generator(seed, stage, "calibration", "classes").permutation(len(classes))
+        order = np.lexsort((turns[members], self._places(seed, stage, "calibration")))
+        return np.sort(order[: max(0, count)])
+
+    def split(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+        """Images to fit on and images to choose by: `share` of every class, drawn at random, is held out.
+
+        A class is rounded to whole images, with at least one on both sides; the only image of a class is not held out.
+        Both are views in ascending order: no pixels are copied.
+
+        Args:
+            share: of the images to hold out, between 0 and 1.
+            seed: of the choice; it depends on nothing else but the labels.
+
+        Raises:
+            ValueError: `share` is not between 0 and 1.
+            DataError: no class has two images.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"The share to hold out has to be between 0 and 1, but is {share}.")
+        _, members, sizes = np.unique(self.labels, return_inverse=True, return_counts=True)
+        quota = np.clip(np.round(share * sizes).astype(np.int64), 1, np.maximum(1, sizes - 1)) * (sizes > 1)
+        if not quota.any():
+            raise DataError(
+                f"No image can be held out of {len(self)}: every class has one image alone.",
+                hint="A choice between variants needs two images of a class or more.",
+            )
+        out = self._places(seed, "split", "held out") < quota[members]
+        return self.view(np.flatnonzero(~out)), self.view(np.flatnonzero(out))
+
+    def _places(self, seed: int, stage: str, purpose: str) -> NDArray[np.int64]:
+        """Place of each image in a random order of its class, from 0, shape (n,)."""
+        places = np.empty(len(self), np.int64)
         for label in np.unique(self.labels):
             members = np.flatnonzero(self.labels == label)
-            picks.append(generator(seed, stage, "calibration", int(label)).permutation(members)[:per_class])
-        return np.sort(np.concatenate(picks))
+            places[generator(seed, stage, purpose, int(label)).permutation(members)] = np.arange(len(members))
+        return places
 
 
 @dataclass(frozen=True)
@@ -152,19 +218,49 @@ def load_folder(root: Path, preprocess: Preprocess, progress: Progress = silent)
             f"{root}: train/ and {held_out.name}/ have different classes: {', '.join(odd[:5])}.",
             hint="Both need one folder per class, with the same names.",
         )
-    files = [(path.relative_to(root).as_posix(), *_stamp(path)) for path, _ in train_files + test_files]
-    digest = hash_json([files, preprocess.model_dump(mode="json")])
-    height, width = preprocess.canvas
-    fits = len(files) * height * width * preprocess.channels <= MEMORY_BYTES
-    load = _in_memory if fits else _on_demand
+    digest = _digest(root, train_files + test_files, preprocess)
+    load = _in_memory if _fits(len(train_files) + len(test_files), preprocess) else _on_demand
     train = load(train_files, preprocess, progress, "Reading training images")
     test = load(test_files, preprocess, progress, "Reading test images")
     return Dataset(root.name, classes, train, test, digest)
 
 
+def load_images(root: Path, preprocess: Preprocess, progress: Progress = silent) -> ImageSet:
+    """All images in a folder and the folders inside it, in the order of their paths, every one UNLABELLED.
+
+    For calibration and distillation, which need no classes. Checked as in `load_folder`.
+
+    Raises:
+        DataError: the folder is missing or has no images, or a file is no whole image (named).
+    """
+    files = _list_images(root)
+    load = _in_memory if _fits(len(files), preprocess) else _on_demand
+    return load(files, preprocess, progress, "Reading unlabelled images")
+
+
+def images_digest(root: Path, preprocess: Preprocess) -> str:
+    """Changes when what `load_images` gives does; reads no pixels.
+
+    Raises:
+        DataError: the folder is missing or has no images.
+    """
+    return _digest(root, _list_images(root), preprocess)
+
+
+def _digest(root: Path, files: list[tuple[Path, int]], preprocess: Preprocess) -> str:
+    stamps = [(path.relative_to(root).as_posix(), *_stamp(path)) for path, _ in files]
+    return hash_json([stamps, preprocess.model_dump(mode="json")])
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
+
+
+def _fits(images: int, preprocess: Preprocess) -> bool:
+    """Whether so many resized images are decoded once, at the start."""
+    height, width = preprocess.canvas
+    return images * height * width * preprocess.channels <= MEMORY_BYTES
 
 
 def _list_split(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
@@ -184,6 +280,28 @@ def _list_split(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
             )
         files += [(path, label) for path in members]
     return classes, files
+
+
+def _list_images(root: Path) -> list[tuple[Path, int]]:
+    if not root.is_dir():
+        raise DataError(
+            f"There is no folder {root}.", hint="Expected is a folder of images; it may have folders in it."
+        )
+    found, folders, seen = list[Path](), [root], set[Path]()
+    while folders:
+        folder = folders.pop()
+        if (real := folder.resolve()) in seen:  # a link to a folder that was read already, maybe to one around it
+            continue
+        seen.add(real)
+        entries = sorted(_visible(folder), reverse=True)
+        folders += [path for path in entries if path.is_dir()]
+        found += [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if not found:
+        raise DataError(
+            f"The folder {root} has no images, nor have the folders in it.",
+            hint=f"Images end in {', '.join(sorted(IMAGE_SUFFIXES))}; hidden files do not count.",
+        )
+    return [(path, UNLABELLED) for path in sorted(found)]
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -251,16 +369,16 @@ def _on_demand(files: list[tuple[Path, int]], preprocess: Preprocess, progress: 
 
 
 def _augmented(
-    images: NDArray[np.uint8], indices: NDArray[np.int64], preprocess: Preprocess, key: int
+    images: NDArray[np.uint8], numbers: NDArray[np.int64], preprocess: Preprocess, key: int
 ) -> NDArray[np.uint8]:
-    """Random crops and mirroring; each image's choice depends on (key, index) only."""
+    """Random crops and mirroring; each image's choice depends on (key, number) only."""
     augment, (height, width) = preprocess.augment, preprocess.crop
     pad = augment.pad
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else images
     top_range, left_range = padded.shape[1] - height + 1, padded.shape[2] - width + 1
     crops = np.empty((len(images), height, width, images.shape[3]), np.uint8)
-    for row, index in enumerate(indices):
-        top, left, flip = np.random.Generator(np.random.Philox(key=[key, int(index)])).random(3)
+    for row, number in enumerate(numbers):
+        top, left, flip = np.random.Generator(np.random.Philox(key=[key, int(number)])).random(3)
         y, x = int(top * top_range), int(left * left_range)
         crop = padded[row, y : y + height, x : x + width]
         crops[row] = crop[:, ::-1] if augment.mirror and flip < 0.5 else crop
