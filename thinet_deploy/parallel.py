@@ -95,11 +95,13 @@ def join() -> Team:
 
 
 def leave() -> None:
-    """Disconnect from the other processes, if there are any: for the end of a program, after its last training.
+    """Wait for the other processes and disconnect, if there are any: for the end of a program that went well.
 
-    Without it, threads of gloo may abort a process that ends (seen with torch 2.13), also from an `atexit` handler.
+    A process that ends still connected, or before the others are done, is sometimes aborted by gloo's threads after
+    Python has finished, and its launcher then reports a failure (seen with torch 2.13; also from an `atexit` handler).
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
