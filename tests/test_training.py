@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from thinet_deploy.data import ImageSet
-from thinet_deploy.errors import ThinetDeployError
+from thinet_deploy.errors import InputError, ThinetDeployError
 from thinet_deploy.interfaces import Progress
 from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.store import Checkpoint
-from thinet_deploy.training import Recipe, accuracy, evaluate, logits, train
+from thinet_deploy.training import Recipe, accuracy, evaluate, logits, reestimate_norms, train
 
 COUNT, CLASSES = 50, 4
 RECIPE = Recipe(epochs=4, lr=0.05, batch=16, warmup=1)
@@ -127,16 +128,31 @@ def stop_after(epochs: int) -> Progress:
     return progress
 
 
-@pytest.mark.parametrize("done", [1, 2, 3, 4])
-def test_resuming_gives_the_weights_of_training_without_a_break(done: int, images: ImageSet, tmp_path: Path) -> None:
-    expected, path = trained(images), tmp_path / "checkpoint.safetensors"
+WAYS = {
+    "sgd": RECIPE,
+    "adamw": replace(RECIPE, optimizer="adamw", lr=0.01, schedule="steps", label_smoothing=0.1),
+    "ema": replace(RECIPE, ema=0.9, momentum=0),
+    "bf16": replace(RECIPE, precision="bf16", ema=0.99, optimizer="adamw"),
+    "fp16": replace(RECIPE, precision="fp16"),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "done"), [("sgd", 1), ("sgd", 2), ("sgd", 3), ("sgd", 4), *((way, 2) for way in WAYS), ("ema", 4)]
+)
+def test_resuming_gives_the_weights_of_training_without_a_break(
+    way: str, done: int, images: ImageSet, tmp_path: Path
+) -> None:
+    expected, path, recipe = network(), tmp_path / "checkpoint.safetensors", WAYS[way]
+    train(expected, images, recipe, seed=1, stage="s", teacher=network())
     with pytest.raises(StoppedError):
         train(
             network(),
             images,
-            RECIPE,
+            recipe,
             seed=1,
             stage="s",
+            teacher=network(),
             checkpoint=Checkpoint(path, "key"),
             progress=stop_after(done),
         )
@@ -147,9 +163,10 @@ def test_resuming_gives_the_weights_of_training_without_a_break(done: int, image
     train(
         resumed,
         images,
-        RECIPE,
+        recipe,
         seed=1,
         stage="s",
+        teacher=network(),
         checkpoint=Checkpoint(path, "key"),
         progress=lambda stage, now, total, note="": seen.append(now),
     )
@@ -186,15 +203,267 @@ def test_the_rate_rises_and_then_falls_to_nothing(images: ImageSet) -> None:
     assert min(steps) > 0
 
 
+MESSAGE = r"diverged: .+ of stage x .+ in epoch \d of 6, step \d of 4, at a learning rate of (\S+)\."
+
+
 @pytest.mark.parametrize("lr", [1e12, math.nan])
 def test_divergence_is_an_error_with_advice(lr: float, images: ImageSet, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "c.safetensors", "key")
     recipe = Recipe(epochs=6, lr=lr, batch=16, clip=math.inf)
-    with pytest.raises(ThinetDeployError, match=r"diverged: the loss of stage x is (nan|inf) after epoch \d") as caught:
+    with pytest.raises(ThinetDeployError, match=MESSAGE) as caught:
         train(network(), images, recipe, seed=1, stage="stage x", checkpoint=checkpoint)
     assert "--lr" in caught.value.hint
     saved = checkpoint.load()
     assert saved is None or all(tensor.isfinite().all() for tensor in saved[0].values())
+
+
+class Fuse(nn.Module):
+    """Lets some batches through; after them, values or gradients are no numbers."""
+
+    def __init__(self, batches: int, value: float = math.nan, *, backward: bool = False) -> None:
+        super().__init__()
+        self.left, self.value, self.backward_too = batches, value, backward
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.left -= self.training
+        if self.left >= 0:
+            return values
+        if self.backward_too:
+            values.register_hook(lambda gradient: gradient * self.value)  # type: ignore[no-untyped-call]
+            return values * 1
+        return values * self.value
+
+
+@pytest.mark.parametrize(
+    ("fuse", "what"), [(Fuse(6), "loss .+ is nan"), (Fuse(6, math.inf, backward=True), "gradient")]
+)
+def test_divergence_is_seen_at_its_step_and_costs_nothing_of_the_checkpoint(
+    fuse: Fuse, what: str, images: ImageSet, tmp_path: Path
+) -> None:
+    checkpoint, model = Checkpoint(tmp_path / "c.safetensors", "key"), nn.Sequential(network(), fuse)
+    with pytest.raises(ThinetDeployError, match=rf"the {what}.* in epoch 2 of 4, step 3 of 4, at a .+ of 0\.0"):
+        train(model, images, RECIPE, seed=1, stage="s", checkpoint=checkpoint)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())  # no step was made with it
+    expected, saved = nn.Sequential(network(), Fuse(4)), checkpoint.load()
+    with pytest.raises(StoppedError):
+        train(expected, images, RECIPE, seed=1, stage="s", progress=stop_after(1))
+    assert saved is not None
+    assert saved[1]["epochs"] == 1
+    assert all(torch.equal(saved[0][f"model.{name}"], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_a_loss_that_is_no_number_from_the_start_is_not_blamed_on_the_rate(images: ImageSet) -> None:
+    with pytest.raises(ThinetDeployError, match="epoch 1 of 4, step 1 of 4") as caught:
+        train(nn.Sequential(network(), Fuse(0)), images, RECIPE, seed=1, stage="s")
+    assert "weights and images" in caught.value.hint
+    assert "--lr" not in caught.value.hint
+    with pytest.raises(ThinetDeployError, match="epoch 1 of 4, step 2 of 4") as caught:
+        train(nn.Sequential(network(), Fuse(1)), images, replace(RECIPE, precision="fp16"), seed=1, stage="s")
+    assert "--lr" in caught.value.hint
+    assert "bf16" in caught.value.hint
+
+
+def test_weights_that_a_last_step_spoiled_are_not_saved(images: ImageSet, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "c.safetensors", "key")
+    recipe = Recipe(epochs=1, lr=math.inf, batch=COUNT)
+    with pytest.raises(ThinetDeployError, match="weights of s are not finite in epoch 1 of 1, step 1 of 1"):
+        train(network(), images, recipe, seed=1, stage="s", checkpoint=checkpoint)
+    assert checkpoint.load() is None
+
+
+def test_half_precision_trains_to_finite_weights(images: ImageSet) -> None:
+    """A step whose gradient overflows is left out, not taken for divergence."""
+    model = network()
+    train(model, images, replace(RECIPE, precision="fp16"), seed=1, stage="s")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not same(model, network())
+
+
+def plain() -> nn.Module:
+    """Without BatchNorm and dropout: alike in training and eval mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, CLASSES))
+
+
+def by_hand(images: ImageSet, recipe: Recipe, optimizer: torch.optim.Optimizer, model: nn.Module) -> list[nn.Module]:
+    """The weights after every step of a plain loop, with the cosine of the papers' rate and the usual loss."""
+    states, steps = list[nn.Module](), images.training_steps(recipe.batch)
+    for epoch in range(recipe.epochs):
+        batches = images.training_batches(recipe.batch, seed=1, stage="s", epoch=epoch)
+        for step, (inputs, labels) in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * (epoch + step / steps) / recipe.epochs))
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(
+                model(torch.from_numpy(inputs)), torch.from_numpy(labels), label_smoothing=recipe.label_smoothing
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            states.append(copy.deepcopy(model))
+    return states
+
+
+def close(one: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_training_is_torchs_own_loop(name: str, images: ImageSet) -> None:
+    recipe = Recipe(epochs=3, lr=0.01, batch=16, label_smoothing=0.1, optimizer=name)  # type: ignore[arg-type]
+    model, expected = plain(), plain()
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.SGD(expected.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+        if name == "sgd"
+        else torch.optim.AdamW(expected.parameters(), 0.01, weight_decay=5e-4)
+    )
+    train(model, images, recipe, seed=1, stage="s")
+    close(model, by_hand(images, recipe, optimizer, expected)[-1])
+
+
+def test_the_average_is_that_of_a_plain_loop(images: ImageSet) -> None:
+    recipe, model, start = Recipe(epochs=4, lr=0.05, batch=16, ema=0.5), plain(), plain()
+    train(model, images, recipe, seed=1, stage="s")
+    average = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    optimizer = torch.optim.SGD(start.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    decays = list[float]()
+    for step, state in enumerate(by_hand(images, recipe, optimizer, start)):
+        decays.append(min(0.5, (1 + step) / (10 + step)))
+        for name, tensor in state.state_dict().items():
+            average[name] = decays[-1] * average[name] + (1 - decays[-1]) * tensor
+    assert decays[0] == 0.1
+    assert decays[-1] == 0.5
+    torch.testing.assert_close(dict(model.state_dict()), average, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_takes_the_statistics_of_batchnorm_along(images: ImageSet) -> None:
+    """With a decay of nearly nothing it is the last state; with more, both weights and statistics lag behind."""
+    last, lagging = trained(images), trained(images, recipe=replace(RECIPE, ema=0.8))
+    torch.testing.assert_close(trained(images, recipe=replace(RECIPE, ema=1e-12)).state_dict(), last.state_dict())
+    assert torch.equal(lagging[1].num_batches_tracked, last[1].num_batches_tracked)  # type: ignore[index]
+    for name in ("0.weight", "1.running_mean", "1.running_var"):
+        assert not torch.allclose(lagging.state_dict()[name], last.state_dict()[name], rtol=1e-3)
+
+
+def rates(images: ImageSet, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of every step."""
+    seen, step = list[float](), torch.optim.SGD.step
+
+    def spy(self: torch.optim.SGD) -> None:
+        seen.append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    train(plain(), images, recipe, seed=1, stage="s")
+    return seen
+
+
+def test_the_rate_falls_to_a_tenth_after_each_third(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(epochs=6, lr=0.1, batch=25, schedule="steps")
+    expected = [0.1] * 4 + [0.01] * 4 + [0.001] * 4
+    assert rates(images, recipe, monkeypatch) == pytest.approx(expected)
+    # After the warm-up, as without it.
+    assert rates(images, replace(recipe, warmup=1), monkeypatch)[2:] == pytest.approx(expected[2:])
+
+
+def test_bf16_learns_and_leaves_fp32_weights(images: ImageSet) -> None:
+    model = trained(images, recipe=Recipe(epochs=12, lr=0.05, batch=16, precision="bf16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert evaluate(model, images).top1 > 90
+    assert not same(model, trained(images, recipe=Recipe(epochs=12, lr=0.05, batch=16)))
+
+
+class Watcher(nn.Module):
+    """Notes what a network sees, and in which mode."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.seen = inner, list[torch.Tensor]()
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.seen.append(values.clone())
+        assert self.training == torch.is_grad_enabled()
+        return self.inner(values)  # type: ignore[no-any-return]
+
+
+def test_the_teacher_sees_the_same_images_in_eval_mode_and_stays_as_it_is(images: ImageSet) -> None:
+    student, teacher = Watcher(network()), Watcher(network()).eval()
+    before = copy.deepcopy(teacher.state_dict())
+    train(student, images, RECIPE, seed=1, stage="s", teacher=teacher.train())
+    assert len(student.seen) == len(teacher.seen) == 16
+    assert all(map(torch.equal, student.seen, teacher.seen))
+    assert not teacher.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_nothing_is_learnt_from_a_teacher_who_knows_no_more(images: ImageSet) -> None:
+    model, recipe = plain(), Recipe(epochs=2, lr=0.1, batch=16, distill=1, weight_decay=0)
+    train(model, images, recipe, seed=1, stage="s", teacher=plain())
+    torch.testing.assert_close(model.state_dict(), plain().state_dict())
+
+
+def test_images_without_labels_are_learnt_from_the_teacher(images: ImageSet) -> None:
+    teacher = trained(images, recipe=Recipe(epochs=12, lr=0.05, batch=16))
+    bare = replace(images, labels=np.where(np.arange(COUNT) < 40, -1, images.labels))
+    model = network()
+    train(model, bare, Recipe(epochs=12, lr=0.05, batch=16), seed=2, stage="s", teacher=teacher)
+    assert evaluate(model, images).top1 > 90
+
+
+def test_images_without_labels_need_a_teacher(images: ImageSet) -> None:
+    model = network()
+    with pytest.raises(InputError, match="s: 3 of 50 training images have no label, and there is no teacher"):
+        train(model, replace(images, labels=np.r_[[-1] * 3, images.labels[3:]]), RECIPE, seed=1, stage="s")
+    assert same(model, network())
+
+
+@pytest.mark.parametrize("batch", [3, 7, 16, 50, 256])
+def test_reestimated_statistics_are_those_of_all_images_at_the_first_batchnorm(batch: int, images: ImageSet) -> None:
+    model = trained(images)
+    before = copy.deepcopy(model)
+    reestimate_norms(model, images, seed=1, stage="s", batch=batch)
+    with torch.no_grad():
+        values = model[0](torch.from_numpy(images.inputs(np.arange(COUNT)))).double()  # type: ignore[index]
+    variance, mean = torch.var_mean(values, (0, 2, 3))
+    state = model.state_dict()
+    torch.testing.assert_close(state["1.running_mean"].double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state["1.running_var"].double(), variance, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before.state_dict()["1.running_var"], state["1.running_var"], rtol=1e-3)
+    assert all(map(torch.equal, before.parameters(), model.parameters()))
+    assert not any(module.training for module in model.modules())
+    assert model[1].momentum == 0.1  # type: ignore[index]
+    train(model, images, RECIPE, seed=1, stage="s")  # nothing that was hooked in is left
+
+
+def test_reestimation_forgets_damaged_statistics_and_passes_over_idle_norms(images: ImageSet) -> None:
+    model, idle = network(), nn.BatchNorm2d(6)
+    model[0].idle = idle  # type: ignore[index]
+    idle.running_mean.fill_(7)  # type: ignore[union-attr]
+    model[1].running_mean.fill_(math.nan)  # type: ignore[index]
+    reestimate_norms(model, images, seed=1, stage="s")
+    assert model[1].running_mean.isfinite().all()  # type: ignore[index]
+    assert (idle.running_mean == 7).all()  # type: ignore[union-attr]
+    chosen = copy.deepcopy(model)
+    reestimate_norms(chosen, images, seed=1, stage="s", limit=10)
+    assert not torch.allclose(chosen[1].running_mean, model[1].running_mean, rtol=1e-3)  # type: ignore[index]
+
+
+def test_batches_for_statistics_hold_images_of_all_kinds(images: ImageSet) -> None:
+    """Images come sorted by class: a second BatchNorm must not see classes one by one."""
+    order = np.argsort(images.labels, kind="stable")
+    by_class = ImageSet(images.labels[order], lambda indices: images.read(order[indices]), images.preprocess)
+    deep = nn.Sequential(network()[:4], nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5))  # type: ignore[index]
+    whole = copy.deepcopy(deep)
+    reestimate_norms(whole, by_class, seed=1, stage="s", batch=COUNT)
+    reestimate_norms(deep, by_class, seed=1, stage="s", batch=13)
+    torch.testing.assert_close(deep[2].running_var, whole[2].running_var, rtol=0.15, atol=0)
+
+
+def test_a_network_without_batchnorm_has_nothing_to_reestimate(images: ImageSet) -> None:
+    model = plain()
+    reestimate_norms(model, images, seed=1, stage="s", progress=stop_after(0))
+    assert same(model, plain())
 
 
 def test_a_last_image_on_its_own_is_no_batch(images: ImageSet) -> None:

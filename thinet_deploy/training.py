@@ -1,21 +1,28 @@
-"""Training and evaluation in torch: SGD with momentum as in the papers, resumable epoch by epoch."""
+"""Training and evaluation in torch: the papers' SGD or AdamW, taught by the dense network, resumable epoch by epoch."""
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import ImageSet
-from .errors import ThinetDeployError
+from .distillation import losses
+from .errors import InputError, ThinetDeployError
 from .interfaces import Progress, silent
-from .seeds import derive
+from .parallel import Team, join
+from .seeds import derive, generator
 from .store import Checkpoint
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,20 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training images.
-        lr: learning rate at the start; it follows half a cosine down to zero over all epochs.
-        batch: images per step.
+        lr: learning rate at the start.
+        batch: images per step, over all processes.
         momentum: of SGD.
-        weight_decay: L2 penalty.
+        weight_decay: L2 penalty of SGD; of AdamW, decay per step as a share of the learning rate.
         warmup: epochs over which the rate rises to `lr`.
         clip: largest gradient norm of a step; keeps deep networks without BatchNorm from diverging.
+        optimizer: SGD with momentum, as in the papers, or AdamW.
+        schedule: "cosine": half a cosine down to zero over all epochs; "steps", as in the papers: a tenth after each
+            third of the epochs.
+        label_smoothing: share of each label that is spread evenly over all classes.
+        ema: decay per step of an average of the weights, which is what training then leaves; 0 for none.
+        precision: of the forward and backward passes; the weights and their updates are fp32.
+        distill: share of the loss that comes from the teacher, where there is one; the labels make up the rest.
+        temperature: softens both sides' outputs for the teacher's share.
     """
 
     epochs: int
@@ -39,6 +54,13 @@ class Recipe:
     weight_decay: float = 5e-4
     warmup: int = 0
     clip: float = 1.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["cosine", "steps"] = "cosine"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    distill: float = 0.9
+    temperature: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -59,13 +81,14 @@ class Accuracy:
 def logits(
     model: nn.Module, images: ImageSet, batch: int = 256, stage: str = "", progress: Progress = silent
 ) -> torch.Tensor:
-    """Outputs of the network in eval mode for all images in order, shape (n, classes)."""
+    """Outputs of the network in eval mode for all images in order, shape (n, classes), on the CPU."""
     model.eval()
     parts, done = [], 0
-    with torch.inference_mode():
+    team = join()
+    with team.holding(model), torch.inference_mode():
         for inputs, labels in images.batches(batch):
             progress(stage, done, len(images))
-            parts.append(model(torch.from_numpy(inputs)))
+            parts.append(model(torch.from_numpy(inputs).to(team.device)).cpu())
             done += len(labels)
     return torch.cat(parts)
 
@@ -94,72 +117,268 @@ def train(
     *,
     seed: int,
     stage: str,
+    teacher: nn.Module | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Train a network in place.
+    """Train a network in place; it ends in eval mode on the CPU, trained on a CUDA device where there is one.
 
     The order of images, augmentation and dropout depend on (seed, stage, epoch) only, so that going on from a
-    checkpoint, which is saved after every epoch, gives the same weights as training without a break.
+    checkpoint, which is saved after every epoch, gives the same weights as training without a break (on the CPU to the
+    bit).
+
+    Several processes started by `accelerate launch` or `torchrun` share every batch, and its gradient is that of one
+    process; all end with the same weights. Two things differ from one process: each draws dropout of its own, and its
+    BatchNorms normalise with the statistics of its own share. Their running statistics are averaged over the processes
+    after every epoch; `reestimate_norms` makes them exact. All processes have to see the checkpoint's folder.
+
+    Args:
+        model: changed in place.
+        images: to train on; the label -1 stands for an image without one, for which the teacher's outputs are all of
+            the loss.
+        recipe: how to train.
+        seed: of all random choices.
+        stage: what this training is called, in messages too.
+        teacher: a network with the same outputs, such as the dense one; it sees the same augmented images in eval mode
+            and is left unchanged (Hinton et al., 2015, arXiv:1503.02531).
+        checkpoint: where the state is kept.
+        progress: to report to.
 
     Raises:
-        ThinetDeployError: the loss is no longer a number.
+        InputError: images without a label, but no teacher.
+        MissingError: there are several processes, but accelerate is not installed.
+        ThinetDeployError: loss, gradient or weights are no longer finite; the last checkpoint is not touched.
     """
-    optimizer = torch.optim.SGD(
-        model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-    steps = images.training_steps(recipe.batch)
-    first = _resume(model, optimizer, checkpoint) if checkpoint else 0
-    note = ""
-    for epoch in range(first, recipe.epochs):
-        torch.manual_seed(derive(seed, stage, epoch, "dropout"))
-        model.train()
-        total = 0.0
-        batches = images.training_batches(recipe.batch, seed=seed, stage=stage, epoch=epoch)
-        for step, (inputs, labels) in enumerate(batches):
-            progress(stage, epoch * steps + step, recipe.epochs * steps, note)
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(recipe, epoch + step / steps)
-            loss = F.cross_entropy(model(torch.from_numpy(inputs)), torch.from_numpy(labels))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            total += loss.item()
-            note = f"epoch {epoch + 1}/{recipe.epochs}, loss {total / (step + 1):.3f}"
-        if not math.isfinite(total):
-            raise ThinetDeployError(
-                f"Training diverged: the loss of {stage} is {total} after epoch {epoch + 1} of {recipe.epochs}.",
-                hint="Lower the learning rate with --lr.",
-            )
-        if checkpoint:
-            _save(model, optimizer, checkpoint, epoch + 1)
-        progress(stage, (epoch + 1) * steps, recipe.epochs * steps, note)
-    model.eval()
+    unlabelled = int((images.labels < 0).sum())
+    if unlabelled and teacher is None:
+        raise InputError(
+            f"{stage}: {unlabelled} of {len(images)} training images have no label, and there is no teacher.",
+            hint="Train with distillation, or leave out the images without a label.",
+        )
+    team, steps, note = join(), images.training_steps(recipe.batch), ""
+    if team.rank:
+        progress = silent
+    with team.holding(model, *filter(None, [teacher])):
+        training = _Training(model, teacher, recipe, team, stage, steps)
+        first = training.resume(checkpoint) if checkpoint else 0
+        for epoch in range(first, recipe.epochs):
+            torch.manual_seed(derive(seed, stage, epoch, "dropout", *([team.rank] if team.rank else [])))
+            model.train()
+            total = 0.0
+            batches = images.training_batches(recipe.batch, seed=seed, stage=stage, epoch=epoch)
+            for done, (inputs, labels) in enumerate(batches, epoch * steps):
+                progress(stage, done, recipe.epochs * steps, note)
+                total += training.step(inputs, labels, done)
+                note = f"epoch {epoch + 1}/{recipe.epochs}, loss {total / (done % steps + 1):.3f}"
+            training.end_epoch((epoch + 1) * steps)
+            if checkpoint and not team.rank:
+                training.save(checkpoint, epoch + 1)
+            progress(stage, (epoch + 1) * steps, recipe.epochs * steps, note)
+        training.finish()
 
 
-def _save(model: nn.Module, optimizer: torch.optim.SGD, checkpoint: Checkpoint, epochs: int) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, parameter in enumerate(model.parameters()):
-        if (momentum := optimizer.state[parameter].get("momentum_buffer")) is not None:
-            tensors[f"momentum.{index}"] = momentum
-    checkpoint.save(tensors, {"epochs": epochs})
+class _Training:
+    """A training under way: all that a checkpoint holds, and how a step changes it."""
 
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, team: Team, stage: str, steps: int
+    ) -> None:
+        team.align(model)
+        self.model, self.teacher = model, teacher.eval() if teacher else None
+        self.recipe, self.team, self.stage, self.steps = recipe, team, stage, steps
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+            if recipe.optimizer == "sgd"
+            else torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+        )
+        self.scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.precision == "fp16")
+        self.average = {name: tensor.clone() for name, tensor in model.state_dict().items()} if recipe.ema else {}
 
-def _resume(model: nn.Module, optimizer: torch.optim.SGD, checkpoint: Checkpoint) -> int:
-    """Load what was saved last; the number of epochs that are done."""
-    saved = checkpoint.load()
-    if saved is None:
-        return 0
-    tensors, state = saved
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-    for index, parameter in enumerate(model.parameters()):
-        if f"momentum.{index}" in tensors:
-            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{index}"]
-    return int(state["epochs"])
+    def step(self, inputs: NDArray[np.float32], labels: NDArray[np.int64], done: int) -> float:
+        """Learn from a batch after `done` steps; its loss."""
+        epoch, step = divmod(done, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = _rate(self.recipe, epoch + step / self.steps)
+        loss = self._loss(inputs, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.team.average_gradients(self.model)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        # Both in one transfer: each makes the device finish what it does.
+        value, length = torch.stack([self.team.mean(loss.detach()), norm]).tolist()
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss of {self.stage} is {value}", done)
+        # With fp16, a step whose gradient overflows is left out and the scale halved; without, the scale is 1.
+        if not math.isfinite(length) and self.scaler.get_scale() <= 1:
+            raise self._diverged(f"the gradient of {self.stage} has the norm {length}", done)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._follow(done)
+        return float(value)
+
+    def _loss(self, inputs: NDArray[np.float32], labels: NDArray[np.int64]) -> torch.Tensor:
+        rows, weight = self.team.share(len(labels))
+        inputs_nchw, labels_n = (torch.from_numpy(part[rows]).to(self.team.device) for part in (inputs, labels))
+        dtype = _AUTOCAST.get(self.recipe.precision)
+        with torch.autocast(self.team.device.type, dtype, enabled=dtype is not None):
+            outputs_nk = self.model(inputs_nchw)
+            with torch.no_grad():
+                taught_nk = self.teacher(inputs_nchw).float() if self.teacher else None
+        recipe = self.recipe
+        loss_n = losses(
+            outputs_nk.float(),
+            labels_n,
+            taught_nk,
+            share=recipe.distill,
+            temperature=recipe.temperature,
+            smoothing=recipe.label_smoothing,
+        )
+        return weight * loss_n.sum()
+
+    def _follow(self, done: int) -> None:
+        """Move the average towards the weights; in the first steps faster, for the start is not worth remembering.
+
+        BatchNorm's statistics are averaged alike: those of the last steps belong to the last weights, not to an average
+        that lags behind them.
+        """
+        if not self.average:
+            return
+        decay = min(self.recipe.ema, (1 + done) / (10 + done))
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - decay)
+            else:
+                self.average[name].copy_(tensor)
+
+    def end_epoch(self, done: int) -> None:
+        """Make the processes' buffers the same; raise before weights that are no numbers reach the checkpoint."""
+        for name, buffer in self.model.named_buffers():
+            for tensor in (buffer, self.average.get(name)):
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.copy_(self.team.mean(tensor))
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise self._diverged(f"weights of {self.stage} are not finite", done - 1)
+
+    def finish(self) -> None:
+        """Leave the average in the network, if there is one."""
+        if self.average:
+            self.model.load_state_dict(self.average)
+        self.model.eval()
+
+    def save(self, checkpoint: Checkpoint, epochs: int) -> None:
+        """Write the state after so many epochs."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": slot for name, slot in slots.items() if slot is not None}
+        checkpoint.save(tensors, {"epochs": epochs, "scaler": self.scaler.state_dict()})
+
+    def resume(self, checkpoint: Checkpoint) -> int:
+        """Load what was saved last; the number of epochs that are done."""
+        if (saved := checkpoint.load()) is None:
+            return 0
+        tensors, state = saved
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        for name, tensor in self.average.items():
+            tensor.copy_(tensors[f"average.{name}"])
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                slots.setdefault(int(index), {})[name] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.scaler.load_state_dict(state["scaler"])
+        return int(state["epochs"])
+
+    def _diverged(self, what: str, done: int) -> ThinetDeployError:
+        epoch, step = divmod(done, self.steps)
+        rate = self.optimizer.param_groups[0]["lr"]
+        hint = "Lower the learning rate with --lr." if done else "Nothing was learnt yet: check weights and images."
+        if self.recipe.precision == "fp16":
+            hint += " Or train in bf16, whose range is that of fp32."
+        return ThinetDeployError(
+            f"Training diverged: {what} in epoch {epoch + 1} of {self.recipe.epochs}, step {step + 1} of {self.steps}, "
+            f"at a learning rate of {rate:g}.",
+            hint=hint,
+        )
 
 
 def _rate(recipe: Recipe, epoch: float) -> float:
     if epoch < recipe.warmup:
         return recipe.lr * (epoch + 1 / 16) / recipe.warmup
+    if recipe.schedule == "steps":
+        return recipe.lr * 0.1 ** int(3 * epoch / recipe.epochs)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * epoch / recipe.epochs))
+
+
+def reestimate_norms(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    seed: int,
+    stage: str,
+    batch: int = 256,
+    limit: int = 10_000,
+    progress: Progress = silent,
+) -> None:
+    """Replace the running statistics of all BatchNorms by those of training images, without augmentation or dropout.
+
+    Mean and (unbiased) variance are those of all images together, by the law of total variance. The batch size does not
+    change them for the first BatchNorm. It does, slightly, behind it, because all are done in one pass, in which each
+    normalises with the statistics of its batch, as in training; without this, each BatchNorm would need a pass of its
+    own. Large batches make one pass good enough, and 1,000 to 10,000 images suffice (Wu and Johnson, 2021,
+    arXiv:2105.07576, section 3). So batches are of nearly equal sizes, without a small last one, and shuffled, for a
+    batch of one class would come out normalised like any other.
+
+    Every process of several does the whole of it. The network ends in eval mode on the CPU; without BatchNorm nothing
+    else changes.
+
+    Args:
+        model: changed in place.
+        images: training images; at most `limit` of them are drawn.
+        seed: of the draw and the order, together with `stage`.
+        stage: what this is called.
+        batch: images per batch, at most.
+        limit: images that are used, at most.
+        progress: to report to.
+    """
+    model.eval()
+    order = generator(seed, stage, "norms").permutation(len(images))[:limit]
+    parts = np.array_split(order, math.ceil(len(order) / batch))
+    moments: dict[_BatchNorm, list[tuple[int, torch.Tensor]]] = {
+        module: [] for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+    def forget(norm: _BatchNorm, inputs: Any) -> None:
+        norm.reset_running_stats()  # so that, with a momentum of 1, a batch leaves its own statistics and no others
+
+    def collect(norm: _BatchNorm, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        mean_var_2c = torch.stack([norm.get_buffer(name) for name in _STATISTICS])
+        moments[norm].append((inputs[0].numel() // inputs[0].shape[1], mean_var_2c.to("cpu", torch.float64)))
+
+    team = join()
+    with ExitStack() as after, team.holding(model), torch.no_grad():
+        after.callback(model.eval)
+        for norm in moments:
+            after.callback(setattr, norm, "momentum", norm.momentum)
+            norm.momentum, norm.training = 1.0, True
+            for hook in (norm.register_forward_pre_hook(forget), norm.register_forward_hook(collect)):
+                after.callback(hook.remove)
+        for index, part in enumerate(parts if moments else []):
+            progress(stage, index, len(parts))
+            model(torch.from_numpy(images.inputs(part)).to(team.device))
+        for norm, parts_2c in moments.items():
+            if parts_2c:
+                for name, pooled_c in zip(_STATISTICS, _pooled(parts_2c), strict=True):
+                    norm.get_buffer(name).copy_(pooled_c)
+
+
+def _pooled(moments: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Mean and unbiased variance (2, c) of all values, from the number of values and the same of each batch."""
+    counts_b1 = torch.tensor([[count] for count, _ in moments], dtype=torch.float64)
+    means_bc, variances_bc = torch.stack([mean_var_2c for _, mean_var_2c in moments], 1)
+    total = counts_b1.sum()
+    mean_c = (counts_b1 * means_bc).sum(0) / total
+    squares_c = ((counts_b1 - 1) * variances_bc + counts_b1 * (means_bc - mean_c) ** 2).sum(0)
+    return torch.stack([mean_c, squares_c / (total - 1)])
