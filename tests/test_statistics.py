@@ -16,16 +16,15 @@ from thinet_deploy.data import ImageSet
 from thinet_deploy.errors import ModelError
 from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.discovery import channel_graph
+from thinet_deploy.pruning.geometry import as_convolution, map_size
 from thinet_deploy.pruning.graph import STAYS, ChannelGroup
 from thinet_deploy.pruning.plan import empty_plan, members
 from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.statistics import (
     Draws,
-    as_convolution,
     consumer_calls,
     contributions,
     draw,
-    map_size,
     sampled_gram,
 )
 from thinet_deploy.pruning.surgery import apply
@@ -106,7 +105,7 @@ def test_contributions_are_the_outputs_of_single_channels_and_sum_to_output_minu
 ) -> None:
     conv, inputs = case
     expected = without_bias(conv, conv(inputs))
-    geometry, padded = as_convolution(called(conv, inputs))
+    geometry, padded = as_convolution(called(conv, inputs).given)
     assert map_size(geometry, padded) == expected.shape[2:]
     rows = contributions(geometry, padded, [everywhere(expected)] * len(inputs))
     np.testing.assert_allclose(rows.sum(1), expected.flatten(), atol=1e-12)
@@ -202,7 +201,7 @@ def test_rows_of_a_network_sum_to_what_its_consumer_computes(name: str, images: 
     model = NETWORKS[name]()
     group, inputs = group_of(model), torch.from_numpy(images.inputs(np.arange(3)))
     expected = watched(model, group.consumers[0].weight, inputs)
-    consumer, entering = as_convolution(only_call(model, group, inputs))
+    consumer, entering = as_convolution(only_call(model, group, inputs).given)
     maps = expected if expected.dim() == 4 else expected[:, :, None, None]
     rows = contributions(consumer, entering, [everywhere(maps)] * 3)
     assert rows.shape == (expected.numel(), len(group.channels) * group.consumers[0].spread)

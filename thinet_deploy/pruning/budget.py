@@ -79,8 +79,8 @@ def uniform(groups: Sequence[ChannelGroup], ratio: float, wish: Wish) -> Widths:
     """
     widths = {}
     for group in groups:
-        mine = next((r for pattern, r in wish.layers.items() if _matches(group, pattern)), ratio)
-        goal, choices = len(group.channels) * mine, possible(group, wish.grid)
+        mine = matching(group, wish)
+        goal, choices = len(group.channels) * (ratio if mine is None else mine), possible(group, wish.grid)
         if wish.grid > 1:
             widths[group.name] = min(choices, key=lambda width: (abs(width - goal), width))
         else:
@@ -88,8 +88,14 @@ def uniform(groups: Sequence[ChannelGroup], ratio: float, wish: Wish) -> Widths:
     return widths
 
 
-def _matches(group: ChannelGroup, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(producer, pattern) for producer in group.producers)
+def matching(group: ChannelGroup, wish: Wish) -> float | None:
+    """The keep ratio that the user asked for this group by a pattern of names; None without one."""
+    patterns = (
+        ratio
+        for pattern, ratio in wish.layers.items()
+        if any(fnmatch.fnmatchcase(producer, pattern) for producer in group.producers)
+    )
+    return next(patterns, None)
 
 
 def choose_widths(
@@ -109,12 +115,17 @@ def choose_widths(
 
     if not within(0.0):
         least = cost(tensors, graph, some(graph, groups, uniform(groups, 0.0, wish)))
-        raise GateError(
-            f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.1f} M multiply-accumulates "
-            f"and {least.size / 2**20:.2f} MB are left.",
-            hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), or ignore fewer layers.",
-        )
+        raise unreachable(least)
     return uniform(groups, _largest(within), wish)
+
+
+def unreachable(least: Cost) -> GateError:
+    """The error for a budget below the narrowest widths."""
+    return GateError(
+        f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.1f} M multiply-accumulates "
+        f"and {least.size / 2**20:.2f} MB are left.",
+        hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), or ignore fewer layers.",
+    )
 
 
 def _largest(within: Callable[[float], bool]) -> float:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from ..data import ImageSet
 from ..errors import ModelError
 from ..seeds import derive, generator
+from .geometry import Geometry, as_convolution, map_size
 from .graph import STAYS, ChannelGroup, Consumer
 from .plan import Plan, members
 from .watch import Call, watch
@@ -27,23 +27,6 @@ class Draws:
     filters: NDArray[np.int64]
     ys: NDArray[np.int64]
     xs: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A consumer as a plain convolution.
-
-    Attributes:
-        weight: (filters, inputs per group, height, width), in float64.
-        stride: vertical and horizontal step, in pixels.
-        dilation: distance of kernel positions, in pixels.
-        groups: of the convolution.
-    """
-
-    weight: torch.Tensor
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
 
 
 class _ReachedError(Exception):
@@ -65,66 +48,10 @@ def consumer_calls(model: nn.Module, consumers: Sequence[Consumer], images: torc
     return [seen[each] for each in wanted]
 
 
-def as_convolution(call: Call) -> tuple[Geometry, torch.Tensor]:
-    """A consumer and its padded inputs (images, inputs, height, width), as a plain 2-D convolution without padding.
-
-    A linear layer is a 1×1 convolution over all positions; a transposed convolution is one over inputs that are
-    spread by its stride, with its kernel turned round.
-
-    Raises:
-        ModelError: it is a 3-D convolution.
-    """
-    given = call.given
-    data, weight = given["input"].detach(), given["weight"].detach().double()
-    if "stride" not in given:
-        data = data.movedim(-1, 1).flatten(2).unsqueeze(-1) if data.dim() > 2 else data[:, :, None, None]
-        return Geometry(weight[:, :, None, None], (1, 1), (1, 1), 1), data
-    if weight.dim() > 4:
-        raise ModelError(f"{call.weight} belongs to a 3-D convolution; ThiNet's samples are taken from 2-D ones.")
-    if weight.dim() == 3:
-        data, weight = data.unsqueeze(2), weight.unsqueeze(2)
-    stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
-    reach = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
-    if "output_padding" not in given:
-        padding = given["padding"]
-        if padding == "same":
-            sides = [(whole // 2, whole - whole // 2) for whole in reach]
-        else:
-            sides = [(each, each) for each in _pair(0 if padding == "valid" else padding)]
-        return Geometry(weight, stride, dilation, given["groups"]), F.pad(data, (*sides[1], *sides[0]))
-    spread = data.new_zeros(
-        *data.shape[:2], *((size - 1) * step + 1 for size, step in zip(data.shape[2:], stride, strict=True))
-    )
-    spread[:, :, :: stride[0], :: stride[1]] = data
-    sides = [
-        (far - padding, far - padding + extra)
-        for far, padding, extra in zip(reach, _pair(given["padding"]), _pair(given["output_padding"]), strict=True)
-    ]
-    parts = weight.flip(2, 3).chunk(given["groups"])
-    turned = torch.cat([part.transpose(0, 1) for part in parts])
-    return Geometry(turned, (1, 1), dilation, given["groups"]), F.pad(spread, (*sides[1], *sides[0]))
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """One number for both directions, or the one that a 1-D operation has."""
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[1]) if len(value) > 1 else (1 if value[0] > 0 else 0, value[0])
-
-
 def draw(filters: int, height: int, width: int, draws: int, *key: int | str) -> Draws:
     """Output filters and positions drawn uniformly (zero padding included); they depend on `key` only."""
     rng = generator(*key, "draws")
     return Draws(rng.integers(filters, size=draws), rng.integers(height, size=draws), rng.integers(width, size=draws))
-
-
-def map_size(consumer: Geometry, inputs: torch.Tensor) -> tuple[int, int]:
-    """Height and width of a consumer's output for padded inputs."""
-    reach = [step * (size - 1) for step, size in zip(consumer.dilation, consumer.weight.shape[2:], strict=True)]
-    height, width = (
-        (size - far - 1) // step + 1 for size, far, step in zip(inputs.shape[2:], reach, consumer.stride, strict=True)
-    )
-    return height, width
 
 
 def contributions(consumer: Geometry, inputs: torch.Tensor, draws: list[Draws]) -> torch.Tensor:
@@ -198,7 +125,7 @@ def sampled_gram(
     for part in _chunks(chosen, batch):
         calls = consumer_calls(model, group.consumers, torch.from_numpy(images.inputs(part)))
         for number, (call, place) in enumerate(zip(calls, places, strict=True)):
-            consumer, inputs = as_convolution(call)
+            consumer, inputs = as_convolution(call.given)
             size = map_size(consumer, inputs)
             key = group.name if number == 0 else f"{group.name} {number}"
             sampled = [draw(len(consumer.weight), *size, draws, derive(seed, "sample", key, int(i))) for i in part]

@@ -25,10 +25,12 @@ class Trace:
     Attributes:
         nodes: of the graph, in the order of execution.
         parameters: placeholder → name of the parameter or buffer; tied ones have the first of their names.
+        constants: placeholder → a tensor that the code made itself.
     """
 
     nodes: tuple[fx.Node, ...]
     parameters: Mapping[str, str]
+    constants: Mapping[str, torch.Tensor]
 
     def parameter(self, node: object) -> str:
         """Name of the parameter or buffer that a node stands for; "" for anything else."""
@@ -60,7 +62,9 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     first = first_names(model)
-    return Trace(tuple(program.graph.nodes), {node: first.get(name, name) for node, name in names.items()})
+    parameters = {node: first.get(name, name) for node, name in names.items()}
+    constants = {node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()}
+    return Trace(tuple(program.graph.nodes), parameters, constants)
 
 
 @contextmanager

@@ -1,0 +1,230 @@
+"""Pruning without training: exact where the network is redundant, the same however it is run."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from thinet_deploy.data import ImageSet
+from thinet_deploy.preprocess import Augment, Preprocess
+from thinet_deploy.pruning import repair
+from thinet_deploy.pruning.budget import Wish, uniform
+from thinet_deploy.pruning.calibration import Sample, Sampling, observe
+from thinet_deploy.pruning.discovery import channel_graph
+from thinet_deploy.pruning.layerwise import prunable
+from thinet_deploy.pruning.moments import centred
+from thinet_deploy.pruning.oneshot import Method, Pruned, prune_once
+from thinet_deploy.pruning.readers import readers
+from thinet_deploy.pruning.replay import Replay
+from thinet_deploy.pruning.retrace import settled_plan
+from thinet_deploy.pruning.surgery import apply
+from thinet_deploy.pruning.trace import example_inputs, named_tensors, operation, trace
+from thinet_deploy.pruning.wide import Wide
+
+SHAPE = (3, 8, 8)
+
+
+class Residual(nn.Module):
+    """A block with BatchNorm, another with a projection, in-place operations, a depthwise layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.a, self.na = nn.Conv2d(8, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10)
+        self.b, self.nb = nn.Conv2d(10, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.c, self.nc = nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12)
+        self.depth = nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=12)
+        self.d, self.nd = nn.Conv2d(12, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.project = nn.Conv2d(8, 16, 1, stride=2)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = F.relu_(self.nb(self.b(F.relu(self.na(self.a(x))))).add_(x))
+        z = self.nd(self.d(F.relu6(self.depth(F.relu(self.nc(self.c(y)))))))
+        z += self.project(y)
+        return self.head(F.relu(z).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Plain(nn.Module):
+    """Convolutions with biases, a grouped and a strided one, a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, groups=2)
+        self.c, self.head = nn.Conv2d(12, 6, 3, bias=False), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.b(F.relu(self.a(x))))
+        return self.head(F.relu(self.c(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "plain": Plain}
+
+
+def network(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = NETWORKS[name]().eval()
+    for each in model.modules():
+        if isinstance(each, nn.BatchNorm2d):
+            each.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+            each.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(each.weight, -1.5, 1.5)
+            nn.init.normal_(each.bias, 0, 0.3)
+        if isinstance(each, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(each.weight)
+    return model
+
+
+def images(count: int) -> ImageSet:
+    pixels = np.random.default_rng(3).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    preprocess = Preprocess(resize=(8, 8), crop=(8, 8), augment=Augment())
+    return ImageSet(np.arange(count) % 5, lambda indices: pixels[indices], preprocess)
+
+
+def sample(count: int = 48, batch: int = 16, seed: int = 0) -> Sample:
+    return Sample(images(count), np.arange(count), batch, seed)
+
+
+def prune(name: str, method: Method = Method(), keep: float = 0.5, batch: int = 16) -> tuple[nn.Module, Pruned]:  # noqa: B008
+    model = network(name)
+    graph = channel_graph(model, example_inputs(model, SHAPE))
+    groups = prunable(graph)
+    done = prune_once(model, graph, groups, lambda _: uniform(groups, keep, Wish()), sample(batch=batch), SHAPE, method)
+    return model, done
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_replay_is_the_network_wherever_it_stops(name: str) -> None:
+    model, inputs = network(name), torch.randn(3, *SHAPE)
+    replay = Replay(model, SHAPE, 4)
+    for stop in range(0, len(replay.trace.nodes) - 2, 3):
+        values = replay.begin(inputs)
+        replay.run(values, 0, stop)
+        kept = {each: tensor.clone() for each, tensor in values.items()}
+        seen = []
+        end = len(replay.trace.nodes) - 1
+        replay.run(kept, stop, end, lambda node, values, seen=seen: seen.append(values[node.name].clone()))
+        assert torch.allclose(seen[-1][:3], model(inputs), atol=1e-5)
+
+
+def test_readers_know_their_norms_and_what_they_are_added_to() -> None:
+    found = {each.name: each for each in readers(trace(network("residual"), (torch.zeros(4, *SHAPE),)))}
+    assert list(found) == ["stem.0", "a", "b", "c", "depth", "d", "project", "head"]
+    assert {name for name, each in found.items() if each.norm} == {"stem.0", "a", "b", "c", "d"}
+    assert {name for name, each in found.items() if each.uses[0].other} == {"b", "d", "project"}
+    assert operation(found["d"].uses[0].other) == "conv2d"  # type: ignore[arg-type]
+    assert (found["depth"].blocks, found["depth"].inputs, found["depth"].filters) == (12, 9, 12)
+    without = readers(trace(network("residual"), (torch.zeros(4, *SHAPE),)), residual=False)
+    assert not any(use.other for each in without for use in each.uses)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("residual", [True, False])
+def test_refitting_every_layer_of_a_whole_network_changes_nothing(name: str, residual: bool) -> None:
+    model, inputs = network(name), torch.from_numpy(images(48).inputs(np.arange(48)))
+    wide = Wide.of(model, SHAPE, 16, residual=residual)
+    sampling = Sampling.of(wide, sample())
+    _, original = observe(wide, sampling, ())
+    front = repair.Front(wide, sampling, original)
+    for reader in wide.readers.values():
+        wide.refit(reader, front.collect([reader])[reader.weight], 1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(wide.model(inputs), model(inputs), atol=2e-4)
+    for name_, tensor in named_tensors(model):
+        if name_.endswith("running_var"):
+            assert bool((dict(named_tensors(wide.model))[name_] > 0).all()), name_
+        if name_.endswith("weight") and tensor.dim() > 1:  # filters keep their norm in front of a BatchNorm
+            after = dict(named_tensors(wide.model))[name_]
+            assert torch.allclose(after.flatten(1).norm(dim=1), tensor.flatten(1).norm(dim=1), rtol=1e-3), name_
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_batchnorm_behind_a_refitted_layer_knows_its_inputs(name: str) -> None:
+    _, done = prune(name)
+    seen: dict[str, torch.Tensor] = {}
+    for each, module in done.model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, inputs, each=each: seen.update({each: inputs[0].detach()}))
+    done.model(torch.from_numpy(images(48).inputs(np.arange(48))))
+    for each, inputs in seen.items():
+        norm = done.model.get_submodule(each)
+        if each in {"stem.1", "na"}:  # before the first filters that went
+            continue
+        assert torch.allclose(norm.running_mean, inputs.mean((0, 2, 3)), atol=1e-3)  # type: ignore[arg-type]
+        assert torch.allclose(norm.running_var, inputs.var((0, 2, 3), correction=0), rtol=1e-2)  # type: ignore[arg-type]
+
+
+def test_copies_of_filters_go_without_a_trace() -> None:
+    model = network("residual")
+    half = 5
+    with torch.no_grad():
+        for tensor in (model.a.weight, model.na.weight, model.na.bias, model.na.running_mean, model.na.running_var):  # type: ignore[union-attr]
+            tensor[half:] = tensor[:half]  # type: ignore[index]
+    graph = channel_graph(model, example_inputs(model, SHAPE))
+    groups = tuple(group for group in prunable(graph) if group.name == "a")
+    done = prune_once(model, graph, groups, lambda _: {"a": half}, sample(), SHAPE, Method(ridge=1e-9))
+    inputs = torch.from_numpy(images(8).inputs(np.arange(8)))
+    assert done.curves["a"].error[half] < 1e-6 * done.curves["a"].error[-1]
+    kept = np.flatnonzero(done.kept[graph.group("a").channels])
+    assert sorted(kept % half) == list(range(half))
+    with torch.inference_mode():
+        assert torch.allclose(done.model(inputs), model(inputs), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_slices_of_the_plan_are_the_network_of_full_width(name: str) -> None:
+    model, done = prune(name)
+    graph = channel_graph(model, example_inputs(model, SHAPE))
+    plan = settled_plan(model, graph, done.kept, example_inputs(model, SHAPE))
+    inputs = torch.from_numpy(images(8).inputs(np.arange(8)))
+    with torch.inference_mode():
+        assert torch.allclose(apply(plan, done.model)(inputs), done.model(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["symmetric", "asymmetric", "residual"])
+def test_full_reconstruction_comes_nearer_than_scales_and_these_than_nothing(targets: str) -> None:
+    inputs = torch.from_numpy(images(48).inputs(np.arange(48)))
+    errors = {}
+    for kind in ("full", "scale", "none"):
+        model, done = prune("residual", Method("thinet", kind, targets))  # type: ignore[arg-type]
+        with torch.inference_mode():
+            errors[kind] = float((done.model(inputs) - model(inputs)).square().mean())
+    assert errors["full"] < min(errors["scale"], errors["none"])
+
+
+@pytest.mark.parametrize("selection", ["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"])
+def test_every_selection_keeps_the_widths_asked_for(selection: str) -> None:
+    model, done = prune("plain", Method(selection, "scale"))  # type: ignore[arg-type]
+    graph = channel_graph(model, example_inputs(model, SHAPE))
+    for group in prunable(graph):
+        assert done.kept[group.channels].sum() == done.widths[group.name] == len(group.channels) // 2
+        for cell in np.unique(group.cells):
+            assert done.kept[group.channels[group.cells == cell]].sum() == (group.cells == cell).sum() // 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batch_size_and_memory_change_neither_filters_nor_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = prune(name, batch=16)
+    _, ones = prune(name, batch=1)
+    monkeypatch.setattr(repair, "_BYTES", 0)
+    _, again = prune(name, batch=7)
+    assert first.again == 0 < again.again
+    for other in (ones, again):
+        assert np.array_equal(first.kept, other.kept)
+        for (_, one), (_, two) in zip(named_tensors(first.model), named_tensors(other.model), strict=True):
+            assert torch.allclose(one.double(), two.double(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_original_is_left_untouched() -> None:
+    model = network("residual")
+    before = copy.deepcopy(model.state_dict())
+    wide = Wide.of(model, SHAPE, 16)
+    moments, _ = observe(wide, Sampling.of(wide, sample()), ["b.weight"])
+    wide.refit(wide.readers["b.weight"], moments["b.weight"], 0.5)
+    assert centred(moments["b.weight"]).variance.min() >= 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,158 @@
+"""One pass over the data: second moments of what the consumers read, and what the original says where it is sampled."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from ..data import ImageSet
+from ..interfaces import Progress, silent
+from .geometry import map_size
+from .moments import Moments, Positions, at_positions, patches, positions
+from .readers import Reader, Use
+from .replay import Values
+from .wide import Wide
+
+# A layer is sampled at this many positions in all, if memory and time allow it: in wide layers the moments take
+# rows × width² operations, and the original's outputs are kept.
+_ROWS, _ROWS_PER_INPUT = 130_000, 10
+_NUMBERS_PER_LAYER, _BYTES = 75_000_000, 2 << 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calibration images, and how they are looked at.
+
+    Attributes:
+        images: the set they are from.
+        chosen: indices in it.
+        batch: images that run together.
+        seed: of the positions.
+    """
+
+    images: ImageSet
+    chosen: NDArray[np.int64]
+    batch: int
+    seed: int
+
+    def __iter__(self) -> Iterator[tuple[slice, NDArray[np.int64], torch.Tensor]]:
+        """Batches: their place among all images, indices, and inputs."""
+        for start in range(0, len(self.chosen), self.batch):
+            part = self.chosen[start : start + self.batch]
+            yield slice(start, start + len(part)), part, torch.from_numpy(self.images.inputs(part))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Where the layers of a network are sampled; the same places in every pass.
+
+    Attributes:
+        sample: the images.
+        most: weight → positions in each image.
+    """
+
+    sample: Sample
+    most: Mapping[str, int]
+
+    @staticmethod
+    def of(wide: Wide, sample: Sample) -> Sampling:
+        """As many positions as pay: at least ten rows per input of a layer, on large networks not many more."""
+        rows = {
+            each.weight: min(_ROWS, _NUMBERS_PER_LAYER // max(each.inputs, each.filters))
+            for each in wide.readers.values()
+        }
+        share = min(1.0, _BYTES / sum(4 * rows[each.weight] * each.filters for each in wide.readers.values()))
+        return Sampling(
+            sample,
+            {
+                each.weight: -(
+                    -max(_ROWS_PER_INPUT * each.inputs, int(share * rows[each.weight])) // len(sample.chosen)
+                )
+                for each in wide.readers.values()
+            },
+        )
+
+    def places(self, reader: Reader, number: int, size: tuple[int, int], part: NDArray[np.int64]) -> list[Positions]:
+        """Output positions of a layer's call, for each image of a batch."""
+        key = (self.sample.seed, reader.weight, number)
+        return [positions(size, self.most[reader.weight], *key, int(image)) for image in part]
+
+
+Key = tuple[str, int]  # weight, number of its call
+
+
+@dataclass
+class Original:
+    """What the original says: (weight, call) → rows (images · positions, filters), behind BatchNorm and addition."""
+
+    rows: dict[Key, torch.Tensor]
+
+    def at(self, key: Key, images: slice, count: int) -> torch.Tensor:
+        """The rows of some images, `count` for each, in float64."""
+        return self.rows[key][images.start * count : images.stop * count].double()
+
+
+def observe(
+    wide: Wide, sampling: Sampling, consumers: Collection[str], progress: Progress = silent
+) -> tuple[dict[str, Moments], Original]:
+    """Run the original once.
+
+    Args:
+        wide: the network, untouched so far.
+        sampling: where to look.
+        consumers: weights of the layers whose moments are wanted.
+        progress: to report to.
+
+    Returns:
+        Moments by weight, whose targets are the layer's own outputs behind its BatchNorm, without what it is added to;
+        and the outputs of all layers.
+    """
+    begins: dict[int, tuple[Reader, int, Use]] = {}
+    ends: defaultdict[int, list[tuple[Reader, int]]] = defaultdict(list)
+    for reader in wide.readers.values():
+        for number, use in enumerate(reader.uses):
+            begins[use.at] = reader, number, use
+            ends[use.ends].append((reader, number))
+    index = {node: number for number, node in enumerate(wide.replay.trace.nodes)}
+    moments = {name: empty(wide.readers[name]) for name in consumers}
+    rows: defaultdict[Key, list[torch.Tensor]] = defaultdict(list)
+    places: dict[Key, list[Positions]] = {}
+
+    def looking(part: NDArray[np.int64]) -> Callable[[fx.Node, Values], None]:
+        def see(node: fx.Node, values: Values) -> None:
+            if begun := begins.get(index[node]):
+                reader, number, use = begun
+                layer, inputs = wide.layer(use, values)
+                places[reader.weight, number] = sampling.places(reader, number, map_size(layer, inputs), part)
+                if reader.weight in moments:
+                    mine = patches(layer, inputs[: len(part)], places[reader.weight, number])
+                    moments[reader.weight].add(mine, _own(wide, reader, mine))
+            for reader, number in ends.get(index[node], ()):
+                value = values[node.name][: len(part)]
+                seen = at_positions(value, places[reader.weight, number], linear=reader.linear)
+                rows[reader.weight, number].append(seen.float())
+
+        return see
+
+    for images, part, inputs in sampling.sample:
+        progress("Calibrating", images.start, len(sampling.sample.chosen))
+        wide.replay.run(wide.replay.begin(inputs), 0, len(index), looking(part))
+    progress("Calibrating", len(sampling.sample.chosen), len(sampling.sample.chosen))
+    return moments, Original({key: torch.cat(each) for key, each in rows.items()})
+
+
+def _own(wide: Wide, reader: Reader, patches_ngd: torch.Tensor) -> torch.Tensor:
+    """A layer's own outputs for patches, (n, filters), behind its BatchNorm."""
+    weight = wide.weight(reader) * wide.unit(reader)
+    return torch.einsum("ngd,god->ngo", patches_ngd, weight).flatten(1) + wide.shift(reader)
+
+
+def empty(reader: Reader) -> Moments:
+    """Moments of a layer, without rows."""
+    return Moments.empty(reader.blocks, reader.inputs, reader.filters // reader.blocks)

@@ -1,0 +1,134 @@
+"""Second moments of what layers read: all that selection and reconstruction need of the data.
+
+They are sums over sampled output positions, so they add up over images and processes, and their size does not depend
+on how many images there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..seeds import generator
+from .geometry import Geometry, map_size
+
+Positions = NDArray[np.int64]
+
+
+@dataclass
+class Moments:
+    """Sums over rows, in float64; a grouped convolution has G blocks, each with D inputs (channels × kernel).
+
+    Attributes:
+        count: rows.
+        patches: Σ p, (G, D).
+        squares: Σ p pᵀ, (G, D, D).
+        targets: Σ t over what the filters should say, (G, O); O filters per block.
+        cross: Σ t pᵀ, (G, O, D).
+        energy: Σ t², (G, O).
+    """
+
+    count: int
+    patches: torch.Tensor
+    squares: torch.Tensor
+    targets: torch.Tensor
+    cross: torch.Tensor
+    energy: torch.Tensor
+
+    @staticmethod
+    def empty(blocks: int, inputs: int, filters: int) -> Moments:
+        """No rows yet."""
+
+        def zeros(*size: int) -> torch.Tensor:
+            return torch.zeros(blocks, *size, dtype=torch.float64)
+
+        return Moments(0, zeros(inputs), zeros(inputs, inputs), zeros(filters), zeros(filters, inputs), zeros(filters))
+
+    def add(self, patches: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add rows: patches (n, G, D) and targets (n, G · O), in float64."""
+        blocks = self.patches.shape[0]
+        wanted = targets.reshape(len(targets), blocks, -1)
+        self.count += len(patches)
+        self.patches += patches.sum(0)
+        self.targets += wanted.sum(0)
+        self.energy += wanted.square().sum(0)
+        for block in range(blocks):
+            self.squares[block].addmm_(patches[:, block].T, patches[:, block])
+            self.cross[block].addmm_(wanted[:, block].T, patches[:, block])
+
+
+@dataclass(frozen=True)
+class Centred:
+    """Means and covariances per block, from `Moments`; uncentred where a layer has nowhere to put a mean.
+
+    Attributes:
+        mean: E p, (G, D).
+        covariance: (G, D, D).
+        target: E t, (G, O).
+        cross: covariance of targets and patches, (G, O, D).
+        variance: of the targets, (G, O).
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    target: torch.Tensor
+    cross: torch.Tensor
+    variance: torch.Tensor
+
+
+def centred(moments: Moments, *, intercept: bool = True) -> Centred:
+    """Divide by the number of rows; without an intercept nothing is subtracted and the means are 0."""
+    count = max(moments.count, 1)
+    mean, target = moments.patches / count, moments.targets / count
+    if not intercept:
+        mean, target = torch.zeros_like(mean), torch.zeros_like(target)
+    return Centred(
+        mean,
+        moments.squares / count - mean[:, :, None] * mean[:, None, :],
+        target,
+        moments.cross / count - target[:, :, None] * mean[:, None, :],
+        moments.energy / count - target.square(),
+    )
+
+
+def positions(size: tuple[int, int], most: int, *key: int | str) -> Positions:
+    """At most `most` different output positions of one image, as indices into the flattened map; by `key` only."""
+    pixels = size[0] * size[1]
+    if most >= pixels:
+        return np.arange(pixels)
+    return np.sort(generator(*key, "positions").choice(pixels, most, replace=False, shuffle=False))
+
+
+def patches(layer: Geometry, inputs: torch.Tensor, places: list[Positions]) -> torch.Tensor:
+    """What a layer reads at some output positions.
+
+    Args:
+        layer: the convolution.
+        inputs: its padded inputs, (images, inputs, height, width).
+        places: one array per image, of equal lengths.
+
+    Returns:
+        (images · positions, G, D) in float64; D runs over the block's channels, then over the kernel.
+    """
+    _, width = map_size(layer, inputs)
+    flat = torch.from_numpy(np.stack(places))
+    ys, xs = flat.div(width, rounding_mode="floor") * layer.stride[0], flat % width * layer.stride[1]
+    kernel_h, kernel_w = layer.weight.shape[2:]
+    rows = ys[..., None] + torch.arange(kernel_h) * layer.dilation[0]  # (images, positions, kernel_h)
+    columns = xs[..., None] + torch.arange(kernel_w) * layer.dilation[1]
+    # Channels last: one gather moves all channels of a pixel.
+    pixels = inputs.permute(0, 2, 3, 1).contiguous()
+    image = torch.arange(len(inputs))[:, None, None, None]
+    found = pixels[image, rows[..., :, None], columns[..., None, :]]  # (images, positions, kernel_h, kernel_w, inputs)
+    found = found.flatten(0, 1).flatten(1, 2).transpose(1, 2)  # (rows, inputs, kernel)
+    return found.reshape(len(found), layer.groups, -1).double()
+
+
+def at_positions(values: torch.Tensor, places: list[Positions], *, linear: bool) -> torch.Tensor:
+    """Rows (images · positions, channels) of a layer's outputs, in float64; a linear layer's channels come last."""
+    pixels = (values.flatten(1, -2) if values.dim() > 2 else values[:, None]) if linear else values.flatten(2).mT
+    flat = torch.from_numpy(np.stack(places))
+    return pixels.gather(1, flat[..., None].expand(-1, -1, pixels.shape[2])).flatten(0, 1).double()

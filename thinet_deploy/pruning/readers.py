@@ -1,0 +1,158 @@
+"""Convolutions and linear layers as least squares see them: what they read, and where what they say counts."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .trace import Trace, arguments, operation, shape
+
+_NORMS = frozenset({"batch_norm", "_native_batch_norm_legit_no_training"})
+_ADDITIONS = frozenset({"add", "add_"})
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The BatchNorm that alone reads a layer: names of its tensors; `eps` as in torch."""
+
+    weight: str
+    bias: str
+    mean: str
+    var: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer.
+
+    Attributes:
+        at: index of its operation in the trace.
+        inputs: node that it reads.
+        ends: index of the operation whose value counts: of an addition, of the BatchNorm, or of the layer itself.
+        other: the other operand of the addition, whose own drift the layer can repair; None without an addition.
+        given: the operation's arguments by name; tensors stand as nodes.
+    """
+
+    at: int
+    inputs: fx.Node
+    ends: int
+    other: fx.Node | None
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A convolution or linear layer.
+
+    Attributes:
+        weight: name of its weight.
+        bias: name of its bias; "" without one.
+        norm: the BatchNorm behind it, if that is all that reads it.
+        uses: its calls, in order.
+        linear: whether it is a linear layer, whose channels come last.
+        transposed: whether it is a transposed convolution.
+        blocks: groups of a convolution.
+        inputs: of each filter: channels of its block × kernel.
+        filters: in all.
+    """
+
+    weight: str
+    bias: str
+    norm: Norm | None
+    uses: tuple[Use, ...]
+    linear: bool
+    transposed: bool
+    blocks: int
+    inputs: int
+    filters: int
+
+    @property
+    def name(self) -> str:
+        """Of the module, as far as it has one."""
+        return self.weight.removesuffix(".weight")
+
+
+def readers(trace: Trace, *, residual: bool = True) -> list[Reader]:
+    """All layers of a network whose weight is a parameter of its own, in the order of execution.
+
+    Args:
+        trace: of the network.
+        residual: whether what a layer says counts behind the addition that it goes into.
+    """
+    nodes, index = trace.nodes, {node: number for number, node in enumerate(trace.nodes)}
+    calls: defaultdict[str, list[tuple[Use, Norm | None, str]]] = defaultdict(list)
+    uses_of_norm: Counter[str] = Counter()
+    for node in nodes:
+        if operation(node) in _NORMS:
+            uses_of_norm[trace.parameter(arguments(node)["weight"])] += 1
+    for at, node in enumerate(nodes):
+        kind = operation(node)
+        if not (kind.startswith(("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")) or kind == "linear"):
+            continue
+        given = arguments(node)
+        weight, bias = trace.parameter(given["weight"]), trace.parameter(given.get("bias"))
+        if not weight or (given.get("bias") is not None and not bias):
+            continue
+        last, norm = node, _norm_behind(trace, node)
+        if norm and uses_of_norm[norm.weight] == 1:
+            last = next(iter(node.users))
+        else:
+            norm = None
+        addition = _addition_behind(last) if residual else None
+        other: fx.Node | None = None
+        if addition is not None:
+            other = next(each for each in addition.all_input_nodes if each is not last)
+            last = addition
+        calls[weight].append((Use(at, given["input"], index[last], other, given), norm, bias))
+    found = []
+    for weight, each in calls.items():
+        uses, norms, biases = zip(*each, strict=True)
+        if len(uses) > 1:  # what the calls share is judged where they end, before any BatchNorm
+            uses = tuple(Use(use.at, use.inputs, use.at, None, use.given) for use in uses)
+        given = uses[0].given
+        size, blocks = shape(given["weight"]), int(given.get("groups", 1))
+        transposed = "output_padding" in given
+        filters = size[1] * blocks if transposed else size[0]
+        norm = norms[0] if len(uses) == 1 else None
+        found.append(
+            Reader(
+                weight,
+                biases[0],
+                norm,
+                tuple(uses),
+                "stride" not in given,
+                transposed,
+                blocks,
+                size.numel() // filters,
+                filters,
+            )
+        )
+    return found
+
+
+def _norm_behind(trace: Trace, node: fx.Node) -> Norm | None:
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is None or operation(reader) not in _NORMS:
+        return None
+    given = arguments(reader)
+    weight, bias, mean, var = (
+        trace.parameter(given[each]) for each in ("weight", "bias", "running_mean", "running_var")
+    )
+    return Norm(weight, bias, mean, var, float(given["eps"])) if weight and bias and mean and var else None
+
+
+def _addition_behind(node: fx.Node) -> fx.Node | None:
+    """The addition of equal shapes that alone reads a value."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is None or operation(reader) not in _ADDITIONS or reader.kwargs.get("alpha", 1) != 1:
+        return None
+    sides = reader.args[:2]
+    tensors = [each for each in sides if isinstance(each, fx.Node) and isinstance(each.meta.get("val"), torch.Tensor)]
+    same = len(tensors) == 2 and tensors[0] is not tensors[1] and shape(tensors[0]) == shape(tensors[1])
+    return reader if same else None
