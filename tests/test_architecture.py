@@ -24,7 +24,7 @@ PROFILES = f"{CORE}.profiles"
 # for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
 LEVELS = {
     4: {"cli", "cli_options", "cli_progress", "__main__"},
-    3: {"pipeline", "stages", "job"},
+    3: {"pipeline", "stages", "prune_stage", "tools", "job"},
     2: {
         "pruning",
         "training",

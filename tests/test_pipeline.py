@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from thinet_deploy import pipeline, registry, report, stages, verify
+from thinet_deploy import pipeline, prune_stage, registry, report, stages, verify
 from thinet_deploy.artifact import read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.errors import GateError
@@ -287,7 +287,7 @@ def test_a_plan_whose_proof_fails_is_refused(
     error: float, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proof = Proof(False, error, 1e-14, "features.2", "features.0", 3, (1, 3))
-    monkeypatch.setattr(stages, "prove", lambda *_, **__: proof)
+    monkeypatch.setattr(prune_stage, "prove", lambda *_, **__: proof)
     for work in (pipeline.prune, build):
         with pytest.raises(GateError, match=rf"masked → pruned: error {error}, allowed 1\.0e-14"):
             work(tiny_options(tmp_path / "run"))

@@ -224,6 +224,20 @@ def test_500_pruned_random_networks_are_the_cut_ones(model: nn.Module, data: st.
     check(model, data)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_later_layer_makes_its_filters_in_the_shuffled_order(seed: int) -> None:
+    torch.manual_seed(seed)
+    added = Branches("add", nn.Identity(), nn.Sequential(nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12)))
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), Lambda(shuffle(2)), added, nn.Conv2d(12, 2, 1)).eval()
+    inputs = (torch.randn(2, 3, 6, 6),)
+    graph = channel_graph(model, inputs)
+    (group,) = graph.groups
+    kept = np.zeros(graph.channels, dtype=bool)
+    for cell in (0, 1):
+        kept[np.random.default_rng(seed).permutation(group.channels[group.cells == cell])[:3]] = True
+    assert prove(model, graph, settled_plan(model, graph, kept, inputs), inputs, seed=0).passed
+
+
 def test_most_layers_of_random_networks_can_go() -> None:
     """Freezing everything would be no success."""
     free, whole = 0, 0

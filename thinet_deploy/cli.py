@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 
 from .cli_options import (
     BatchSize,
+    CalibrationImages,
     Config,
     Data,
     Epochs,
@@ -27,10 +28,13 @@ from .cli_options import (
     LayerEpochs,
     LearningRate,
     Macs,
+    Method,
     Model,
     Out,
     Preprocess,
     Preset,
+    Recipe,
+    Reconstruction,
     RoundTo,
     Seed,
     Shortcuts,
@@ -70,6 +74,10 @@ def build(  # noqa: PLR0917 - one argument per option
     preprocess: Preprocess = None,
     input_shape: InputShape = None,
     preset: Preset = None,
+    recipe: Recipe = None,
+    method: Method = None,
+    reconstruction: Reconstruction = None,
+    calibration_images: CalibrationImages = None,
     keep: Keep = None,
     macs: Macs = None,
     size: Size = None,
@@ -141,6 +149,10 @@ def prune(  # noqa: PLR0917 - one argument per option
     preprocess: Preprocess = None,
     input_shape: InputShape = None,
     preset: Preset = None,
+    recipe: Recipe = None,
+    method: Method = None,
+    reconstruction: Reconstruction = None,
+    calibration_images: CalibrationImages = None,
     keep: Keep = None,
     macs: Macs = None,
     size: Size = None,
@@ -180,14 +192,18 @@ def prune(  # noqa: PLR0917 - one argument per option
 
 def _show_pruned(folder: Path, report: dict[str, Any]) -> None:
     """The layers that were pruned, what stayed whole and why, and what comes next."""
-    grid = _grid("layer", "filters", "kept", "error", "with ŵ", "top-1 pruned", "fine-tuned")
+    titles = {"error": "error", "error_scaled": "with ŵ", "top1_pruned": "top-1 pruned", "top1_tuned": "fine-tuned"}
+    shown = {key: title for key, title in titles.items() if any(key in layer for layer in report["layers"])}
+    grid = _grid("layer", "filters", "kept", *shown.values())
     for layer in report["layers"]:
-        errors = (f"{float(layer['error']):.4f}", f"{float(layer['error_scaled']):.4f}")
-        accuracies = (f"{layer['top1_pruned']:.2f}", f"{layer['top1_tuned']:.2f}")
+        figures = (f"{float(layer[key]):.{2 if key.startswith('top1') else 4}f}" for key in shown)
         first, *others = layer["producer"].split(", ")
         name = f"{first} and {len(others)} more" if others else first
-        grid.add_row(name, str(layer["before"]), str(layer["after"]), *errors, *accuracies)
+        grid.add_row(name, str(layer["before"]), str(layer["after"]), *figures)
     _stdout().print(grid)
+    for entry in report["ledger"]:
+        span = f"{entry['top1_low']:.2f} to {entry['top1_high']:.2f}"
+        typer.echo(f"{entry['step']}: top-1 {entry['top1']:.2f} % (95 %: {span}), top-5 {entry['top5']:.2f} %")
     for reason in dict.fromkeys(report["whole"].values()):
         names = [name for name, why in report["whole"].items() if why == reason]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""

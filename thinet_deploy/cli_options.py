@@ -32,6 +32,31 @@ Preset = Annotated[
         "average pooling.  \\[default: thinet-gap where there is such a head]"
     ),
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="iccv2017, tpami2019: the papers', layer by layer with fine-tuning between. best: all layers at once, "
+        "filters chosen by elimination, their consumers refitted without training, widths where they help most, the "
+        "original as teacher of the fine-tuning.  \\[default: iccv2017]"
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="How filters are chosen: thinet, thinet-omp, weight-sum, apoz, taylor, random, and in the recipe best "
+        "elimination.  \\[default: as the recipe says]"
+    ),
+]
+Reconstruction = Annotated[
+    str | None,
+    typer.Option(
+        help="How their consumers make up for the others: none; scale (the papers' one number per channel); in the "
+        "recipe best full (weights and bias).  \\[default: as the recipe says]"
+    ),
+]
+CalibrationImages = Annotated[
+    int | None, typer.Option(help="Training images for the statistics of the recipe best.  \\[default: 2000]")
+]
 Keep = Annotated[float | None, typer.Option(help="Share of filters that stay in every pruned layer.  \\[default: 0.5]")]
 Macs = Annotated[
     str | None,

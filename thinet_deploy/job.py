@@ -74,6 +74,12 @@ def load_job(options: Options, progress: Progress = silent) -> Job:
     """
     target = load_profile(options.target)
     options = _named_model(options)
+    if options.layerwise and (options.selection == "elimination" or options.rebuilding == "full"):
+        raise InputError(
+            f"--recipe {options.recipe} goes layer by layer, where there is neither --method elimination nor "
+            "--reconstruction full.",
+            hint="Both belong to --recipe best.",
+        )
     if options.trainer:
         load_function(options.trainer, "fit")
     preprocess = _preprocess(options)

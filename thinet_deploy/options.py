@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import InputError, UnknownNameError
 
 Preset = Literal["thinet-conv", "thinet-gap"]
+RecipeName = Literal["iccv2017", "tpami2019", "best"]
+Selection = Literal["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"]
+Reconstruction = Literal["full", "scale", "none"]
 
 
 class Options(BaseModel):
@@ -25,6 +28,11 @@ class Options(BaseModel):
         preprocess: TOML file; None for the usual one.
         input_shape: channels, height and width of the input, for a model that does not say.
         preset: what to make; None for thinet-gap where the network has a fully connected head.
+        recipe: the papers' (layer by layer, with fine-tuning between), or "best": all layers at once, chosen by
+            elimination, reconstructed without training, widths put where they help most, the original as teacher.
+        method: how filters are chosen, if not as the recipe says.
+        reconstruction: how their consumers make up for those that go, if not as the recipe says.
+        calibration_images: for the statistics of "best".
         keep: keep ratio r of every pruned layer.
         macs: budget instead: "2x" for half as many multiply-accumulates, or their number, such as "300M".
         size: budget instead: of the weights, such as "5MB" (4 bytes each, 2^20 bytes in a MB, biases not counted).
@@ -53,6 +61,10 @@ class Options(BaseModel):
     preprocess: Path | None = None
     input_shape: tuple[int, int, int] | None = None
     preset: Preset | None = None
+    recipe: RecipeName = "iccv2017"
+    method: Selection | None = None
+    reconstruction: Reconstruction | None = None
+    calibration_images: int = Field(default=2000, ge=1)
     keep: float = Field(default=0.5, gt=0, le=1)
     macs: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(x|k|M|G|B)?$")
     size: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(kB|MB|GB)$")
@@ -69,6 +81,27 @@ class Options(BaseModel):
     threads: int = Field(default=1, ge=1)
     seed: int = 0
     out: Path = Path("thinet-run")
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether every layer is fine-tuned before the next one is pruned."""
+        return self.recipe != "best"
+
+    @property
+    def distils(self) -> bool:
+        """Whether fine-tuning learns from the original."""
+        return self.recipe == "best"
+
+    @property
+    def selection(self) -> Selection:
+        """The method in use."""
+        usual: dict[RecipeName, Selection] = {"iccv2017": "thinet", "tpami2019": "thinet-omp", "best": "elimination"}
+        return self.method or usual[self.recipe]
+
+    @property
+    def rebuilding(self) -> Reconstruction:
+        """The reconstruction in use."""
+        return self.reconstruction or ("scale" if self.layerwise else "full")
 
     def most_macs(self, present: int) -> float | None:
         """The budget of multiply-accumulates for a network that has `present` now; None without one."""
@@ -107,14 +140,15 @@ def make_options(values: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        if first["type"] == "literal_error":
-            raise UnknownNameError(name, str(first["input"]), get_args(Preset)) from error
+        if first["type"] == "literal_error" and name in _CHOICES:
+            raise UnknownNameError(name, str(first["input"]), get_args(_CHOICES[name])) from error
         raise InputError(
             f"--{name.replace('_', '-')} is {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}.",
             hint=_HINTS.get(name, "See `thinet-deploy build --help`."),
         ) from error
 
 
+_CHOICES = {"preset": Preset, "recipe": RecipeName, "method": Selection, "reconstruction": Reconstruction}
 _HINTS = {
     "macs": "--macs 2x halves the multiply-accumulates; --macs 300M and --macs 1.5G are numbers of them.",
     "round_to": "--round-to 16, or --round-to target for the number in the target's profile.",

@@ -18,15 +18,16 @@ from .export import INPUT, OUTPUT
 from .interfaces import Progress, TensorSpec, silent
 from .job import Job, load_job
 from .options import Options, make_options
+from .prune_stage import pruned as pruned_stage
 from .pruning.proof import Proof
 from .pruning.surgery import gap_head
 from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
 from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
-from .stages import PLAN, REPORT, Tools, read_accuracy
 from .store import Run, Stage, open_run
 from .target import TargetProfile
+from .tools import PLAN, REPORT, Tools, read_accuracy
 from .training import Accuracy
 
 ENGINE_SECONDS = 3.0
@@ -35,7 +36,7 @@ TORCH_BATCH = 32
 TORCH_ROUNDS = 9
 RUNNER = Path(_RUNNER_FILE)
 # Options that decide which filters stay.
-WIDTHS = {"keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts"}
+WIDTHS = {"keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts", "calibration_images"}
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,10 @@ def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
         "dense": original.digest,
         "widths": options.model_dump(mode="json", include=WIDTHS),
         **({"grid": job.target.channel_grid} if options.round_to == "target" else {}),
+        "method": [options.recipe, options.selection, options.rebuilding],
         "epochs": options.layer_epochs,
     }
-    pruned = run.stage("prune", inputs, partial(stages.pruned, tools, original.folder))
+    pruned = run.stage("prune", inputs, partial(pruned_stage, tools, original.folder))
     _gate((verify.pruning_hop("conv", Proof(**pruned.json(REPORT)["proof"])),), run, pruned)
     return original, pruned, options.preset == "thinet-gap" or (not options.preset and bool(gap_head(job.fresh())))
 
@@ -190,26 +192,27 @@ def _train_and_prune(run: Run, tools: Tools) -> Networks:
     """Original → ThiNet-Conv → ThiNet-GAP, and the control from scratch."""
     options = tools.job.options
     original, pruned, head = _pruned(run, tools)
-    after = {**_training(options), "seed": options.seed, "epochs": options.finetune_epochs}
-    conv = run.stage("conv", {**after, "prune": pruned.digest}, partial(stages.tuned, tools, pruned.folder))
+    after = {**_training(options), "seed": options.seed, "epochs": options.finetune_epochs, "distil": options.distils}
+    conv = run.stage(
+        "conv", {**after, "prune": pruned.digest}, partial(stages.tuned, tools, original.folder, pruned.folder)
+    )
     networks = {"original": original, "conv": conv}
     hops = [
         verify.pruning_hop("conv", Proof(**pruned.json(REPORT)["proof"])),
         verify.tuning_hop("conv", "pruned → fine-tuned", read_accuracy(pruned.folder), read_accuracy(conv.folder)),
     ]
     if head:
-        networks["gap"] = run.stage("gap", {**after, "conv": conv.digest}, partial(stages.gap, tools, conv.folder))
+        networks["gap"] = run.stage(
+            "gap", {**after, "conv": conv.digest}, partial(stages.gap, tools, original.folder, conv.folder)
+        )
         report = networks["gap"].json(REPORT)
         hops.append(
             verify.tuning_hop(
-                "gap",
-                "head replaced → fine-tuned",
-                Accuracy(**report["before"]),
-                Accuracy(**report["accuracy"]),
+                "gap", "head replaced → fine-tuned", Accuracy(**report["before"]), Accuracy(**report["accuracy"])
             )
         )
     last = list(networks.values())[-1]
-    epochs = options.epochs + len(pruned.json(REPORT)["layers"]) * options.layer_epochs
+    epochs = options.epochs + pruned.json(REPORT)["epochs"]
     epochs += options.finetune_epochs * (2 if head else 1)
     inputs = {**after, "thin": sha256_of(last.folder / PLAN), "epochs": epochs, **tools.job.identity}
     scratch = run.stage("scratch", inputs, partial(stages.scratch, tools, last.folder, epochs))

@@ -22,6 +22,7 @@ from .wide import Wide
 # A layer is sampled at this many positions in all, if memory and time allow it: in wide layers the moments take
 # rows × width² operations, and the original's outputs are kept.
 _ROWS, _ROWS_PER_INPUT = 130_000, 10
+_WORTH = 1 / 3
 _NUMBERS_PER_LAYER, _BYTES = 75_000_000, 2 << 30
 
 
@@ -92,6 +93,15 @@ class Original:
     """What the original says: (weight, call) → rows (images · positions, filters), behind BatchNorm and addition."""
 
     rows: dict[Key, torch.Tensor]
+
+    def worth(self) -> dict[str, float]:
+        """Weight → what a unit of squared error of that layer counts for, beside those of other layers.
+
+        An error matters less where values are large, though not in proportion: later layers repair early errors, and
+        nothing repairs the last ones. Measured on ResNet-20 (benchmarks/reconstruction.py): neither absolute errors
+        (exponent 0) nor relative ones (1) put the widths best.
+        """
+        return {weight: max(float(rows.var(0).sum()), 1e-12) ** -_WORTH for (weight, _), rows in self.rows.items()}
 
     def at(self, key: Key, images: slice, count: int) -> torch.Tensor:
         """The rows of some images, `count` for each, in float64."""

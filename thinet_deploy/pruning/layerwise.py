@@ -1,4 +1,4 @@
-"""ThiNet's schedule: prune a layer, reconstruct, fine-tune, go on to the next (ICCV 2017, section 4.2)."""
+"""The papers' schedule: prune a layer, reconstruct, fine-tune, go on to the next (ICCV 2017, section 4.2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from .graph import ChannelGraph, ChannelGroup
 from .plan import Plan, empty_plan, fingerprint
 from .reconstruction import relative_error, scale
 from .retrace import RetraceError, settled_plan
-from .selection import thinet
+from .scores import apoz, random_scores, taylor, weight_sum
+from .selection import by_score, thinet, thinet_omp
 from .statistics import sampled_gram
 from .surgery import apply, fold_scale
 from .trace import Inputs
@@ -106,6 +107,8 @@ class Schedule:
         inputs: example inputs of the network, to trace it.
         seed: of the run.
         tune: fine-tunes a network in place; called with the network and the name of the step.
+        selection: criterion: "thinet", "thinet-omp", or one that judges filters one by one.
+        scaled: whether the consumers make up for what goes by ŵ.
     """
 
     original: nn.Module
@@ -114,6 +117,8 @@ class Schedule:
     inputs: Inputs
     seed: int
     tune: Callable[[nn.Module, str], None]
+    selection: str = "thinet"
+    scaled: bool = True
 
 
 def prune_layerwise(
@@ -166,8 +171,9 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     per_class = max(IMAGES_PER_CLASS, MIN_IMAGES // len(data.classes))
     chosen = data.train.calibration(per_class, seed=seed, stage=group.name)
     gram, rows = sampled_gram(thin.model, group, thin.plan, data.train, chosen, draws=DRAWS, seed=seed)
-    stays, kept = _select(schedule.graph, thin.kept, group, gram, width)
-    weights = scale(gram, stays)
+    rule = _rule(schedule, thin, group, gram, chosen)
+    stays, kept = _select(schedule.graph, thin.kept, group, rule, width)
+    weights = scale(gram, stays) if schedule.scaled else np.ones(len(stays))
     try:
         plan = settled_plan(schedule.original, schedule.graph, kept, schedule.inputs)
     except RetraceError as error:
@@ -198,12 +204,33 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     return Thin(model, plan, kept), layer
 
 
+def _rule(
+    schedule: Schedule, thin: Thin, group: ChannelGroup, gram: NDArray[np.float64], chosen: NDArray[np.int64]
+) -> Callable[[int], NDArray[np.int64]]:
+    """Width → which channels of a group stay."""
+    kind, train = schedule.selection, schedule.data.train
+    if kind in {"thinet", "thinet-omp"}:
+        greedy = thinet if kind == "thinet" else thinet_omp
+        return lambda width: greedy(gram, width, group.cells)
+    scores = {
+        "weight-sum": lambda: weight_sum(thin.model, schedule.graph, group, thin.plan),
+        "apoz": lambda: apoz(thin.model, group, thin.plan, train, chosen),
+        "taylor": lambda: taylor(thin.model, group, thin.plan, train, chosen),
+        "random": lambda: random_scores(group, schedule.seed),
+    }[kind]()
+    return lambda width: by_score(scores, width, group.cells)
+
+
 def _select(
-    graph: ChannelGraph, kept: NDArray[np.bool_], group: ChannelGroup, gram: NDArray[np.float64], width: int
+    graph: ChannelGraph,
+    kept: NDArray[np.bool_],
+    group: ChannelGroup,
+    rule: Callable[[int], NDArray[np.int64]],
+    width: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """ThiNet's choice, and all channels that stay then; wider where a layer would lose all of its filters."""
+    """The rule's choice, and all channels that stay then; wider where a layer would lose all of its filters."""
     while True:
-        stays = thinet(gram, width, group.cells)
+        stays = rule(width)
         after = kept.copy()
         after[group.channels] = False
         after[group.channels[stays]] = True

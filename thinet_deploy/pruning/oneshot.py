@@ -93,9 +93,10 @@ def prune_once(
     consumers = {each.weight for group in groups for each in group.consumers}
     moments, said = observe(wide, sampling, consumers, progress)
     curves = {}
+    worth = said.worth()
     for number, group in enumerate(groups):
         progress("Weighing", number, len(groups), group.name)
-        curves[group.name] = _curve(group, _elimination(wide, group, moments, method, 0))
+        curves[group.name] = _curve(group, _elimination(wide, group, moments, worth, method.ridge, 0))
     progress("Weighing", len(groups), len(groups))
     chosen = widths(curves)
     work = _Work(wide, graph, sampling, said, moments, method, chosen, list(groups))
@@ -106,12 +107,19 @@ def prune_once(
     return Pruned(wide.model, work.kept, chosen, curves, work.front.again)
 
 
-def _elimination(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments], method: Method, keep: int) -> Removal:
+def _elimination(
+    wide: Wide,
+    group: ChannelGroup,
+    moments: Mapping[str, Moments],
+    worth: Mapping[str, float],
+    ridge: float,
+    keep: int,
+) -> Removal:
     stats = {}
     for each in group.consumers:
         reader = wide.readers[each.weight]
         stats[each.weight] = centred(moments[each.weight], intercept=bool(reader.norm or reader.bias))
-    return eliminate(parts(wide, group, stats, method.ridge), group.cells, group.steps, keep)
+    return eliminate(parts(wide, group, stats, worth, ridge), group.cells, group.steps, keep)
 
 
 def _curve(group: ChannelGroup, removal: Removal) -> Curve:
@@ -136,7 +144,7 @@ class _Work:
         self.wide, self.sampling, self.moments = wide, sampling, moments
         self.method, self.widths, self.todo = method, widths, todo
         self.kept = np.ones(graph.channels, dtype=bool)
-        self.front = Front(wide, sampling, said)
+        self.front, self.worth = Front(wide, sampling, said), said.worth()
         self.graph = graph
 
     def go_on(self, name: str) -> None:
@@ -170,7 +178,7 @@ class _Work:
         """Indices into the group's channels."""
         width, cells, kind = self.widths[group.name], group.cells, self.method.selection
         if kind == "elimination":
-            gone = _elimination(self.wide, group, moments, self.method, width).order
+            gone = _elimination(self.wide, group, moments, self.worth, self.method.ridge, width).order
             return np.setdiff1d(np.arange(len(cells)), gone)
         if kind in {"thinet", "thinet-omp"}:
             rule = thinet if kind == "thinet" else thinet_omp

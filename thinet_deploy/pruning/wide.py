@@ -16,12 +16,12 @@ from torch import fx, nn
 
 from .elimination import Part
 from .geometry import Geometry, as_convolution, layer_weight, plain_weight
-from .graph import ChannelGroup
+from .graph import ChannelGraph, ChannelGroup
 from .moments import Centred, Moments, centred
 from .readers import Reader, Use, readers
 from .reconstruction import inverted, refit
 from .replay import Replay, Values
-from .trace import named_tensors
+from .trace import named_tensors, shape
 
 # Wider layers (a linear layer behind a large flattened map) are left as they are: their moments would take gigabytes.
 MOST_INPUTS = 8192
@@ -138,13 +138,25 @@ class Wide:
             self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
 
 
-def parts(wide: Wide, group: ChannelGroup, stats: Mapping[str, Centred], ridge: float) -> list[Part]:
+def narrow_enough(graph: ChannelGraph, group: ChannelGroup) -> bool:
+    """Whether no consumer of a group has more inputs than moments are gathered for."""
+    shapes = {node.name: shape(node) for node in graph.trace.nodes if graph.trace.parameter(node)}
+    sizes = {graph.trace.parameters[name]: size for name, size in shapes.items()}
+    return all(
+        sizes[each.weight].numel() // sizes[each.weight][1 - each.dim] <= MOST_INPUTS for each in group.consumers
+    )
+
+
+def parts(
+    wide: Wide, group: ChannelGroup, stats: Mapping[str, Centred], worth: Mapping[str, float], ridge: float
+) -> list[Part]:
     """The consumers of a group as its elimination starts: refitted for the targets in use, in units of these.
 
     Args:
         wide: the network.
         group: whose channels are to go.
         stats: weight → statistics of the consumer.
+        worth: weight → what a unit of its squared error counts for.
         ridge: see `reconstruction.refit`.
     """
     place = {channel: index for index, channel in enumerate(group.channels.tolist())}
@@ -165,7 +177,7 @@ def parts(wide: Wide, group: ChannelGroup, stats: Mapping[str, Centred], ridge: 
                     span = range(index * kernel, (index + 1) * kernel)
                     columns.setdefault(place[channel], []).extend(where[column] for column in span)
             if columns:
-                found.append(_part(columns, weight, inverse.matrix))
+                found.append(_part(columns, weight * worth[consumer.weight] ** 0.5, inverse.matrix))
     return found
 
 

@@ -1,0 +1,222 @@
+"""The stage that prunes: which groups, which widths, layer by layer or all at once, and the proof."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .artifact import write_json
+from .counting import count
+from .errors import ModelError
+from .export import check_exportable
+from .intervals import accuracy_interval
+from .pruning.allocation import Costs, allocate
+from .pruning.budget import Widths, Wish, choose_widths, cost
+from .pruning.calibration import Sample
+from .pruning.discovery import channel_graph
+from .pruning.graph import ChannelGraph, ChannelGroup
+from .pruning.layerwise import Schedule, prunable, prune_layerwise
+from .pruning.oneshot import Method, Pruned, prune_once
+from .pruning.plan import Plan, weights_fingerprint
+from .pruning.proof import prove
+from .pruning.retrace import RetraceError, settled_plan
+from .pruning.surgery import apply
+from .pruning.trace import example_inputs, named_tensors
+from .pruning.wide import narrow_enough
+from .store import Checkpoint
+from .tools import REPORT, Tools, json_ready, write_network
+from .training import evaluate, reestimate_norms
+
+PROOF_IMAGES = 3
+HELD_OUT = 0.1  # of the training images, for choices between variants
+
+
+def check_way(tools: Tools, model: nn.Module) -> None:
+    """Raise what would fail after the training: nothing to prune, a budget out of reach, no way to ONNX."""
+    graph = _graph(tools, model)
+    groups = _groups(tools, graph)
+    choose_widths(dict(named_tensors(model)), graph, groups, _wish(tools, model, graph))
+    target = tools.job.target
+    check_exportable(model, tools.job.input_shape, opset=target.opset)
+
+
+def _graph(tools: Tools, model: nn.Module) -> ChannelGraph:
+    return channel_graph(model, example_inputs(model, tools.job.input_shape), ignore=tools.job.options.ignore)
+
+
+def _groups(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
+    options = tools.job.options
+    groups = prunable(graph, shortcuts=options.prune_shortcuts)
+    if not options.layerwise:
+        groups = tuple(group for group in groups if narrow_enough(graph, group))
+    if not groups:
+        reasons = "; ".join(f"{name}: {why}" for name, why in graph.whole.items())
+        streams = any(group.shortcut for group in graph.groups)
+        raise ModelError(
+            f"There is nothing to prune in {options.model}. {reasons}",
+            hint="Only its residual streams can go: --prune-shortcuts."
+            if streams
+            else "See which operations are named.",
+        )
+    return groups
+
+
+def _wish(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
+    """What the options ask of widths, in numbers for this network."""
+    options = tools.job.options
+    dense = cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool))
+    return Wish(
+        keep=options.keep,
+        macs=options.most_macs(dense.macs),
+        size=options.most_bytes,
+        grid=tools.job.target.channel_grid if options.round_to == "target" else options.round_to,
+        layers=options.keep_layer,
+    )
+
+
+def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
+    """The network without the filters that go, the plan, and its proof."""
+    job, options = tools.job, tools.job.options
+    original = tools.load(dense_folder)
+    graph = _graph(tools, original)
+    work = _layerwise if options.layerwise else _one_shot
+    done = work(tools, original, graph, checkpoint)
+    plan = done.plan.model_copy(update={"weights": weights_fingerprint(original), "preprocess": job.data.preprocess})
+    images = torch.from_numpy(job.data.train.inputs(np.arange(PROOF_IMAGES)))
+    proof = prove(original, graph, plan, (images,), seed=options.seed)
+    write_network(folder, done.model, plan)
+    before, after = (count(model, job.input_shape).macs for model in (original, done.model))
+    report = {
+        "accuracy": asdict(tools.test(done.model, "the pruned network")),
+        "layers": done.layers,
+        "ledger": done.ledger,
+        "epochs": done.epochs,
+        "whole": {**graph.whole, **done.whole},
+        "macs": {"before": before, "after": after},
+        "proof": json_ready(proof),
+    }
+    write_json(folder / REPORT, report)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A pruned network.
+
+    Attributes:
+        model: thin.
+        plan: that leads to its shape.
+        layers: for the report: what happened to each group.
+        ledger: for the report: accuracy after each step.
+        epochs: of training that went into it.
+        whole: producer → why it was not pruned, although it could be.
+    """
+
+    model: nn.Module
+    plan: Plan
+    layers: list[dict[str, Any]]
+    ledger: list[dict[str, Any]]
+    epochs: int
+    whole: dict[str, str]
+
+
+def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint: Checkpoint) -> _Done:
+    """The papers' schedule: prune a layer, fine-tune, go on to the next."""
+    options = tools.job.options
+
+    def tune(model: nn.Module, step: str) -> None:
+        tools.train(model, f"Fine-tuning, {step}", options.layer_epochs, options.lr / 3)
+
+    groups = _groups(tools, graph)
+    widths = choose_widths(dict(named_tensors(original)), graph, groups, _wish(tools, original, graph))
+    inputs = example_inputs(original, tools.job.input_shape)
+    scaled = options.rebuilding == "scale"
+    schedule = Schedule(original, graph, tools.job.data, inputs, options.seed, tune, options.selection, scaled)
+    thin, plan, layers = prune_layerwise(schedule, groups, widths, checkpoint, tools.progress)
+    epochs = len(layers) * options.layer_epochs
+    return _Done(thin, plan, [json_ready(each) for each in layers], [], epochs, _left_whole(graph, groups, widths))
+
+
+def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint: Checkpoint) -> _Done:
+    """All layers at once, reconstructed without any training; nothing is saved on the way, it takes a few passes."""
+    del checkpoint
+    job, options = tools.job, tools.job.options
+    groups, wish, tensors = _groups(tools, graph), _wish(tools, original, graph), dict(named_tensors(original))
+    uniform = choose_widths(tensors, graph, groups, wish)
+    costs = Costs(tensors, graph, groups)
+    if wish.macs is None and wish.size is None:  # as many as the keep ratio leaves, put where they help most
+        wish = replace(wish, macs=costs(uniform)[0])
+    fit, held_out = job.data.train.split(HELD_OUT, options.seed)
+    chosen = fit.sample(min(options.calibration_images, len(fit)), seed=options.seed, stage="calibration")
+    batch = max(4, 64 * 32 * 32 // (job.input_shape[1] * job.input_shape[2]))
+    method = Method(options.selection, options.rebuilding)
+    done = prune_once(
+        original,
+        graph,
+        groups,
+        lambda curves: allocate(costs, groups, curves, wish) if options.selection == "elimination" else uniform,
+        Sample(fit, chosen, min(batch, 64), options.seed),
+        job.input_shape,
+        method,
+        tools.progress,
+    )
+    try:
+        plan = settled_plan(original, graph, done.kept, example_inputs(original, job.input_shape))
+    except RetraceError as error:
+        raise ModelError(
+            f"Without the filters chosen the network is another one: {error.what} "
+            f"({error.modules[0] or 'the network'} {error.line}).",
+            hint=f'Leave this part whole: --ignore "{error.modules[0] or "*"}*".',
+        ) from error
+    thin = apply(plan, done.model)
+    ledger = [_entry(tools, "pruned", apply(plan, original))]
+    if method.reconstruction != "none":
+        ledger.append(_entry(tools, "reconstructed", thin))
+    with_norms = copy.deepcopy(thin)
+    reestimate_norms(with_norms, fit, seed=options.seed, stage="norms", progress=tools.progress)
+    # Chosen on images that took no part in the calibration, and are no test images.
+    if evaluate(with_norms, held_out).top1 > evaluate(thin, held_out).top1:
+        thin = with_norms
+        ledger.append(_entry(tools, "BatchNorm statistics re-estimated", thin))
+    layers = [_row(group, done) for group in groups if done.widths[group.name] < len(group.channels)]
+    return _Done(thin, plan, layers, ledger, 0, _left_whole(graph, groups, done.widths))
+
+
+def _entry(tools: Tools, step: str, model: nn.Module) -> dict[str, Any]:
+    """A line of the ledger: top-1 and top-5 on the test images, with a 95 % interval of top-1."""
+    found = tools.test(model, f"after: {step}")
+    interval = accuracy_interval(round(found.top1 * found.images / 100), found.images)
+    return {"step": step, **asdict(found), "top1_low": interval.low, "top1_high": interval.high}
+
+
+def _row(group: ChannelGroup, done: Pruned) -> dict[str, Any]:
+    curve = done.curves[group.name]
+    after = done.widths[group.name]
+    return {
+        "producer": ", ".join(group.producers),
+        "consumer": ", ".join(dict.fromkeys(each.weight.removesuffix(".weight") for each in group.consumers)),
+        "before": len(group.channels),
+        "after": after,
+        "error": float(curve.error[curve.widths.tolist().index(after)] / max(curve.error[-1], 1e-30)),
+    }
+
+
+def _left_whole(graph: ChannelGraph, groups: tuple[ChannelGroup, ...], widths: Widths) -> dict[str, str]:
+    """Producer → why it was not pruned, although it could be."""
+    reasons = {}
+    for group in graph.groups:
+        if group not in groups:
+            why = "a residual stream (--prune-shortcuts prunes them)" if group.shortcut else "one of the last layers"
+        elif widths[group.name] == len(group.channels):
+            why = (
+                f"no narrower width is nearer to what was asked (it has {len(group.channels)} filters; see --round-to)"
+            )
+        else:
+            continue
+        reasons.update(dict.fromkeys(group.producers, why))
+    return reasons
