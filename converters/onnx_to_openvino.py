@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata, util
 from pathlib import Path
 
@@ -22,9 +23,12 @@ def made_by() -> str:
 
 def convert(job: Conversion) -> Path:
     """Convert; weights are stored as FP16 only when fp16 was asked for (OpenVINO's own default is always)."""
+    # On import, and in convert_model(), OpenVINO reports to its maker from a forked process, which also would go on
+    # holding the run's lock. Without this module it does not.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # absent
     import openvino
 
-    model = openvino.convert_model(job.source)
+    model = openvino.Core().read_model(job.source)
     path = job.folder / f"{job.source.stem}.xml"
     openvino.save_model(model, path, compress_to_fp16=job.precision == "fp16")
     return path

@@ -147,6 +147,22 @@ def test_it_leaves_its_source_alone_and_writes_into_its_folder_only(
     assert list(elsewhere.iterdir()) == []
 
 
+@EVERY
+def test_it_reports_to_nobody(runtime: str, source: Path, tmp_path: Path) -> None:
+    """No process is forked that would outlive the conversion, hold the run's lock, and call its maker."""
+    installed(runtime)
+    code = (
+        "import multiprocessing.process as p, sys; from pathlib import Path\n"
+        "p.BaseProcess.start = lambda self: sys.exit('a process was started')\n"
+        "from thinet_deploy import registry; from thinet_deploy.interfaces import Conversion\n"
+        "registry.convert(sys.argv[1], Conversion(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[3]))\n"
+        "assert 'openvino_telemetry.backend.backend_ga4' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, runtime, str(source), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_file_in_converters_is_registered_and_every_runtime_can_be_run() -> None:
     folder = Path(inspect.getfile(registry.converter(next(iter(registry.CONVERTERS))))).parent  # type: ignore[arg-type]
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(registry.CONVERTERS.values())

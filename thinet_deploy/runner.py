@@ -155,6 +155,8 @@ def import_runtime(runtime: str) -> Any:
         raise MissingRuntimeError(f"This runner has no runtime called {runtime!r}. It knows: {', '.join(ENGINES)}.")
     package = ENGINES[runtime].package
     try:
+        # OpenVINO reports to its maker when it is imported, from a process of its own; without this module it does not.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # absent
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingRuntimeError(f"{runtime} cannot be imported: {error}. Do: pip install {package}") from error
