@@ -79,7 +79,7 @@ def test_it_is_near_the_best_of_all_widths(seed: int) -> None:
     errors = {name: dict(zip(each.widths.tolist(), each.error.tolist(), strict=True)) for name, each in made.items()}
 
     def total(widths: dict[str, int]) -> float:
-        return sum(errors[name][width] for name, width in widths.items())
+        return float(sum(errors[name][width] for name, width in widths.items()))
 
     names = [group.name for group in GROUPS]
     every = (dict(zip(names, each, strict=True)) for each in itertools.product(*(possible(g, 1) for g in GROUPS)))

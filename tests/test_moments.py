@@ -1,5 +1,8 @@
 """Second moments of patches against torch's own unfold, for layers of all kinds."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.nn import functional as F
 from thinet_deploy.pruning.geometry import as_convolution, layer_weight, map_size, plain_weight
 from thinet_deploy.pruning.moments import Moments, at_positions, centred, patches, positions
 
-LAYERS = {
+LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 7, 6)),
     "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 9, 8)),
     "dilated": (lambda: nn.Conv2d(4, 6, (3, 1), dilation=(2, 1)), (4, 8, 5)),
@@ -25,8 +28,8 @@ LAYERS = {
 }
 
 
-def call_of(layer: nn.Module, inputs: torch.Tensor) -> dict[str, object]:
-    given: dict[str, object] = {"input": inputs, "weight": layer.weight, "bias": layer.bias}
+def call_of(layer: Any, inputs: torch.Tensor) -> dict[str, Any]:
+    given = {"input": inputs, "weight": layer.weight, "bias": layer.bias}
     for name in ("stride", "padding", "dilation", "groups"):
         if hasattr(layer, name):
             given[name] = getattr(layer, name)
@@ -54,10 +57,11 @@ def test_weight_times_patch_is_what_the_layer_says(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_plain_weight_goes_back_into_the_layer(name: str) -> None:
     layer = LAYERS[name][0]()
-    kind = {"transposed": isinstance(layer, nn.ConvTranspose2d), "groups": getattr(layer, "groups", 1)}
-    plain = plain_weight(layer.weight, **kind)
-    assert torch.equal(layer_weight(plain, layer.weight.shape, **kind).float(), layer.weight)
-    assert torch.equal(layer_weight(plain.flatten(1), layer.weight.shape, **kind).float(), layer.weight)
+    transposed, groups = isinstance(layer, nn.ConvTranspose2d), getattr(layer, "groups", 1)
+    plain = plain_weight(layer.weight, transposed=transposed, groups=groups)
+    for each in (plain, plain.flatten(1)):
+        back = layer_weight(each, layer.weight.shape, transposed=transposed, groups=groups)
+        assert torch.equal(back.float(), layer.weight)
 
 
 def test_all_positions_give_the_moments_of_unfold() -> None:

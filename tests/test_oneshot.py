@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from thinet_deploy.data import ImageSet
@@ -19,7 +19,7 @@ from thinet_deploy.pruning.layerwise import prunable
 from thinet_deploy.pruning.moments import centred
 from thinet_deploy.pruning.oneshot import Method, Pruned, prune_once
 from thinet_deploy.pruning.readers import readers
-from thinet_deploy.pruning.replay import Replay
+from thinet_deploy.pruning.replay import Replay, Values
 from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply
 from thinet_deploy.pruning.trace import example_inputs, named_tensors, operation, trace
@@ -106,9 +106,12 @@ def test_a_replay_is_the_network_wherever_it_stops(name: str) -> None:
         values = replay.begin(inputs)
         replay.run(values, 0, stop)
         kept = {each: tensor.clone() for each, tensor in values.items()}
-        seen = []
-        end = len(replay.trace.nodes) - 1
-        replay.run(kept, stop, end, lambda node, values, seen=seen: seen.append(values[node.name].clone()))
+        seen: list[torch.Tensor] = []
+
+        def see(node: fx.Node, values: Values, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(values[node.name].clone())
+
+        replay.run(kept, stop, len(replay.trace.nodes) - 1, see)
         assert torch.allclose(seen[-1][:3], model(inputs), atol=1e-5)
 
 
@@ -164,7 +167,7 @@ def test_copies_of_filters_go_without_a_trace() -> None:
     half = 5
     with torch.no_grad():
         for tensor in (model.a.weight, model.na.weight, model.na.bias, model.na.running_mean, model.na.running_var):  # type: ignore[union-attr]
-            tensor[half:] = tensor[:half]  # type: ignore[index]
+            tensor[half:] = tensor[:half]  # type: ignore[index, operator]
     graph = channel_graph(model, example_inputs(model, SHAPE))
     groups = tuple(group for group in prunable(graph) if group.name == "a")
     done = prune_once(model, graph, groups, lambda _: {"a": half}, sample(), SHAPE, Method(ridge=1e-9))

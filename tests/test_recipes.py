@@ -80,7 +80,7 @@ def test_fine_tuning_after_the_best_recipe_learns_from_the_original(
     from thinet_deploy import tools
 
     teachers: dict[str, bool] = {}
-    train = tools.train
+    from thinet_deploy.training import train
 
     def watch(model: Any, images: Any, recipe: Any, **given: Any) -> None:
         teachers[given["stage"]] = given["teacher"] is not None
