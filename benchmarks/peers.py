@@ -32,6 +32,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from _ours import pruned
 from _record import keep
 from _trained import Block, Padding, cifar10, missing, trained_resnet20
 from numpy.typing import NDArray
@@ -44,6 +45,8 @@ from thinet_deploy.counting import count
 from thinet_deploy.data import Dataset, ImageSet
 from thinet_deploy.intervals import accuracy_interval, difference_interval
 from thinet_deploy.models.loading import load_function
+from thinet_deploy.pruning.budget import Wish
+from thinet_deploy.pruning.oneshot import Method
 from thinet_deploy.training import logits
 
 Contender = Callable[[nn.Module, Dataset, int], nn.Module]
@@ -209,8 +212,19 @@ def _cut(model: nn.Module, first: torch.Tensor, second: torch.Tensor, third: tor
 
 # --- the measurement -------------------------------------------------------------------------------------------------
 
-# Name → method. Ours are entered here as well.
+
+def ours(method: Method, *, allocated: bool) -> Contender:
+    """thinet-deploy without training, inside the blocks."""
+    return lambda model, data, macs: pruned(model, data, Wish(macs=macs), method, allocated=allocated)
+
+
+# Name → method.
 CONTENDERS: dict[str, Contender] = {
+    "thinet-deploy best (inner)": ours(Method(), allocated=True),
+    "thinet-deploy best, uniform (inner)": ours(Method(), allocated=False),
+    "ThiNet, ICCV 2017 (inner)": ours(Method("thinet", "scale"), allocated=False),
+    "ThiNet, TPAMI 2019 (inner)": ours(Method("thinet-omp", "scale"), allocated=False),
+} | {
     f"Torch-Pruning {criterion} ({scope})": torch_pruning(criterion, scope)
     for scope in SCOPES
     for criterion in CRITERIA

@@ -195,15 +195,17 @@ def _entry(tools: Tools, step: str, model: nn.Module) -> dict[str, Any]:
 
 
 def _row(group: ChannelGroup, done: Pruned) -> dict[str, Any]:
-    curve = done.curves[group.name]
+    """What happened to a group, for the report."""
     after = done.widths[group.name]
-    return {
+    row: dict[str, Any] = {
         "producer": ", ".join(group.producers),
         "consumer": ", ".join(dict.fromkeys(each.weight.removesuffix(".weight") for each in group.consumers)),
         "before": len(group.channels),
         "after": after,
-        "error": float(curve.error[curve.widths.tolist().index(after)] / max(curve.error[-1], 1e-30)),
     }
+    if curve := done.curves.get(group.name):  # of what the narrowest width would have cost
+        row["error"] = float(curve.error[curve.widths.tolist().index(after)] / max(curve.error[-1], 1e-30))
+    return row
 
 
 def _left_whole(graph: ChannelGraph, groups: tuple[ChannelGroup, ...], widths: Widths) -> dict[str, str]:

@@ -55,7 +55,7 @@ class Pruned:
         model: of full width, reconstructed; the plan of `kept` slices it.
         kept: per channel of the graph, whether it stays.
         widths: group's name → channels that stay.
-        curves: group's name → what narrower widths would have cost.
+        curves: group's name → what narrower widths would have cost; only of the elimination.
         again: operations executed twice, for lack of memory for what lies between.
     """
 
@@ -82,7 +82,7 @@ def prune_once(
         original: the network; left untouched.
         graph: of it.
         groups: to prune; all of their consumers have at most `wide.MOST_INPUTS` inputs.
-        widths: chooses them, given the error curves.
+        widths: chooses them, given the error curves if the selection has any.
         sample: calibration images; labels are used by the selection "taylor" only.
         input_shape: of the network.
         method: how.
@@ -92,9 +92,9 @@ def prune_once(
     sampling = Sampling.of(wide, sample)
     consumers = {each.weight for group in groups for each in group.consumers}
     moments, said = observe(wide, sampling, consumers, progress)
-    curves = {}
+    curves: dict[str, Curve] = {}
     worth = said.worth()
-    for number, group in enumerate(groups):
+    for number, group in enumerate(groups if method.selection == "elimination" else ()):
         progress("Weighing", number, len(groups), group.name)
         curves[group.name] = _curve(group, _elimination(wide, group, moments, worth, method.ridge, 0))
     progress("Weighing", len(groups), len(groups))

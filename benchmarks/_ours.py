@@ -1,0 +1,52 @@
+"""Our pruning without training as one function, for the benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from thinet_deploy.data import Dataset
+from thinet_deploy.pruning.allocation import Costs, allocate
+from thinet_deploy.pruning.budget import Wish, choose_widths
+from thinet_deploy.pruning.calibration import Sample
+from thinet_deploy.pruning.discovery import channel_graph
+from thinet_deploy.pruning.layerwise import prunable
+from thinet_deploy.pruning.oneshot import Method, prune_once
+from thinet_deploy.pruning.retrace import settled_plan
+from thinet_deploy.pruning.surgery import apply
+from thinet_deploy.pruning.trace import example_inputs, named_tensors
+
+
+def pruned(
+    model: nn.Module,
+    data: Dataset,
+    wish: Wish,
+    method: Method,
+    *,
+    allocated: bool = False,
+    images: int = 2000,
+    batch: int = 100,
+    seed: int = 0,
+) -> nn.Module:
+    """A thin network, pruned inside its blocks; allocated widths cost what the uniform ones would."""
+    shape = data.preprocess.input_shape
+    inputs = example_inputs(model, shape)
+    graph = channel_graph(model, inputs)
+    groups, tensors = prunable(graph), dict(named_tensors(model))
+    uniform = choose_widths(tensors, graph, groups, wish)
+    costs = Costs(tensors, graph, groups)
+    if wish.macs is None and wish.size is None:
+        wish = replace(wish, macs=costs(uniform)[0])
+    chosen = data.train.sample(images, seed=seed, stage="calibration")
+    done = prune_once(
+        model,
+        graph,
+        groups,
+        lambda curves: allocate(costs, groups, curves, wish) if allocated else uniform,
+        Sample(data.train, np.asarray(chosen), batch, seed),
+        shape,
+        method,
+    )
+    return apply(settled_plan(model, graph, done.kept, inputs), done.model)
