@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from thinet_deploy.data import ImageSet
 from thinet_deploy.preprocess import Augment, Preprocess
-from thinet_deploy.pruning import repair
+from thinet_deploy.pruning import oneshot, repair
 from thinet_deploy.pruning.budget import Wish, uniform
 from thinet_deploy.pruning.calibration import Sample, Sampling, observe
 from thinet_deploy.pruning.discovery import channel_graph
@@ -160,6 +160,26 @@ def test_a_batchnorm_behind_a_refitted_layer_knows_its_inputs(name: str) -> None
             continue
         assert torch.allclose(norm.running_mean, inputs.mean((0, 2, 3)), atol=1e-3)  # type: ignore[arg-type]
         assert torch.allclose(norm.running_var, inputs.var((0, 2, 3), correction=0), rtol=1e-2)  # type: ignore[arg-type]
+
+
+def test_what_a_relu_hides_is_not_repaired_at_the_cost_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = network("residual"), torch.from_numpy(images(48).inputs(np.arange(48)))
+    graph = channel_graph(model, example_inputs(model, SHAPE))
+    groups = (graph.group("a"),)
+    errors = []
+    for rounds in (0, 1, 4):
+        monkeypatch.setattr(oneshot, "ROUNDS", rounds)
+        done = prune_once(model, graph, groups, lambda _: {"a": 3}, sample(), SHAPE, Method(ridge=1e-6))
+        seen: list[torch.Tensor] = []
+        for each in (model, done.model):
+            handle = each.get_submodule("c").register_forward_pre_hook(
+                lambda _, given, seen=seen: seen.append(given[0])
+            )
+            with torch.inference_mode():
+                each(inputs)
+            handle.remove()
+        errors.append(float((seen[0] - seen[1]).square().mean()))
+    assert errors[0] > errors[1] > errors[2]
 
 
 def test_copies_of_filters_go_without_a_trace() -> None:

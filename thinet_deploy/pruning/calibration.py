@@ -142,7 +142,7 @@ def observe(
                 places[reader.weight, number] = sampling.places(reader, number, map_size(layer, inputs), part)
                 if reader.weight in moments:
                     mine = patches(layer, inputs[: len(part)], places[reader.weight, number])
-                    moments[reader.weight].add(mine, _own(wide, reader, mine))
+                    moments[reader.weight].add(mine, wide.say(reader, mine))
             for reader, number in ends.get(index[node], ()):
                 value = values[node.name][: len(part)]
                 seen = at_positions(value, places[reader.weight, number], linear=reader.linear)
@@ -155,12 +155,6 @@ def observe(
         wide.replay.run(wide.replay.begin(inputs), 0, len(index), looking(part))
     progress("Calibrating", len(sampling.sample.chosen), len(sampling.sample.chosen))
     return moments, Original({key: torch.cat(each) for key, each in rows.items()})
-
-
-def _own(wide: Wide, reader: Reader, patches_ngd: torch.Tensor) -> torch.Tensor:
-    """A layer's own outputs for patches, (n, filters), behind its BatchNorm."""
-    weight = wide.weight(reader) * wide.unit(reader)
-    return torch.einsum("ngd,god->ngo", patches_ngd, weight).flatten(1) + wide.shift(reader)
 
 
 def empty(reader: Reader) -> Moments:

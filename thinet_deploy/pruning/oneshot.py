@@ -29,6 +29,10 @@ Reconstruction = Literal["full", "scale", "none"]
 Targets = Literal["residual", "asymmetric", "symmetric"]
 
 
+# Of refitting to what counts behind a ReLU.
+ROUNDS = 3
+
+
 @dataclass(frozen=True)
 class Method:
     """How filters are chosen, and how their consumers make up for those that go.
@@ -162,7 +166,10 @@ class _Work:
             self.todo.remove(group)
             self._prune(group, found)
         if full and (fresh or name in self.moments):
-            self.wide.refit(self.wide.readers[name], found[name], self.method.ridge)
+            reader = self.wide.readers[name]
+            self.wide.refit(reader, found[name], self.method.ridge)
+            for _ in range(ROUNDS if fresh and reader.uses[0].rectified else 0):
+                self.wide.refit(reader, self.front.collect([reader], rectified=True)[name], self.method.ridge)
 
     def _prune(self, group: ChannelGroup, moments: Mapping[str, Moments]) -> None:
         stays = self._select(group, moments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Use:
         ends: index of the operation whose value counts: of an addition, of the BatchNorm, or of the layer itself.
         other: the other operand of the addition, whose own drift the layer can repair; None without an addition.
         given: the operation's arguments by name; tensors stand as nodes.
+        rectified: whether a ReLU alone reads the value that counts, so that it matters only where it is positive.
     """
 
     at: int
@@ -44,6 +45,7 @@ class Use:
     ends: int
     other: fx.Node | None
     given: Mapping[str, Any]
+    rectified: bool
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,13 @@ def readers(trace: Trace, *, residual: bool = True) -> list[Reader]:
         if addition is not None:
             other = next(each for each in addition.all_input_nodes if each is not last)
             last = addition
-        calls[weight].append((Use(at, given["input"], index[last], other, given), norm, bias))
+        use = Use(at, given["input"], index[last], other, given, _rectified(last))
+        calls[weight].append((use, norm, bias))
     found = []
     for weight, each in calls.items():
         uses, norms, biases = zip(*each, strict=True)
         if len(uses) > 1:  # what the calls share is judged where they end, before any BatchNorm
-            uses = tuple(Use(use.at, use.inputs, use.at, None, use.given) for use in uses)
+            uses = tuple(replace(use, ends=use.at, other=None, rectified=False) for use in uses)
         given = uses[0].given
         size, blocks = shape(given["weight"]), int(given.get("groups", 1))
         transposed = "output_padding" in given
@@ -145,6 +148,10 @@ def _norm_behind(trace: Trace, node: fx.Node) -> Norm | None:
         trace.parameter(given[each]) for each in ("weight", "bias", "running_mean", "running_var")
     )
     return Norm(weight, bias, mean, var, float(given["eps"])) if weight and bias and mean and var else None
+
+
+def _rectified(node: fx.Node) -> bool:
+    return len(node.users) == 1 and operation(next(iter(node.users))) in {"relu", "relu_"}
 
 
 def _addition_behind(node: fx.Node) -> fx.Node | None:

@@ -51,11 +51,14 @@ class Front:
         self.again = 0
         self._start, self._saved = 0, list[Values]()
 
-    def collect(self, wanted: Sequence[Reader]) -> dict[str, Moments]:
+    def collect(self, wanted: Sequence[Reader], *, rectified: bool = False) -> dict[str, Moments]:
         """Moments of some layers on the network as it stands, with the original's outputs as targets.
 
         Args:
             wanted: layers; nothing before the first of them may change any more.
+            rectified: where a ReLU follows and the original is not positive, be content with what the layer says now,
+                as far as that is not positive either. Refitting to such targets never raises the error behind the ReLU
+                (Zhang et al., "Accelerating very deep convolutional networks", TPAMI 2016, section 3.2).
         """
         moments = {reader.weight: empty(reader) for reader in wanted}
         calls = [(use, number, reader) for reader in wanted for number, use in enumerate(reader.uses)]
@@ -71,12 +74,12 @@ class Front:
                     saved.append(_copy(values))
                     left -= sum(value.nbytes for value in values.values())
                 waiting.append(self._look(use, number, reader, values, part))
-                waiting = self._add(waiting, values, moments, images)
+                waiting = self._add(waiting, values, moments, images, rectified=rectified)
             while waiting:
                 until = min(seen.use.ends for seen in waiting)
                 self.wide.replay.run(values, here, until)
                 here = until
-                waiting = self._add(waiting, values, moments, images)
+                waiting = self._add(waiting, values, moments, images, rectified=rectified)
         if left > 0:
             self._start, self._saved = first, saved
         else:
@@ -88,18 +91,23 @@ class Front:
         places = self.sampling.places(reader, number, map_size(layer, inputs), part)
         return _Seen((reader.weight, number), reader, use, patches(layer, inputs[: len(part)], places), places)
 
-    def _add(self, waiting: list[_Seen], values: Values, moments: dict[str, Moments], images: slice) -> list[_Seen]:
+    def _add(
+        self, waiting: list[_Seen], values: Values, moments: dict[str, Moments], images: slice, *, rectified: bool
+    ) -> list[_Seen]:
         """Add the rows whose targets are known by now; the others."""
         still = []
         for seen in waiting:
-            target = self.original.at(seen.key, images, len(seen.places[0]))
+            if seen.use.other is not None and seen.use.other.name not in values:
+                still.append(seen)
+                continue
+            target, other = self.original.at(seen.key, images, len(seen.places[0])), torch.zeros(())
             if seen.use.other is not None:
-                if seen.use.other.name not in values:
-                    still.append(seen)
-                    continue
-                other = values[seen.use.other.name][: images.stop - images.start]
-                target = target - at_positions(other, seen.places, linear=seen.reader.linear)
-            moments[seen.reader.weight].add(seen.patches, target)
+                rows = values[seen.use.other.name][: images.stop - images.start]
+                other = at_positions(rows, seen.places, linear=seen.reader.linear)
+            if rectified and seen.use.rectified:
+                now = self.wide.say(seen.reader, seen.patches) + other
+                target = torch.where(target > 0, target, now.clamp(max=0))
+            moments[seen.reader.weight].add(seen.patches, target - other)
         return still
 
 

@@ -82,6 +82,11 @@ class Wide:
         mean, beta = (self.tensors[name].detach().double() for name in (reader.norm.mean, reader.norm.bias))
         return beta + self.unit(reader).flatten() * (bias - mean)
 
+    def say(self, reader: Reader, patches_ngd: torch.Tensor) -> torch.Tensor:
+        """A layer's outputs for patches, (n, filters), behind its BatchNorm."""
+        weight = self.weight(reader) * self.unit(reader)
+        return torch.einsum("ngd,god->ngo", patches_ngd, weight).flatten(1) + self.shift(reader)
+
     def remove(self, group: ChannelGroup, gone: NDArray[np.int64]) -> None:
         """Let all consumers of a group ignore some of its channels (indices into the group's)."""
         for consumer in group.consumers:
