@@ -91,3 +91,16 @@ def test_fine_tuning_after_the_best_recipe_learns_from_the_original(
     assert teachers["Fine-tuning ThiNet-Conv"]
     assert not teachers["Training the original"]
     assert not teachers["Training from scratch"]
+
+
+def test_what_a_layer_too_wide_to_refit_reads_stays_whole_and_says_so(
+    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = pruned(tiny_options(tmp_path / "all", recipe="best"))[1]
+    narrowest = min(layer["before"] for layer in everything["layers"])
+    monkeypatch.setattr("thinet_deploy.pruning.wide.MOST_INPUTS", 9 * narrowest)
+    some = pruned(tiny_options(tmp_path / "some", recipe="best"))[1]
+    names = [{layer["producer"] for layer in report["layers"]} for report in (everything, some)]
+    assert names[0] > names[1]
+    for name in names[0] - names[1]:
+        assert "too many inputs" in some["whole"][name]

@@ -28,7 +28,7 @@ from .pruning.proof import prove
 from .pruning.retrace import RetraceError, settled_plan
 from .pruning.surgery import apply
 from .pruning.trace import example_inputs, named_tensors
-from .pruning.wide import narrow_enough
+from .pruning.wide import within_reach
 from .store import Checkpoint
 from .tools import REPORT, Tools, json_ready, write_network
 from .training import evaluate, reestimate_norms
@@ -54,7 +54,8 @@ def _groups(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
     options = tools.job.options
     groups = prunable(graph, shortcuts=options.prune_shortcuts)
     if not options.layerwise:
-        groups = tuple(group for group in groups if narrow_enough(graph, group))
+        within = within_reach(graph)
+        groups = tuple(group for group in groups if within.issuperset(each.weight for each in group.consumers))
     if not groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in graph.whole.items())
         streams = any(group.shortcut for group in graph.groups)
@@ -165,6 +166,11 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
         method,
         tools.progress,
     )
+    if not graph.leaves_filters(done.kept):
+        raise ModelError(
+            "With these widths a layer would lose all of its filters or inputs.",
+            hint="Ask for less, or keep more of the narrow layers: --keep-layer PATTERN=R.",
+        )
     try:
         plan = settled_plan(original, graph, done.kept, example_inputs(original, job.input_shape))
     except RetraceError as error:
@@ -184,7 +190,12 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
         thin = with_norms
         ledger.append(_entry(tools, "BatchNorm statistics re-estimated", thin))
     layers = [_row(group, done) for group in groups if done.widths[group.name] < len(group.channels)]
-    return _Done(thin, plan, layers, ledger, 0, _left_whole(graph, groups, done.widths))
+    whole = _left_whole(graph, groups, done.widths)
+    for group in prunable(graph, shortcuts=options.prune_shortcuts):
+        if group not in groups:
+            why = "a reader of it has too many inputs to be refitted (--recipe iccv2017 prunes it)"
+            whole.update(dict.fromkeys(group.producers, why))
+    return _Done(thin, plan, layers, ledger, 0, whole)
 
 
 def _entry(tools: Tools, step: str, model: nn.Module) -> dict[str, Any]:

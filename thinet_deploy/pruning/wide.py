@@ -21,7 +21,7 @@ from .moments import Centred, Moments, centred
 from .readers import Reader, Use, readers
 from .reconstruction import inverted, refit
 from .replay import Replay, Values
-from .trace import named_tensors, shape
+from .trace import named_tensors
 
 # Wider layers (a linear layer behind a large flattened map) are left as they are: their moments would take gigabytes.
 MOST_INPUTS = 8192
@@ -143,13 +143,9 @@ class Wide:
             self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
 
 
-def narrow_enough(graph: ChannelGraph, group: ChannelGroup) -> bool:
-    """Whether no consumer of a group has more inputs than moments are gathered for."""
-    shapes = {node.name: shape(node) for node in graph.trace.nodes if graph.trace.parameter(node)}
-    sizes = {graph.trace.parameters[name]: size for name, size in shapes.items()}
-    return all(
-        sizes[each.weight].numel() // sizes[each.weight][1 - each.dim] <= MOST_INPUTS for each in group.consumers
-    )
+def within_reach(graph: ChannelGraph) -> frozenset[str]:
+    """Weights of the layers that can be judged and refitted; a 3-D convolution is none."""
+    return frozenset(each.weight for each in readers(graph.trace) if each.inputs <= MOST_INPUTS)
 
 
 def parts(
