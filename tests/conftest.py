@@ -105,10 +105,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures latency for moments only: the figures of these builds are looked at by nobody."""
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from thinet_deploy import pipeline
+    from thinet_deploy import stages
 
     for name, value in {"ENGINE_SECONDS": 0.01, "ENGINE_ROUNDS": 8, "TORCH_ROUNDS": 8, "TORCH_BATCH": 2}.items():
-        monkeypatch.setattr(pipeline, name, value)
+        monkeypatch.setattr(stages, name, value)
 
 
 @pytest.fixture
@@ -150,13 +150,13 @@ def quick_module() -> Iterator[None]:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from thinet_deploy import pipeline
+    from thinet_deploy import stages
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"ENGINE_SECONDS": 0.06, "ENGINE_ROUNDS": 6, "TORCH_ROUNDS": 7, "TORCH_BATCH": 2}.items():
-            patch.setattr(pipeline, name, value)
+            patch.setattr(stages, name, value)
         yield
     torch.set_num_threads(threads)
 

@@ -7,15 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from . import latency, registry, stages, verify
+from . import registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_json
-from .bundle import BundleSpec, EngineFile, write_bundle
 from .environment import fingerprint, machine_id
 from .errors import GateError, InputError, first_line
-from .export import INPUT, OUTPUT
-from .interfaces import Progress, TensorSpec, silent
+from .export import INPUT
+from .interfaces import Progress, silent
 from .job import Job, load_job
 from .options import Options, make_options
 from .prune_stage import pruned as pruned_stage
@@ -30,10 +27,6 @@ from .target import TargetProfile
 from .tools import PLAN, REPORT, Tools, read_accuracy
 from .training import Accuracy
 
-ENGINE_SECONDS = 3.0
-ENGINE_ROUNDS = 15
-TORCH_BATCH = 32
-TORCH_ROUNDS = 9
 RUNNER = Path(_RUNNER_FILE)
 # Options that decide which filters stay.
 WIDTHS = {"keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts", "calibration_images"}
@@ -251,9 +244,11 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
             "machine": machine_id(fingerprint()),
             **digests,
         },
-        lambda f, _: _measure(tools, folders, engine_paths if runs_here(target) else {}, f),
+        lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, f),
     )
     notes = tuple(device_notes(target, INPUT, job.input_shape))
+    name = list(folders)[-1]
+    ship = stages.Shipped(name, networks.labels[name], folders[name])
     bundle = run.stage(
         "bundle",
         {
@@ -265,7 +260,7 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
             "model": [job.model_name, networks.labels],
             "notes": list(notes),
         },
-        lambda f, _: _bundle(tools, networks, onnx, engine_paths, parity, notes, f),
+        lambda f, _: stages.bundled(tools, ship, onnx.folder, engine_paths, parity.folder, notes, f),
     )
     table = _table(job, networks, onnx, measured)
     run.stage(
@@ -298,75 +293,6 @@ def _gate(hops: tuple[verify.Hop, ...], run: Run, stage: Stage) -> None:
         )
 
 
-def _measure(tools: Tools, folders: dict[str, Path], engine_paths: dict[tuple[str, str], Path], folder: Path) -> None:
-    """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
-    job = tools.job
-    refs = [latency.EngineRef(name, runtime, path) for (name, runtime), path in engine_paths.items()]
-    image = job.data.test.inputs(np.arange(1))
-
-    engine_rows = latency.measure_engines(
-        refs,
-        {INPUT: image},
-        threads=job.options.threads,
-        rounds=ENGINE_ROUNDS,
-        seconds=ENGINE_SECONDS,
-        progress=tools.progress,
-    )
-    torch_rows = latency.measure_torch(
-        {name: tools.load(path) for name, path in folders.items()},
-        job.input_shape,
-        batch=TORCH_BATCH,
-        rounds=TORCH_ROUNDS,
-        progress=tools.progress,
-    )
-    write_json(folder / "latency.json", latency.report(engine_rows, torch_rows).to_json())
-
-
-def _bundle(
-    tools: Tools,
-    networks: Networks,
-    onnx: Stage,
-    engine_paths: dict[tuple[str, str], Path],
-    parity: Stage,
-    notes: tuple[str, ...],
-    folder: Path,
-) -> None:
-    """The bundle of the network to ship."""
-    job, (name, source) = tools.job, list(networks.stages.items())[-1]
-    spec = onnx.json("export.json")[name]
-    with np.load(parity.folder / f"{name}.npz") as golden:
-        inputs, outputs, tolerance = golden["input"], golden["output"], float(golden["tolerance"])
-    engines = [
-        EngineFile(runtime, onnx.folder / f"{name}.onnx" if job.target.builds_on_device else path, "fp32", tolerance)
-        for (owner, runtime), path in engine_paths.items()
-        if owner == name and (runtime == "onnxruntime" or not job.target.builds_on_device)
-    ]
-    hops = [hop for hop in parity.json("parity.json")["hops"] if hop["model"] in (name, "conv")]
-    write_bundle(
-        folder,
-        BundleSpec(
-            model=f"{job.model_name}, {networks.labels[name]}",
-            target=job.target.id,
-            onnx=onnx.folder / f"{name}.onnx",
-            engines=tuple(engines),
-            inputs=_specs(spec["inputs"]),
-            outputs=_specs(spec["outputs"]),
-            golden_inputs={INPUT: inputs},
-            golden_outputs={OUTPUT: outputs},
-            tolerance=tolerance,
-            labels=job.data.classes,
-            preprocess=job.data.preprocess.model_dump(mode="json"),
-            parity={"passed": all(hop["passed"] for hop in hops), "hops": hops},
-            plan=sha256_of(source.folder / PLAN),
-            notes=notes,
-        ),
-    )
-
-
-def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in items)
-
-
 def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
     """The papers' table from the stages' files."""
     timing, exported = measured.json("latency.json"), onnx.json("export.json")
@@ -394,7 +320,7 @@ def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
         processor=timing["environment"].get("cpu", {}).get("model", "unknown processor"),
         threads=job.options.threads,
         cores=usable_cores(),
-        batch=TORCH_BATCH,
+        batch=stages.TORCH_BATCH,
         runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),
     )

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from . import verify
-from .artifact import write_json
+from . import latency, verify
+from .artifact import read_json, sha256_of, write_json
+from .bundle import BundleSpec, EngineFile, write_bundle
 from .counting import count
-from .export import export_onnx, export_program
-from .interfaces import Conversion
+from .export import INPUT, OUTPUT, export_onnx, export_program
+from .interfaces import Conversion, TensorSpec
 from .models.weights import load_weights
 from .prune_stage import check_way
 from .pruning.plan import Plan, empty_plan, load_plan
@@ -30,6 +32,10 @@ ONNX_IMAGES = 8
 ENGINE_IMAGES = 1000
 GOLDEN_IMAGES = 8
 PARITY_BATCH = 64
+ENGINE_SECONDS = 3.0
+ENGINE_ROUNDS = 15
+TORCH_BATCH = 32
+TORCH_ROUNDS = 9
 
 
 def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
@@ -162,3 +168,81 @@ def parity(
                 hops.append(verify.engine_hop(name, runtime, path, inputs, expected, allowed, precision="fp32"))
     tools.progress("Verifying", len(hops), len(hops))
     write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in hops]})
+
+
+def measured(tools: Tools, folders: dict[str, Path], engine_paths: dict[tuple[str, str], Path], folder: Path) -> None:
+    """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
+    job = tools.job
+    refs = [latency.EngineRef(name, runtime, path) for (name, runtime), path in engine_paths.items()]
+    image = job.data.test.inputs(np.arange(1))
+
+    engine_rows = latency.measure_engines(
+        refs,
+        {INPUT: image},
+        threads=job.options.threads,
+        rounds=ENGINE_ROUNDS,
+        seconds=ENGINE_SECONDS,
+        progress=tools.progress,
+    )
+    torch_rows = latency.measure_torch(
+        {name: tools.load(path) for name, path in folders.items()},
+        job.input_shape,
+        batch=TORCH_BATCH,
+        rounds=TORCH_ROUNDS,
+        progress=tools.progress,
+    )
+    write_json(folder / "latency.json", latency.report(engine_rows, torch_rows).to_json())
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The network that goes into the bundle: its name in the run, what people read, and its stage's folder."""
+
+    name: str
+    label: str
+    folder: Path
+
+
+def bundled(
+    tools: Tools,
+    ship: Shipped,
+    onnx_folder: Path,
+    engine_paths: Mapping[tuple[str, str], Path],
+    parity_folder: Path,
+    notes: tuple[str, ...],
+    folder: Path,
+) -> None:
+    """The bundle of the network to ship."""
+    job, name = tools.job, ship.name
+    spec = read_json(onnx_folder / "export.json")[name]
+    with np.load(parity_folder / f"{name}.npz") as golden:
+        inputs, outputs, tolerance = golden["input"], golden["output"], float(golden["tolerance"])
+    engines = [
+        EngineFile(runtime, onnx_folder / f"{name}.onnx" if job.target.builds_on_device else path, "fp32", tolerance)
+        for (owner, runtime), path in engine_paths.items()
+        if owner == name and (runtime == "onnxruntime" or not job.target.builds_on_device)
+    ]
+    hops = [hop for hop in read_json(parity_folder / "parity.json")["hops"] if hop["model"] in (name, "conv")]
+    write_bundle(
+        folder,
+        BundleSpec(
+            model=f"{job.model_name}, {ship.label}",
+            target=job.target.id,
+            onnx=onnx_folder / f"{name}.onnx",
+            engines=tuple(engines),
+            inputs=_specs(spec["inputs"]),
+            outputs=_specs(spec["outputs"]),
+            golden_inputs={INPUT: inputs},
+            golden_outputs={OUTPUT: outputs},
+            tolerance=tolerance,
+            labels=job.data.classes,
+            preprocess=job.data.preprocess.model_dump(mode="json"),
+            parity={"passed": all(hop["passed"] for hop in hops), "hops": hops},
+            plan=sha256_of(ship.folder / PLAN),
+            notes=notes,
+        ),
+    )
+
+
+def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in items)

@@ -1,4 +1,4 @@
-"""VGG: plain 3×3 convolutions with bias, no BatchNorm, max pooling, fully connected head (ThiNet, section 2)."""
+"""VGG: plain 3×3 convolutions with bias, max pooling, fully connected head (ThiNet, section 2)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class VGG(nn.Module):
         input_shape: channels, height and width of the input.
         num_classes: number of outputs.
         dropout: probability in the head while training.
+        norm: a BatchNorm behind every convolution (torchvision's vgg16_bn); the papers' network has none.
     """
 
     def __init__(
@@ -33,13 +34,16 @@ class VGG(nn.Module):
         input_shape: tuple[int, int, int],
         num_classes: int,
         dropout: float = 0.5,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
         layers: list[nn.Module] = []
         for stage in stages:
             for filters in stage:
-                layers += [nn.Conv2d(channels, filters, 3, padding=1), nn.ReLU(inplace=True)]
+                layers.append(nn.Conv2d(channels, filters, 3, padding=1))
+                layers += [nn.BatchNorm2d(filters)] if norm else []
+                layers.append(nn.ReLU(inplace=True))
                 channels = filters
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
