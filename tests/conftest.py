@@ -168,6 +168,9 @@ def tiny_options(tiny: Path) -> Callable[..., Any]:
 
     def make(out: Path, network: str = "plain", **changes: Any) -> Any:
         usual = {"target": "raspberry-pi-5", "model": f"{tiny / 'net.py'}:{network}", "data": tiny / "data"}
-        return make_options({**usual, "epochs": 2, "finetune_epochs": 1, "out": out, **changes})
+        usual |= {"epochs": 2, "finetune_epochs": 1, "controls": "all"}
+        if changes.get("recipe", "best") != "best":  # where the papers' rates and batches teach a tiny network nothing
+            usual |= {"layer_epochs": 1, "finetune_lr": 0.03, "batch_size": 32}
+        return make_options({**usual, "out": out, **changes})
 
     return make

@@ -23,11 +23,13 @@ PROFILES = f"{CORE}.profiles"
 # A module may import from its own level and from lower ones. Names are relative to thinet_deploy; a sub-package stands
 # for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
 LEVELS = {
-    4: {"cli", "cli_options", "cli_progress", "__main__"},
-    3: {"pipeline", "stages", "prune_stage", "tools", "job"},
+    4: {"cli", "cli_options", "cli_progress", "cli_show", "__main__"},
+    3: {"pipeline", "networks", "stages", "prune_stage", "tools", "job"},
     2: {
         "pruning",
         "training",
+        "norms",
+        "ledger",
         "export",
         "registry",
         "verify",

@@ -183,7 +183,7 @@ def write_run(root: Path, machine: str = "a") -> Path:
     """A finished run with an invented table."""
     time = Time(1.0, 0.9, 1.1)
     row = Row("original", "Original", 90.0, 99.0, 1000, 2000, time, time, {"openvino": time}, 4096)
-    table = Table("cpu", "tiny", "photos", 6, machine, f"Processor {machine}", 1, 2, 32, ("openvino",), (row,))
+    table = Table("cpu", "tiny", "photos", 6, machine, f"Processor {machine}", 1, 2, 32, ("openvino",), (row,), ())
     Run(root)
     write_json(root / "report" / "table.json", table.to_json())
     return root

@@ -160,7 +160,9 @@ def test_no_such_option() -> None:
 
 
 def test_a_run_with_a_budget_reports_its_macs(tiny_options: MakeOptions, tmp_path: Path) -> None:
-    folder = prune(tiny_options(tmp_path / "run", "residual", macs="1.5x", prune_shortcuts=True, round_to=2))
+    folder = prune(
+        tiny_options(tmp_path / "run", "residual", recipe="iccv2017", macs="1.5x", prune_shortcuts=True, round_to=2)
+    )
     report = read_json(folder / "report.json")
     assert report["macs"]["after"] <= report["macs"]["before"] / 1.5
     widths = load_plan(folder / "plan.json").widths

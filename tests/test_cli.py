@@ -112,7 +112,7 @@ def test_brackets_are_no_markup(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("command", ["targets", "doctor"])
 def test_a_narrow_terminal_cuts_nothing(command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_stdout", lambda: Console(width=80))
+    monkeypatch.setattr(commands, "stdout", lambda: Console(width=80))
     text = cli(command).out
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
@@ -136,7 +136,7 @@ def test_build_prune_and_from(cli: Cli, workplace: Path) -> None:
     assert done.code == 0, done.err
     built = strict_json(done.out)
     assert {"run", "bundle", "table", "parity", "notes"} == set(built)
-    assert [row["name"] for row in built["table"]["rows"]] == ["original", "conv", "gap", "scratch"]
+    assert [row["name"] for row in built["table"]["rows"]] == ["original", "longer", "conv", "gap"]
     assert all(hop["passed"] for hop in built["parity"])
     again = cli("build", *GOOD, "--finetune-epochs", 1, "--json")
     assert strict_json(again.out) == built, "all stages are kept, with their samples"

@@ -40,27 +40,30 @@ def test_the_users_trainer_trains_every_network(
     more: str, names: str, tiny_options: MakeOptions, tmp_path: Path
 ) -> None:
     (tmp_path / "own.py").write_text(TRAINER.format(more=more, names=names, fails="nowhere"))
-    done = build(tiny_options(tmp_path / "run", target="ios", lr=0.3, trainer=f"{tmp_path / 'own.py'}:fit"))
+    asked = {"recipe": "iccv2017", "target": "ios", "lr": 0.3, "finetune_lr": 0.1}
+    asked["trainer"] = f"{tmp_path / 'own.py'}:fit"
+    done = build(tiny_options(tmp_path / "run", **asked))
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    given = [0] if more == "seed" else ["batch_size", "seed"]
+    given = [0] if more == "seed" else ["batch_size", "seed", "teacher"]
     assert [call[:3] for call in calls] == [
         ["Training the original", 2, 0.3],
         ["Fine-tuning, layer features.0", 1, pytest.approx(0.1)],
         ["Fine-tuning, layer features.2", 1, pytest.approx(0.1)],
-        ["Fine-tuning ThiNet-Conv", 1, 0.3],
-        ["Fine-tuning ThiNet-GAP", 1, 0.3],
+        ["Fine-tuning ThiNet-Conv (r=0.5)", 1, 0.1],
+        ["Fine-tuning ThiNet-GAP", 1, 0.1],
+        ["Fine-tuning Original, 4 epochs more", 4, 0.1],
         ["Training from scratch", 6, 0.3],
     ]
     assert all(call[4:] == [36, given] for call in calls)
     if more == "seed":
-        again = build(tiny_options(tmp_path / "again", target="ios", lr=0.3, trainer=f"{tmp_path / 'own.py'}:fit"))
+        again = build(tiny_options(tmp_path / "again", **asked))
         weights = [(run / "gap" / "model.safetensors").read_bytes() for run in (done.run, again.run)]
         assert weights[0] == weights[1], "torch's generator is seeded for the trainer"
 
 
 def test_a_changed_trainer_trains_anew(tiny_options: MakeOptions, tmp_path: Path) -> None:
     own, calls = tmp_path / "own.py", tmp_path / "calls"
-    options = tiny_options(tmp_path / "run", trainer=f"{own}:fit")
+    options = tiny_options(tmp_path / "run", recipe="iccv2017", trainer=f"{own}:fit")
     own.write_text(TRAINER.format(more="seed", names="()", fails="nowhere"))
     pipeline.prune(options)
     pipeline.prune(options)
@@ -76,6 +79,7 @@ def test_a_failing_trainer_ends_in_one_message(
     (tmp_path / "own.py").write_text(TRAINER.format(more="seed", names="()", fails="features.2"))
     asked = tiny_options(tmp_path / "run", target="ios")
     arguments = ["--target", "ios", "--model", asked.model, "--data", asked.data, "--out", asked.out, "--epochs", 1]
+    arguments += ["--recipe", "iccv2017", "--layer-epochs", 1]
     done = cli("build", *arguments, "--trainer", f"{tmp_path / 'own.py'}:fit")
     assert done.code == 2
     message = " ".join(done.err.split())

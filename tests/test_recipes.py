@@ -52,21 +52,21 @@ def test_the_same_run_twice_keeps_the_same_filters(tiny_options: MakeOptions, tm
 
 @pytest.mark.parametrize("method", ["thinet-omp", "weight-sum", "apoz", "taylor", "random"])
 def test_every_method_goes_layer_by_layer_too(method: str, tiny_options: MakeOptions, tmp_path: Path) -> None:
-    report = pruned(tiny_options(tmp_path / "run", method=method, reconstruction="none"))[1]
+    report = pruned(tiny_options(tmp_path / "run", recipe="iccv2017", method=method, reconstruction="none"))[1]
     assert report["epochs"] == len(report["layers"]) > 0
     assert all(layer["error"] == layer["error_scaled"] for layer in report["layers"])
 
 
 def test_the_later_paper_chooses_by_adding(tiny_options: MakeOptions, tmp_path: Path) -> None:
     by_recipe = pruned(tiny_options(tmp_path / "recipe", recipe="tpami2019"))[0] / "plan.json"
-    by_method = pruned(tiny_options(tmp_path / "method", method="thinet-omp"))[0] / "plan.json"
+    by_method = pruned(tiny_options(tmp_path / "method", recipe="iccv2017", method="thinet-omp"))[0] / "plan.json"
     assert by_recipe.read_text() == by_method.read_text()
 
 
 def test_what_only_the_best_recipe_can_do_is_refused_elsewhere(tiny_options: MakeOptions, tmp_path: Path) -> None:
     for wrong in ({"method": "elimination"}, {"reconstruction": "full"}):
         with pytest.raises(InputError, match="layer by layer") as found:
-            load_job(tiny_options(tmp_path / "run", **wrong))
+            load_job(tiny_options(tmp_path / "run", recipe="iccv2017", **wrong))
         assert "--recipe best" in found.value.hint
     with pytest.raises(UnknownNameError, match="tpami2019"):
         make_options({"recipe": "tpami2018"})
@@ -88,7 +88,8 @@ def test_fine_tuning_after_the_best_recipe_learns_from_the_original(
 
     monkeypatch.setattr(tools, "train", watch)
     pipeline.build(tiny_options(tmp_path / "run", recipe="best"))
-    assert teachers["Fine-tuning ThiNet-Conv"]
+    assert teachers["Fine-tuning ThiNet-Conv (r=0.5)"]
+    assert teachers["Fine-tuning Original, 2 epochs more"]
     assert not teachers["Training the original"]
     assert not teachers["Training from scratch"]
 

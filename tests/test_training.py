@@ -19,9 +19,10 @@ from torch import nn
 from thinet_deploy.data import ImageSet
 from thinet_deploy.errors import InputError, ThinetDeployError
 from thinet_deploy.interfaces import Progress
+from thinet_deploy.norms import reestimate_norms
 from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.store import Checkpoint
-from thinet_deploy.training import Recipe, accuracy, evaluate, logits, reestimate_norms, train
+from thinet_deploy.training import Recipe, accuracy, evaluate, logits, train
 
 COUNT, CLASSES = 50, 4
 RECIPE = Recipe(epochs=4, lr=0.05, batch=16, warmup=1)

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Grid
 
 from .cli_options import (
     BatchSize,
     CalibrationImages,
     Config,
+    Controls,
     Data,
     Epochs,
     FinetuneEpochs,
+    FinetuneRate,
     Ignore,
     InputShape,
     Json,
@@ -41,10 +41,12 @@ from .cli_options import (
     Size,
     Target,
     Threads,
+    Train,
     Trainer,
     Weights,
 )
 from .cli_progress import bars
+from .cli_show import grid_of, show_pruned, stdout
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
 app = typer.Typer(
@@ -88,7 +90,10 @@ def build(  # noqa: PLR0917 - one argument per option
     epochs: Epochs = None,
     layer_epochs: LayerEpochs = None,
     finetune_epochs: FinetuneEpochs = None,
+    controls: Controls = None,
     lr: LearningRate = None,
+    finetune_lr: FinetuneRate = None,
+    train: Train = None,
     batch_size: BatchSize = None,
     trainer: Trainer = None,
     threads: Threads = None,
@@ -110,6 +115,7 @@ def build(  # noqa: PLR0917 - one argument per option
     """
     given = {key: value for key, value in locals().items() if value not in (None, []) and key not in _NOT_OPTIONS}
     from . import pipeline, report
+    from .ledger import render_ledger
 
     with bars(_ERR) as progress:
         if from_run:
@@ -132,8 +138,9 @@ def build(  # noqa: PLR0917 - one argument per option
             }
         )
         return
-    console = _stdout()
+    console = stdout()
     console.print(report.render([done.table], console.width))
+    console.print(render_ledger(done.table.ledger))
     console.print(report.render_hops(done.hops, done.table))
     typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
     for note in done.notes:
@@ -163,6 +170,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     epochs: Epochs = None,
     layer_epochs: LayerEpochs = None,
     lr: LearningRate = None,
+    finetune_lr: FinetuneRate = None,
+    train: Train = None,
     batch_size: BatchSize = None,
     trainer: Trainer = None,
     seed: Seed = None,
@@ -187,32 +196,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     if as_json:
         _print_json({"folder": str(folder), **report})
         return
-    _show_pruned(folder, report)
-
-
-def _show_pruned(folder: Path, report: dict[str, Any]) -> None:
-    """The layers that were pruned, what stayed whole and why, and what comes next."""
-    titles = {"error": "error", "error_scaled": "with ŵ", "top1_pruned": "top-1 pruned", "top1_tuned": "fine-tuned"}
-    shown = {key: title for key, title in titles.items() if any(key in layer for layer in report["layers"])}
-    grid = _grid("layer", "filters", "kept", *shown.values())
-    for layer in report["layers"]:
-        figures = (f"{float(layer[key]):.{2 if key.startswith('top1') else 4}f}" for key in shown)
-        first, *others = layer["producer"].split(", ")
-        name = f"{first} and {len(others)} more" if others else first
-        grid.add_row(name, str(layer["before"]), str(layer["after"]), *figures)
-    _stdout().print(grid)
-    for entry in report["ledger"]:
-        span = f"{entry['top1_low']:.2f} to {entry['top1_high']:.2f}"
-        typer.echo(f"{entry['step']}: top-1 {entry['top1']:.2f} % (95 %: {span}), top-5 {entry['top5']:.2f} %")
-    for reason in dict.fromkeys(report["whole"].values()):
-        names = [name for name, why in report["whole"].items() if why == reason]
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        typer.echo(f"Whole: {', '.join(names[:_NAMES_SHOWN])}{more}: {reason}")
-    before, after = report["macs"]["before"], report["macs"]["after"]
-    typer.echo(f"Multiply-accumulates: {before / 1e6:.2f}M before, {after / 1e6:.2f}M now, {before / after:.2f}x fewer")
-    proof = report["proof"]
-    typer.echo(f"Pruned = original minus filters: proved, error {proof['error']:.1e}, allowed {proof['tolerance']:.1e}")
-    typer.echo(f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
+    show_pruned(folder, report)
 
 
 @app.command()
@@ -238,7 +222,7 @@ def compare(
     if as_json or output == "json":
         _print_json([table.to_json() for table in tables])
     elif output == "table":
-        console = _stdout()
+        console = stdout()
         console.print(report.render(tables, console.width))
     else:
         typer.echo((report.to_markdown if output == "markdown" else report.to_csv)(tables), nl=False)
@@ -283,12 +267,12 @@ def targets(
     if as_json:
         _print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
         return
-    grid = _grid("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
+    grid = grid_of("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
     for profile in profiles:
         where = "on device" if profile.builds_on_device else "made here"
         runtimes, precision = ", ".join(profile.runtimes), profile.precisions.recommended
         grid.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
-    _stdout().print(grid)
+    stdout().print(grid)
 
 
 @app.command()
@@ -303,41 +287,28 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print_json([vars(check) for check in checks])
         return
-    grid = _grid("", "what", "found", "what to do", wrap=("found", "what to do"))
+    grid = grid_of("", "what", "found", "what to do", wrap=("found", "what to do"))
     marks = {"ok": "[green]✓[/green]", "missing": "[yellow]–[/yellow]", "note": " "}
     for check in checks:
         grid.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
-    _stdout().print(grid)
+    stdout().print(grid)
 
 
-_NAMES_SHOWN = 4  # report.json has them all
 _NOT_OPTIONS = frozenset({"from_run", "config", "as_json"})
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
-    from .options import make_options, parse_layer, parse_shape, read_config
+    from .options import make_options, parse_layer, parse_setting, parse_shape, read_config
 
     given = dict(given)
+    if settings := given.pop("train", None):
+        given["train"] = dict(parse_setting(each) for each in settings)
     if layers := given.pop("keep_layer", None):
         given["keep_layer"] = dict(parse_layer(each) for each in layers)
     values = {**(read_config(config) if config else {}), **given}
     if isinstance(values.get("input_shape"), str):
         values["input_shape"] = parse_shape(values["input_shape"])
     return make_options(values)
-
-
-def _stdout() -> Console:
-    """A terminal as it is; a pipe wide enough that no column is cut."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 180))
-
-
-def _grid(*headers: str, wrap: tuple[str, ...] = ()) -> Grid:
-    """A table in which only the columns named in `wrap` may break lines: names and figures are never cut."""
-    grid = Grid(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in headers:
-        grid.add_column(header, no_wrap=header not in wrap)
-    return grid
 
 
 def _print_json(data: Any) -> None:

@@ -35,16 +35,17 @@ Preset = Annotated[
 Recipe = Annotated[
     str | None,
     typer.Option(
-        help="iccv2017, tpami2019: the papers', layer by layer with fine-tuning between. best: all layers at once, "
-        "filters chosen by elimination, their consumers refitted without training, widths where they help most, the "
-        "original as teacher of the fine-tuning.  \\[default: iccv2017]"
+        help="best: all layers at once, filters chosen by elimination, their consumers refitted without training, "
+        "widths where they help most, the original as teacher of the fine-tuning. iccv2017, tpami2019: the papers', "
+        "layer by layer with fine-tuning between.  \\[default: best]"
     ),
 ]
 Method = Annotated[
     str | None,
     typer.Option(
         help="How filters are chosen: thinet, thinet-omp, weight-sum, apoz, taylor, random, and in the recipe best "
-        "elimination.  \\[default: as the recipe says]"
+        "elimination. Several, as in thinet,apoz, are compared, a row each; the first ships.  "
+        "\\[default: as the recipe says]"
     ),
 ]
 Reconstruction = Annotated[
@@ -79,12 +80,39 @@ Shortcuts = Annotated[
     bool | None, typer.Option("--prune-shortcuts", help="Prune residual streams too, not only inside blocks.")
 ]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training the original.  \\[default: 20]")]
-LayerEpochs = Annotated[int | None, typer.Option(help="Epochs after each pruned layer.  \\[default: 1]")]
-FinetuneEpochs = Annotated[
-    int | None, typer.Option(help="Epochs at the end, for ThiNet-Conv and again for ThiNet-GAP.  \\[default: 15]")
+LayerEpochs = Annotated[
+    int | None,
+    typer.Option(help="Epochs after each pruned layer, in the papers' recipes.  \\[default: the papers', mostly 1]"),
 ]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.  \\[default: 0.03]")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  \\[default: 32]")]
+FinetuneEpochs = Annotated[
+    int | None,
+    typer.Option(
+        help="Epochs at the end, for ThiNet-Conv and again for ThiNet-GAP.  \\[default: 15; the papers': 12, ResNets 9]"
+    ),
+]
+Controls = Annotated[
+    str | None,
+    typer.Option(
+        help="What the thin networks stand beside: unpruned (the original, trained as many epochs more as they were), "
+        "all (also their architecture from scratch, for the epochs of all training together), none.  "
+        "\\[default: unpruned]"
+    ),
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", help="Learning rate of training from fresh weights.  \\[default: 0.03]")
+]
+FinetuneRate = Annotated[
+    float | None,
+    typer.Option("--finetune-lr", help="Learning rate of fine-tuning.  \\[default: 0.01; the papers': 0.001]"),
+]
+Train = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=VALUE: a setting of all training: precision=bf16 (or fp16), optimizer=adamw, schedule=steps, "
+        "label_smoothing=0.1, ema=0.999, distill=0.5, temperature=2, weight_decay=0.0001, momentum, warmup, clip."
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  \\[default: 32; the papers': 128]")]
 Trainer = Annotated[
     str | None,
     typer.Option(help="file.py:fit, your own training: fit(model, images, epochs=…, lr=…) trains the model in place."),

@@ -19,6 +19,7 @@ from .options import Options
 from .preprocess import Preprocess, default_preprocess, load_preprocess
 from .pruning.surgery import gap_head
 from .target import TargetProfile, load_profile
+from .training import Recipe, changed
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def load_job(options: Options, progress: Progress = silent) -> Job:
     """
     target = load_profile(options.target)
     options = _named_model(options)
-    if options.layerwise and (options.selection == "elimination" or options.rebuilding == "full"):
+    if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
         raise InputError(
             f"--recipe {options.recipe} goes layer by layer, where there is neither --method elimination nor "
             "--reconstruction full.",
@@ -82,6 +83,7 @@ def load_job(options: Options, progress: Progress = silent) -> Job:
         )
     if options.trainer:
         load_function(options.trainer, "fit")
+    changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
     preprocess = _preprocess(options)
     data = load_folder(options.data, preprocess, progress) if options.data else load_digits(preprocess)
     job = Job(options, target, data)

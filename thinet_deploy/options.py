@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InputError, UnknownNameError
 
@@ -15,6 +15,11 @@ Preset = Literal["thinet-conv", "thinet-gap"]
 RecipeName = Literal["iccv2017", "tpami2019", "best"]
 Selection = Literal["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"]
 Reconstruction = Literal["full", "scale", "none"]
+Controls = Literal["none", "unpruned", "all"]
+
+
+def _parts(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
 class Options(BaseModel):
@@ -28,9 +33,10 @@ class Options(BaseModel):
         preprocess: TOML file; None for the usual one.
         input_shape: channels, height and width of the input, for a model that does not say.
         preset: what to make; None for thinet-gap where the network has a fully connected head.
-        recipe: the papers' (layer by layer, with fine-tuning between), or "best": all layers at once, chosen by
-            elimination, reconstructed without training, widths put where they help most, the original as teacher.
-        method: how filters are chosen, if not as the recipe says.
+        recipe: "best": all layers at once, chosen by elimination, reconstructed without training, widths put where they
+            help most, the original as teacher; or the papers' (layer by layer, with fine-tuning between).
+        method: how filters are chosen, if not as the recipe says; with several ("a,b,c" or a tuple) all are made and
+            compared, and the first is the one that ships.
         reconstruction: how their consumers make up for those that go, if not as the recipe says.
         calibration_images: for the statistics of "best".
         keep: keep ratio r of every pruned layer.
@@ -42,10 +48,16 @@ class Options(BaseModel):
         ignore: patterns of module names that stay whole.
         prune_shortcuts: prune residual streams too.
         epochs: of training the dense network (and, for given weights, what they are taken to have had).
-        layer_epochs: of fine-tuning after each pruned layer.
-        finetune_epochs: of fine-tuning at the end, for ThiNet-Conv and again for ThiNet-GAP.
-        lr: learning rate of training; pruned layers are fine-tuned at a third of it.
-        batch_size: images per training step.
+        layer_epochs: of fine-tuning after each pruned layer, where the recipe goes layer by layer; None for the
+            papers': 1, and another at a tenth of the rate in front of a pool; with branches 1 after each block.
+        finetune_epochs: of fine-tuning at the end, for ThiNet-Conv and again for ThiNet-GAP; None for 15, or the
+            papers': 12, and 9 in networks with branches.
+        controls: what the thin networks are compared with: "unpruned": the original, trained for as many epochs more
+            as they were; "all": also their architecture from scratch, for as many epochs as all training together.
+        lr: learning rate of training from fresh weights, of the original and of a new head.
+        finetune_lr: learning rate of fine-tuning; if not given, the recipe's.
+        train: settings of all training by name, such as {"precision": "bf16"}: see `training.Recipe`.
+        batch_size: images per training step; if not given, the recipe's.
         trainer: "file.py:fit", the user's own training instead of ours.
         threads: CPU threads of an engine while its latency is measured.
         seed: same seed, same widths and same kept filters.
@@ -61,8 +73,8 @@ class Options(BaseModel):
     preprocess: Path | None = None
     input_shape: tuple[int, int, int] | None = None
     preset: Preset | None = None
-    recipe: RecipeName = "iccv2017"
-    method: Selection | None = None
+    recipe: RecipeName = "best"
+    method: Annotated[tuple[Selection, ...], BeforeValidator(_parts)] = ()
     reconstruction: Reconstruction | None = None
     calibration_images: int = Field(default=2000, ge=1)
     keep: float = Field(default=0.5, gt=0, le=1)
@@ -73,14 +85,23 @@ class Options(BaseModel):
     ignore: tuple[str, ...] = ()
     prune_shortcuts: bool = False
     epochs: int = Field(default=20, ge=0)
-    layer_epochs: int = Field(default=1, ge=0)
-    finetune_epochs: int = Field(default=15, ge=0)
+    layer_epochs: int | None = Field(default=None, ge=0)
+    finetune_epochs: int | None = Field(default=None, ge=0)
+    controls: Controls = "unpruned"
     lr: float = Field(default=0.03, gt=0)
+    finetune_lr: float = Field(default=0.01, gt=0)
+    train: dict[str, str | float] = Field(default_factory=dict)
     batch_size: int = Field(default=32, ge=1)
     trainer: str | None = None
     threads: int = Field(default=1, ge=1)
     seed: int = 0
     out: Path = Path("thinet-run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_recipe_says(cls, values: dict[str, Any]) -> dict[str, Any]:
+        papers = {"batch_size": 128, "finetune_lr": 1e-3}
+        return {**({} if values.get("recipe", "best") == "best" else papers), **values}
 
     @property
     def layerwise(self) -> bool:
@@ -93,10 +114,19 @@ class Options(BaseModel):
         return self.recipe == "best"
 
     @property
-    def selection(self) -> Selection:
-        """The method in use."""
+    def methods(self) -> tuple[Selection, ...]:
+        """The methods in use, each once."""
         usual: dict[RecipeName, Selection] = {"iccv2017": "thinet", "tpami2019": "thinet-omp", "best": "elimination"}
-        return self.method or usual[self.recipe]
+        return tuple(dict.fromkeys(self.method)) or (usual[self.recipe],)
+
+    @property
+    def selection(self) -> Selection:
+        """The method in use, or the first of several."""
+        return self.methods[0]
+
+    def only(self, method: Selection) -> Options:
+        """The same with one method."""
+        return self.model_copy(update={"method": (method,)})
 
     @property
     def rebuilding(self) -> Reconstruction:
@@ -148,7 +178,13 @@ def make_options(values: dict[str, Any]) -> Options:
         ) from error
 
 
-_CHOICES = {"preset": Preset, "recipe": RecipeName, "method": Selection, "reconstruction": Reconstruction}
+_CHOICES = {
+    "preset": Preset,
+    "recipe": RecipeName,
+    "method": Selection,
+    "reconstruction": Reconstruction,
+    "controls": Controls,
+}
 _HINTS = {
     "macs": "--macs 2x halves the multiply-accumulates; --macs 300M and --macs 1.5G are numbers of them.",
     "round_to": "--round-to 16, or --round-to target for the number in the target's profile.",
@@ -193,6 +229,18 @@ def parse_shape(text: str) -> tuple[int, int, int]:
             f"--input-shape is {text!r}, but channels x height x width was expected.", hint="Such as 3x224x224."
         )
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def parse_setting(text: str) -> tuple[str, str]:
+    """Turn "precision=bf16" into ("precision", "bf16").
+
+    Raises:
+        InputError: it is no such thing.
+    """
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise InputError(f"--train is {text!r}, but NAME=VALUE was expected.", hint="Such as precision=bf16.")
+    return name.strip().replace("-", "_"), value.strip()
 
 
 def parse_layer(text: str) -> tuple[str, float]:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from . import registry, stages, verify
+from . import networks, registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_json
 from .environment import fingerprint, machine_id
-from .errors import GateError, InputError, first_line
+from .errors import InputError, first_line
 from .export import INPUT
 from .interfaces import Progress, silent
 from .job import Job, load_job
+from .networks import Networks, Pruning, gate
 from .options import Options, make_options
-from .prune_stage import pruned as pruned_stage
-from .pruning.proof import Proof
-from .pruning.surgery import gap_head
 from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
 from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
 from .store import Run, Stage, open_run
 from .target import TargetProfile
-from .tools import PLAN, REPORT, Tools, read_accuracy
-from .training import Accuracy
+from .tools import Tools, read_accuracy
 
 RUNNER = Path(_RUNNER_FILE)
-# Options that decide which filters stay.
-WIDTHS = {"keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts", "calibration_images"}
 
 
 @dataclass(frozen=True)
@@ -51,23 +44,6 @@ class Build:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The finished networks of a build, and the hops that led to them.
-
-    Attributes:
-        stages: name → stage, the original first, the one to ship last.
-        labels: name → what the table calls it.
-        hops: verdicts on the way.
-        scratch: the control, trained from scratch; None where nobody knows the equal amount of training.
-    """
-
-    stages: dict[str, Stage]
-    labels: dict[str, str]
-    hops: list[verify.Hop]
-    scratch: Stage | None
-
-
 def prune(options: Options, progress: Progress = silent) -> Path:
     """Prune only: RUN/thin gets plan.json, model.safetensors and report.json, for the user's own training.
 
@@ -78,8 +54,8 @@ def prune(options: Options, progress: Progress = silent) -> Path:
     run = Run(options.out)
     with run.locked():
         _remember(job.options, run.root)
-        _, pruned, head = _pruned(run, Tools(job, progress))
-        return _unfinished(run, Tools(job, progress), pruned, head).folder
+        tools = Tools(job, progress)
+        return _unfinished(run, tools, networks.prune(run, tools)).folder
 
 
 def build(options: Options, progress: Progress = silent) -> Build:
@@ -96,7 +72,7 @@ def build(options: Options, progress: Progress = silent) -> Build:
     with run.locked():
         _remember(job.options, run.root)
         tools = Tools(job, progress)
-        return _deploy(run, tools, _train_and_prune(run, tools))
+        return _deploy(run, tools, networks.finish(run, tools, networks.prune(run, tools)))
 
 
 def _remember(options: Options, root: Path) -> None:
@@ -134,111 +110,54 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
     run = Run(root)
     with run.locked():
         tools = Tools(job, progress)
-        original, pruned, head = _pruned(run, tools)
-        thin = _unfinished(run, tools, pruned, head)
+        pruning = networks.prune(run, tools)
+        thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
         own = run.stage("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
-        hops = [
-            verify.pruning_hop("own", Proof(**pruned.json(REPORT)["proof"])),
-            verify.tuning_hop("own", "pruned → trained", read_accuracy(thin.folder), read_accuracy(own.folder)),
-        ]
-        name = "ThiNet-GAP" if head else "ThiNet-Conv"
-        labels = {"original": "Original", "own": f"{name} ({options.widths}), own training"}
-        return _deploy(run, tools, Networks({"original": original, "own": own}, labels, hops, None))
+        return _deploy(run, tools, networks.own(pruning, thin, own, options))
 
 
-def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
-    """The original, the network pruned layer by layer, and whether its head is to be replaced."""
-    job, options, training = tools.job, tools.job.options, _training(tools.job.options)
-    weights = {"weights": sha256_of(options.weights)} if options.weights else {**training, "epochs": options.epochs}
-    original = run.stage("dense", {**job.identity, **weights}, partial(stages.dense, tools))
-    inputs = {
-        **job.identity,
-        **training,
-        "dense": original.digest,
-        "widths": options.model_dump(mode="json", include=WIDTHS),
-        **({"grid": job.target.channel_grid} if options.round_to == "target" else {}),
-        "method": [options.recipe, options.selection, options.rebuilding],
-        "epochs": options.layer_epochs,
-    }
-    pruned = run.stage("prune", inputs, partial(pruned_stage, tools, original.folder))
-    _gate((verify.pruning_hop("conv", Proof(**pruned.json(REPORT)["proof"])),), run, pruned)
-    return original, pruned, options.preset == "thinet-gap" or (not options.preset and bool(gap_head(job.fresh())))
-
-
-def _training(options: Options) -> dict[str, Any]:
-    """What the result of any training depends on, besides its epochs."""
-    training: dict[str, Any] = {"lr": options.lr, "batch_size": options.batch_size}
-    if options.trainer:
-        file, _, function = options.trainer.rpartition(":")
-        training["trainer"] = [function, sha256_of(Path(file))]
-    return training
-
-
-def _unfinished(run: Run, tools: Tools, pruned: Stage, head: bool) -> Stage:
+def _unfinished(run: Run, tools: Tools, pruning: Pruning) -> Stage:
+    prunings = {method: stage.folder for method, stage in pruning.by_method.items()}
     return run.stage(
-        "thin", {"prune": pruned.digest, "head": head}, lambda f, _: stages.unfinished(tools, pruned.folder, head, f)
+        "thin",
+        {
+            "prune": {method: stage.digest for method, stage in pruning.by_method.items()},
+            "dense": pruning.original.digest,
+            "head": pruning.head,
+        },
+        lambda f, _: stages.unfinished(tools, pruning.original.folder, prunings, pruning.head, f),
     )
 
 
-def _train_and_prune(run: Run, tools: Tools) -> Networks:
-    """Original → ThiNet-Conv → ThiNet-GAP, and the control from scratch."""
-    options = tools.job.options
-    original, pruned, head = _pruned(run, tools)
-    after = {**_training(options), "seed": options.seed, "epochs": options.finetune_epochs, "distil": options.distils}
-    conv = run.stage(
-        "conv", {**after, "prune": pruned.digest}, partial(stages.tuned, tools, original.folder, pruned.folder)
-    )
-    networks = {"original": original, "conv": conv}
-    hops = [
-        verify.pruning_hop("conv", Proof(**pruned.json(REPORT)["proof"])),
-        verify.tuning_hop("conv", "pruned → fine-tuned", read_accuracy(pruned.folder), read_accuracy(conv.folder)),
-    ]
-    if head:
-        networks["gap"] = run.stage(
-            "gap", {**after, "conv": conv.digest}, partial(stages.gap, tools, original.folder, conv.folder)
-        )
-        report = networks["gap"].json(REPORT)
-        hops.append(
-            verify.tuning_hop(
-                "gap", "head replaced → fine-tuned", Accuracy(**report["before"]), Accuracy(**report["accuracy"])
-            )
-        )
-    last = list(networks.values())[-1]
-    epochs = options.epochs + pruned.json(REPORT)["epochs"]
-    epochs += options.finetune_epochs * (2 if head else 1)
-    inputs = {**after, "thin": sha256_of(last.folder / PLAN), "epochs": epochs, **tools.job.identity}
-    scratch = run.stage("scratch", inputs, partial(stages.scratch, tools, last.folder, epochs))
-    labels = {"original": "Original", "conv": f"ThiNet-Conv ({options.widths})", "gap": "ThiNet-GAP"}
-    return Networks(networks, labels, hops, scratch)
-
-
-def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
+def _deploy(run: Run, tools: Tools, made: Networks) -> Build:
     """Export → convert → verify → measure → bundle → report."""
     job, target = tools.job, tools.job.target
-    folders = {name: stage.folder for name, stage in networks.stages.items()}
-    digests = {name: stage.digest for name, stage in networks.stages.items()}
+    folders = {name: stage.folder for name, stage in made.stages.items()}
+    digests = {name: stage.digest for name, stage in made.stages.items()}
     inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
     onnx = run.stage("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
     runtimes = host_runtimes(target)
-    made = run.stage(
+    engines = run.stage(
         "engines",
         {"onnx": onnx.digest, "tools": [registry.converter(r).made_by() for r in runtimes]},
         lambda f, _: stages.engines(tools, onnx.folder, list(folders), runtimes, f),
     )
-    paths = {tuple(key.split("/")): made.folder / entry["path"] for key, entry in made.json("engines.json").items()}
+    paths = {
+        tuple(key.split("/")): engines.folder / entry["path"] for key, entry in engines.json("engines.json").items()
+    }
     engine_paths = {(name, runtime): path for (name, runtime), path in paths.items()}
     parity = run.stage(
         "parity",
-        {"onnx": onnx.digest, "engines": made.digest, "data": job.data.digest, "hops": hash_json(str(networks.hops))},
-        lambda f, _: stages.parity(tools, folders, networks.hops, onnx.folder, engine_paths, f),
+        {"onnx": onnx.digest, "engines": engines.digest, "data": job.data.digest, "hops": hash_json(str(made.hops))},
+        lambda f, _: stages.parity(tools, folders, made.hops, onnx.folder, engine_paths, f),
     )
     hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
-    _gate(hops, run, parity)
+    gate(hops, run, parity)
     measured = run.stage(
         "latency",
         {
-            "engines": made.digest,
+            "engines": engines.digest,
             "engines run": runs_here(target),
             "threads": job.options.threads,
             "machine": machine_id(fingerprint()),
@@ -247,22 +166,21 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
         lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, f),
     )
     notes = tuple(device_notes(target, INPUT, job.input_shape))
-    name = list(folders)[-1]
-    ship = stages.Shipped(name, networks.labels[name], folders[name])
+    ship = stages.Shipped(made.ship, made.labels[made.ship], folders[made.ship])
     bundle = run.stage(
         "bundle",
         {
             "onnx": onnx.digest,
-            "engines": made.digest,
+            "engines": engines.digest,
             "parity": parity.digest,
             "runner": sha256_of(RUNNER),
             "target": [target.id, target.builds_on_device],
-            "model": [job.model_name, networks.labels],
+            "model": [job.model_name, made.labels],
             "notes": list(notes),
         },
         lambda f, _: stages.bundled(tools, ship, onnx.folder, engine_paths, parity.folder, notes, f),
     )
-    table = _table(job, networks, onnx, measured)
+    table = _table(job, made, onnx, measured)
     run.stage(
         "report",
         {"table": hash_json(table.to_json())},
@@ -276,41 +194,25 @@ def _check_runtimes(target: TargetProfile) -> None:
         registry.converter(runtime).check()
 
 
-def _gate(hops: tuple[verify.Hop, ...], run: Run, stage: Stage) -> None:
-    """Raise GateError when a verdict failed; the bundle of an earlier build goes too, lest it ship."""
-    failed = [hop for hop in hops if not hop.passed]
-    if failed:
-        lines = "\n".join(
-            f"  {hop.model}: {hop.hop}: "
-            + (f"error {hop.error}, allowed {hop.tolerance:.1e}" if hop.tolerance else hop.detail)
-            for hop in failed
-        )
-        run.discard("bundle")
-        run.discard("report")
-        raise GateError(
-            f"{len(failed)} of {len(hops)} parity verdicts failed; no bundle was written:\n{lines}",
-            hint=f"All results are kept in {run.root}; {stage.folder} has the figures.",
-        )
-
-
-def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
+def _table(job: Job, made: Networks, onnx: Stage, measured: Stage) -> Table:
     """The papers' table from the stages' files."""
     timing, exported = measured.json("latency.json"), onnx.json("export.json")
     rows = []
-    for name, stage in networks.stages.items():
+    for name, stage in made.stages.items():
         rows.append(
             Row.make(
                 name,
-                networks.labels[name],
+                made.labels[name],
                 read_accuracy(stage.folder),
                 exported[name]["count"],
                 (onnx.folder / f"{name}.onnx").stat().st_size,
                 timing,
             )
         )
-    if networks.scratch:
-        thin = rows[-1]
-        rows.append(thin.from_scratch(read_accuracy(networks.scratch.folder), networks.scratch.json(REPORT)["epochs"]))
+    by_name = {row.name: row for row in rows}
+    for name, control in made.controls.items():
+        row = by_name[control.like].with_weights(name, control.label, control.accuracy, control.note)
+        rows.insert(1 if control.like == "original" else len(rows), row)
     return Table(
         target=job.target.id,
         model=job.model_name,
@@ -323,4 +225,5 @@ def _table(job: Job, networks: Networks, onnx: Stage, measured: Stage) -> Table:
         batch=stages.TORCH_BATCH,
         runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),
+        ledger=tuple(made.ledger),
     )

@@ -15,10 +15,11 @@ from .artifact import write_json
 from .counting import count
 from .errors import ModelError
 from .export import check_exportable
-from .intervals import accuracy_interval
+from .ledger import Entry
+from .norms import reestimate_norms
+from .options import Options
 from .pruning.allocation import Costs, allocate
 from .pruning.budget import Widths, Wish, choose_widths, cost
-from .pruning.calibration import Sample
 from .pruning.discovery import channel_graph
 from .pruning.graph import ChannelGraph, ChannelGroup
 from .pruning.layerwise import Schedule, prunable, prune_layerwise
@@ -31,7 +32,7 @@ from .pruning.trace import example_inputs, named_tensors
 from .pruning.wide import within_reach
 from .store import Checkpoint
 from .tools import REPORT, Tools, json_ready, write_network
-from .training import evaluate, reestimate_norms
+from .training import evaluate
 
 PROOF_IMAGES = 3
 HELD_OUT = 0.1  # of the training images, for choices between variants
@@ -96,8 +97,9 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
     report = {
         "accuracy": asdict(tools.test(done.model, "the pruned network")),
         "layers": done.layers,
-        "ledger": done.ledger,
+        "ledger": [asdict(entry) for entry in done.ledger],
         "epochs": done.epochs,
+        "branches": graph.joins,
         "whole": {**graph.whole, **done.whole},
         "macs": {"before": before, "after": after},
         "proof": json_ready(proof),
@@ -121,7 +123,7 @@ class _Done:
     model: nn.Module
     plan: Plan
     layers: list[dict[str, Any]]
-    ledger: list[dict[str, Any]]
+    ledger: list[Entry]
     epochs: int
     whole: dict[str, str]
 
@@ -130,17 +132,51 @@ def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoin
     """The papers' schedule: prune a layer, fine-tune, go on to the next."""
     options = tools.job.options
 
-    def tune(model: nn.Module, step: str) -> None:
-        tools.train(model, f"Fine-tuning, {step}", options.layer_epochs, options.lr / 3)
-
     groups = _groups(tools, graph)
     widths = choose_widths(dict(named_tensors(original)), graph, groups, _wish(tools, original, graph))
+    trainings = _between(options, graph, [each for each in groups if widths[each.name] < len(each.channels)])
+
+    def tune(model: nn.Module, group: ChannelGroup) -> None:
+        for number, (epochs, lr) in enumerate(trainings[group.name]):
+            stage = f"Fine-tuning, layer {group.name}" + (f", part {number + 1}" if number else "")
+            tools.train(model, stage, epochs, lr, schedule="constant")
+
     inputs = example_inputs(original, tools.job.input_shape)
     scaled = options.rebuilding == "scale"
     schedule = Schedule(original, graph, tools.job.data, inputs, options.seed, tune, options.selection, scaled)
     thin, plan, layers = prune_layerwise(schedule, groups, widths, checkpoint, tools.progress)
-    epochs = len(layers) * options.layer_epochs
-    return _Done(thin, plan, [json_ready(each) for each in layers], [], epochs, _left_whole(graph, groups, widths))
+    epochs = sum(count for each in trainings.values() for count, _ in each)
+    ledger = [_entry(tools, f"pruned layer by layer, {epochs} epochs between", thin)]
+    return _Done(thin, plan, [json_ready(each) for each in layers], ledger, epochs, _left_whole(graph, groups, widths))
+
+
+def _between(
+    options: Options, graph: ChannelGraph, groups: list[ChannelGroup]
+) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Group's name → trainings after it was pruned, as (epochs, learning rate).
+
+    The papers' unless the user says how many epochs: in a plain network one epoch, in front of a pool another at a
+    tenth of the rate; in others one epoch at a tenth of the rate for each block. What follows the last group is the
+    fine-tuning at the end (thinet.md, section 1).
+    """
+    rate, trainings = options.finetune_lr, dict[str, tuple[tuple[int, float], ...]]()
+    sizes = [group.map_size for group in graph.groups]
+    for group, after in zip(groups, [*groups[1:], None], strict=True):
+        following = sizes[graph.groups.index(group) + 1 :][:1]
+        if options.layer_epochs is not None:
+            parts: tuple[tuple[int, float], ...] = ((options.layer_epochs, rate),)
+        elif after is None:
+            parts = ()
+        elif graph.joins:
+            parts = ((1, rate / 10),) if _block(group) != _block(after) else ()
+        else:
+            parts = ((1, rate), (1, rate / 10)) if following != [group.map_size] else ((1, rate),)
+        trainings[group.name] = parts
+    return trainings
+
+
+def _block(group: ChannelGroup) -> str:
+    return group.producers[0].rpartition(".")[0]
 
 
 def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint: Checkpoint) -> _Done:
@@ -153,15 +189,13 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     if wish.macs is None and wish.size is None:  # as many as the keep ratio leaves, put where they help most
         wish = replace(wish, macs=costs(uniform)[0])
     fit, held_out = job.data.train.split(HELD_OUT, options.seed)
-    chosen = fit.sample(min(options.calibration_images, len(fit)), seed=options.seed, stage="calibration")
-    batch = max(4, 64 * 32 * 32 // (job.input_shape[1] * job.input_shape[2]))
     method = Method(options.selection, options.rebuilding)
     done = prune_once(
         original,
         graph,
         groups,
         lambda curves: allocate(costs, groups, curves, wish) if options.selection == "elimination" else uniform,
-        Sample(fit, chosen, min(batch, 64), options.seed),
+        tools.sample(fit),
         job.input_shape,
         method,
         tools.progress,
@@ -198,11 +232,9 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     return _Done(thin, plan, layers, ledger, 0, whole)
 
 
-def _entry(tools: Tools, step: str, model: nn.Module) -> dict[str, Any]:
-    """A line of the ledger: top-1 and top-5 on the test images, with a 95 % interval of top-1."""
-    found = tools.test(model, f"after: {step}")
-    interval = accuracy_interval(round(found.top1 * found.images / 100), found.images)
-    return {"step": step, **asdict(found), "top1_low": interval.low, "top1_high": interval.high}
+def _entry(tools: Tools, step: str, model: nn.Module) -> Entry:
+    """A line of the ledger, on the test images."""
+    return Entry.of(step, tools.test(model, f"after: {step}"))
 
 
 def _row(group: ChannelGroup, done: Pruned) -> dict[str, Any]:

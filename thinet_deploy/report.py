@@ -17,6 +17,7 @@ from rich.text import Text
 
 from .artifact import read_json
 from .errors import InputError, first_line
+from .ledger import Entry
 from .store import open_run
 from .training import Accuracy
 from .verify import Hop
@@ -68,7 +69,7 @@ class Row:
         backward: milliseconds per batch in torch.
         engines: runtime → milliseconds per image.
         size_bytes: of the ONNX file.
-        note: shown under the table.
+        note: shown under the table; such a row has the times of another, of the same architecture.
     """
 
     name: str
@@ -107,17 +108,9 @@ class Row:
             size_bytes=size,
         )
 
-    def from_scratch(self, accuracy: Accuracy, epochs: int) -> Row:
+    def with_weights(self, name: str, label: str, accuracy: Accuracy, note: str) -> Row:
         """The same architecture with other weights: its times and size are this row's."""
-        note = f"the architecture of {self.label} with fresh weights, {epochs} epochs = all training above together; "
-        return replace(
-            self,
-            name="scratch",
-            label="Train from scratch",
-            top1=accuracy.top1,
-            top5=accuracy.top5,
-            note=note + "same architecture, so same times",
-        )
+        return replace(self, name=name, label=label, top1=accuracy.top1, top5=accuracy.top5, note=note)
 
 
 @dataclass(frozen=True)
@@ -136,6 +129,7 @@ class Table:
         batch: of forward and backward.
         runtimes: the target's; what was not run here is shown as such.
         rows: the networks.
+        ledger: accuracy, step by step.
     """
 
     target: str
@@ -149,16 +143,18 @@ class Table:
     batch: int
     runtimes: tuple[str, ...]
     rows: tuple[Row, ...]
+    ledger: tuple[Entry, ...]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        return {**_SCHEMA, **asdict(self), "rows": [asdict(row) for row in self.rows]}
+        return {**_SCHEMA, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Table:
         """The inverse of `to_json`."""
-        values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows", "runtimes")}
-        return cls(**values, runtimes=tuple(data["runtimes"]), rows=tuple(_row(row) for row in data["rows"]))
+        values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows", "runtimes", "ledger")}
+        rows, ledger = tuple(map(_row, data["rows"])), tuple(map(Entry.read, data["ledger"]))
+        return cls(**values, runtimes=tuple(data["runtimes"]), rows=rows, ledger=ledger)
 
 
 def _row(data: dict[str, Any]) -> Row:
@@ -296,7 +292,7 @@ def _grid(tables: Sequence[Table], names: list[str], rows: list[list[list[str]]]
 
 def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
     """Latency as bars, one per network."""
-    rows = [row for table in tables for row in table.rows if runtime in row.engines and row.name != "scratch"]
+    rows = [row for table in tables for row in table.rows if runtime in row.engines and not row.note]
     longest = max(row.engines[runtime].ms for row in rows)
     picture = Grid.grid(padding=(0, 1))
     for row in rows:

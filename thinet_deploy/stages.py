@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,17 @@ from .bundle import BundleSpec, EngineFile, write_bundle
 from .counting import count
 from .export import INPUT, OUTPUT, export_onnx, export_program
 from .interfaces import Conversion, TensorSpec
+from .intervals import difference_interval
 from .models.weights import load_weights
-from .prune_stage import check_way
+from .prune_stage import HELD_OUT, check_way
+from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
 from .pruning.surgery import apply, gap_head, load_thin
 from .registry import convert
 from .seeds import derive
 from .store import Checkpoint
-from .tools import PLAN, PROGRAM, REPORT, Tools, json_ready, write_network
+from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, json_ready, write_network
+from .training import hits
 
 ONNX_IMAGES = 8
 ENGINE_IMAGES = 1000
@@ -50,33 +52,71 @@ def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "the original"))})
 
 
-def tuned(tools: Tools, dense_folder: Path, pruned_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
-    """ThiNet-Conv: the pruned network, fine-tuned at the end."""
-    options, model = tools.job.options, tools.load(pruned_folder)
-    teacher = tools.teacher(dense_folder)
-    tools.train(model, "Fine-tuning ThiNet-Conv", options.finetune_epochs, options.lr, checkpoint, teacher)
-    write_network(folder, model, load_plan(pruned_folder / PLAN))
-    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "ThiNet-Conv"))})
+def taught(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, folder: Path) -> None:
+    """Whether fine-tuning learns from the original: it does, unless held-out training images say otherwise.
+
+    A tenth of the epochs with it and without, on the same nine tenths of the training images.
+    """
+    fit, held_out = tools.job.data.train.split(HELD_OUT, tools.job.options.seed)
+    original, right = tools.load(dense_folder), []
+    for name, teacher in {"with": original, "without": None}.items():
+        model = tools.load(pruned_folder)
+        stage = f"Fine-tuning for a trial, {name} the original as teacher"
+        tools.train(model, stage, epochs, tools.job.options.finetune_lr, teacher=teacher, images=fit)
+        right.append(hits(model, held_out))
+    gain = difference_interval(right[1], right[0])
+    figures = {"with": float(right[0].mean() * 100), "without": float(right[1].mean() * 100), "gain": asdict(gain)}
+    write_json(folder / TEACHER, {"teacher": gain.low <= 0, "images": len(held_out), "epochs": epochs, **figures})
 
 
-def with_gap(tools: Tools, folder: Path) -> tuple[nn.Module, Plan]:
-    """The network of a stage with global average pooling instead of its head, whose new layer is not trained yet."""
-    model, plan = tools.load(folder), load_plan(folder / PLAN)
+@dataclass(frozen=True)
+class FineTuning:
+    """How long to train at the end, and the folder of the network to learn from, if there is one."""
+
+    epochs: int
+    teacher: Path | None
+
+
+def tuned(tools: Tools, name: str, how: FineTuning, start_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
+    """A network of an earlier stage, trained for longer: ThiNet-Conv from the pruned network; the control."""
+    options, model = tools.job.options, tools.load(start_folder)
+    plan = load_plan(start_folder / PLAN) if (start_folder / PLAN).exists() else None
+    teacher = tools.load(how.teacher) if how.teacher else None
+    schedule = fine_tuning(options)
+    stage = f"Fine-tuning {name}"
+    tools.train(model, stage, how.epochs, options.finetune_lr, checkpoint, teacher=teacher, schedule=schedule)
+    write_network(folder, model, plan)
+    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, name)), "epochs": how.epochs})
+
+
+def with_gap(tools: Tools, dense_folder: Path, folder: Path) -> tuple[nn.Module, Plan]:
+    """The network of a stage with global average pooling instead of its head.
+
+    In the recipe "best" its new layer is fitted to what the original says; in the papers' it is fresh.
+    """
+    model, plan, options = tools.load(folder), load_plan(folder / PLAN), tools.job.options
     head = gap_head(model)
     assert head is not None, "load_job refuses --preset thinet-gap for such a network"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(tools.job.options.seed, "ThiNet-GAP head"))
-        return apply(empty_plan(model).model_copy(update={"head": head}), model), plan.model_copy(update={"head": head})
+        torch.manual_seed(derive(options.seed, "ThiNet-GAP head"))
+        model = apply(empty_plan(model).model_copy(update={"head": head}), model).eval()
+    if not options.layerwise:
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        fit_head(model, last, tools.load(dense_folder), tools.sample(tools.job.data.train), tools.progress)
+    return model, plan.model_copy(update={"head": head})
 
 
-def gap(tools: Tools, dense_folder: Path, conv_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
+def gap(
+    tools: Tools, how: FineTuning, dense_folder: Path, conv_folder: Path, folder: Path, checkpoint: Checkpoint
+) -> None:
     """ThiNet-GAP: the head replaced, trained again."""
-    options, (model, plan) = tools.job.options, with_gap(tools, conv_folder)
-    before, teacher = tools.test(model, "the new head"), tools.teacher(dense_folder)
-    tools.train(model, "Fine-tuning ThiNet-GAP", options.finetune_epochs, options.lr, checkpoint, teacher)
+    options, (model, plan) = tools.job.options, with_gap(tools, dense_folder, conv_folder)
+    before, teacher = tools.test(model, "the new head"), tools.load(how.teacher) if how.teacher else None
+    lr, schedule = options.finetune_lr, fine_tuning(options)
+    tools.train(model, "Fine-tuning ThiNet-GAP", how.epochs, lr, checkpoint, teacher=teacher, schedule=schedule)
     write_network(folder, model, plan)
     after = tools.test(model, "ThiNet-GAP")
-    write_json(folder / REPORT, {"accuracy": asdict(after), "before": asdict(before)})
+    write_json(folder / REPORT, {"accuracy": asdict(after), "before": asdict(before), "epochs": how.epochs})
 
 
 def scratch(tools: Tools, thin_folder: Path, epochs: int, folder: Path, checkpoint: Checkpoint) -> None:
@@ -93,13 +133,19 @@ def scratch(tools: Tools, thin_folder: Path, epochs: int, folder: Path, checkpoi
     write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "the control")), "epochs": epochs})
 
 
-def unfinished(tools: Tools, pruned_folder: Path, head: bool, folder: Path) -> None:
-    """The thin network for the user's own training: pruned, with the new head if there is to be one."""
+def unfinished(tools: Tools, dense_folder: Path, prunings: Mapping[str, Path], head: bool, folder: Path) -> None:
+    """The thin network for the user's own training: pruned, with the new head if there is to be one.
+
+    Of several prunings by method it is the first; its report compares them.
+    """
+    pruned_folder = next(iter(prunings.values()))
     if head:
-        write_network(folder, *with_gap(tools, pruned_folder))
+        write_network(folder, *with_gap(tools, dense_folder, pruned_folder))
     else:
         write_network(folder, tools.load(pruned_folder), load_plan(pruned_folder / PLAN))
-    shutil.copyfile(pruned_folder / REPORT, folder / REPORT)
+    reports = {method: read_json(each / REPORT) for method, each in prunings.items()}
+    compared = {method: {key: each[key] for key in ("accuracy", "ledger", "macs")} for method, each in reports.items()}
+    write_json(folder / REPORT, {**read_json(pruned_folder / REPORT), "methods": compared})
     export_program(tools.load(folder), tools.job.input_shape, folder / PROGRAM)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 from .artifact import read_json
+from .data import ImageSet
 from .errors import ModelError
 from .interfaces import Progress
 from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
+from .options import Options, Selection
+from .pruning.calibration import Sample
 from .pruning.plan import Plan, load_plan
 from .pruning.surgery import load_thin
 from .seeds import derive
 from .store import Checkpoint
-from .training import Accuracy, Recipe, evaluate, train
+from .training import Accuracy, Recipe, Schedule, changed, evaluate, train
 
 PLAN, WEIGHTS, REPORT, PROGRAM = "plan.json", "model.safetensors", "report.json", "model.pt2"
+TEACHER = "teacher.json"
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Tools:
     job: Job
     progress: Progress
 
-    def teacher(self, dense: Path) -> nn.Module | None:
-        """The original, to learn from while fine-tuning; None where the recipe does without."""
-        return self.load(dense) if self.job.options.distils else None
+    def only(self, method: Selection) -> Tools:
+        """The same with one of the methods that the user named."""
+        return replace(self, job=replace(self.job, options=self.job.options.only(method)))
 
     def train(
         self,
@@ -49,16 +53,39 @@ class Tools:
         epochs: int,
         lr: float,
         checkpoint: Checkpoint | None = None,
+        *,
         teacher: nn.Module | None = None,
+        schedule: Schedule = "cosine",
+        images: ImageSet | None = None,
     ) -> None:
-        """Train in place: by the user's --trainer if there is one, else by ours."""
-        options, images = self.job.options, self.job.data.train
+        """Train in place: by the user's --trainer if there is one, else by ours.
+
+        Args:
+            model: changed in place.
+            stage: what this training is called.
+            epochs: passes over the training images.
+            lr: learning rate at the start.
+            checkpoint: where the state is kept.
+            teacher: a network to learn from; a --trainer gets it if it asks for it.
+            schedule: of the learning rate; "steps" and "constant" are the papers' and come without our warm-up and
+                limit of the gradient.
+            images: to train on, if not all training images.
+        """
+        options, images = self.job.options, images or self.job.data.train
         if not options.trainer:
-            recipe = Recipe(epochs, lr, options.batch_size, warmup=1 if epochs > 3 else 0)
+            ours = schedule == "cosine"
+            recipe = Recipe(
+                epochs,
+                lr,
+                options.batch_size,
+                warmup=1 if ours and epochs > 3 else 0,
+                clip=1.0 if ours else math.inf,
+                schedule=schedule,
+            )
             train(
                 model,
                 images,
-                recipe,
+                changed(recipe, options.train),
                 seed=options.seed,
                 stage=stage,
                 teacher=teacher,
@@ -67,7 +94,8 @@ class Tools:
             )
             return
         fit = load_function(options.trainer, "fit")
-        offered = {"epochs": epochs, "lr": lr, "stage": stage, "seed": options.seed, "batch_size": options.batch_size}
+        offered: dict[str, Any] = {"epochs": epochs, "lr": lr, "stage": stage, "teacher": teacher}
+        offered |= {"seed": options.seed, "batch_size": options.batch_size}
         taken = inspect.signature(fit).parameters
         takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         torch.manual_seed(derive(options.seed, stage))  # so that a plain loop gives the same weights when it is resumed
@@ -80,6 +108,12 @@ class Tools:
     def test(self, model: nn.Module, name: str) -> Accuracy:
         """Accuracy on the test images."""
         return evaluate(model, self.job.data.test, f"Testing {name}", self.progress)
+
+    def sample(self, images: ImageSet) -> Sample:
+        """Calibration images out of a set, in batches that take about the memory of 64 images of 32×32 pixels."""
+        options, (_, height, width) = self.job.options, self.job.input_shape
+        chosen = images.sample(min(options.calibration_images, len(images)), seed=options.seed, stage="calibration")
+        return Sample(images, chosen, min(max(4, 64 * 32 * 32 // (height * width)), 64), options.seed)
 
     def load(self, folder: Path) -> nn.Module:
         """The network that a stage left: plan and weights, or weights alone."""
@@ -96,6 +130,11 @@ def write_network(folder: Path, model: nn.Module, plan: Plan | None) -> None:
     if plan:
         plan.save(folder / PLAN)
     save_weights(model, folder / WEIGHTS)
+
+
+def fine_tuning(options: Options) -> Schedule:
+    """The learning rate's schedule at the end: the papers', where their recipe is asked for."""
+    return "steps" if options.layerwise else "cosine"
 
 
 def read_accuracy(folder: Path) -> Accuracy:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import ImageSet
 from .distillation import losses
-from .errors import InputError, ThinetDeployError
+from .errors import InputError, ThinetDeployError, UnknownNameError
 from .interfaces import Progress, silent
 from .parallel import Team, join
-from .seeds import derive, generator
+from .seeds import derive
 from .store import Checkpoint
 
+Schedule = Literal["cosine", "steps", "constant"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Recipe:
         clip: largest gradient norm of a step; keeps deep networks without BatchNorm from diverging.
         optimizer: SGD with momentum, as in the papers, or AdamW.
         schedule: "cosine": half a cosine down to zero over all epochs; "steps", as in the papers: a tenth after each
-            third of the epochs.
+            third of the epochs; "constant".
         label_smoothing: share of each label that is spread evenly over all classes.
         ema: decay per step of an average of the weights, which is what training then leaves; 0 for none.
         precision: of the forward and backward passes; the weights and their updates are fp32.
@@ -55,12 +55,33 @@ class Recipe:
     warmup: int = 0
     clip: float = 1.0
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    schedule: Literal["cosine", "steps"] = "cosine"
+    schedule: Schedule = "cosine"
     label_smoothing: float = 0.0
     ema: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     distill: float = 0.9
     temperature: float = 4.0
+
+
+def changed(recipe: Recipe, settings: Mapping[str, object]) -> Recipe:
+    """A recipe with some settings by name, as the user gives them; texts such as "0.1" become numbers.
+
+    Raises:
+        UnknownNameError: there is no such setting, or it has an option of its own.
+        InputError: a value is of the wrong kind (named, with what was expected).
+    """
+    names = {field.name for field in fields(Recipe)} - {"epochs", "lr", "batch"}
+    for name in settings:
+        if name not in names:
+            raise UnknownNameError("setting of --train", name, names)
+    try:
+        return TypeAdapter(Recipe).validate_python({**asdict(recipe), **settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"--train {first['loc'][0]}={first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}.",
+            hint="The settings and what they mean: thinet_deploy.training.Recipe.",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -105,9 +126,20 @@ def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> Accurac
 
     Ties and NaN count against the label's class: a network whose outputs are all equal has learnt nothing.
     """
-    ranks = (~(outputs < np.take_along_axis(outputs, labels[:, None], 1))).sum(1) - 1
+    ranks = _ranks(outputs, labels)
     top1, top5 = float((ranks < 1).mean() * 100), float((ranks < 5).mean() * 100)
     return Accuracy(top1, top5, len(labels))
+
+
+def hits(model: nn.Module, images: ImageSet) -> NDArray[np.bool_]:
+    """Whether each image's class is ranked first, shape (n,); ties and NaN as in `accuracy`."""
+    hit: NDArray[np.bool_] = _ranks(logits(model, images).numpy(), images.labels) < 1
+    return hit
+
+
+def _ranks(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    ranks: NDArray[np.int64] = (~(outputs < np.take_along_axis(outputs, labels[:, None], 1))).sum(1) - 1
+    return ranks
 
 
 def train(
@@ -130,7 +162,7 @@ def train(
     Several processes started by `accelerate launch` or `torchrun` share every batch, and its gradient is that of one
     process; all end with the same weights. Two things differ from one process: each draws dropout of its own, and its
     BatchNorms normalise with the statistics of its own share. Their running statistics are averaged over the processes
-    after every epoch; `reestimate_norms` makes them exact. All processes have to see the checkpoint's folder.
+    after every epoch; `norms.reestimate_norms` makes them exact. All processes have to see the checkpoint's folder.
 
     Args:
         model: changed in place.
@@ -309,76 +341,6 @@ def _rate(recipe: Recipe, epoch: float) -> float:
         return recipe.lr * (epoch + 1 / 16) / recipe.warmup
     if recipe.schedule == "steps":
         return recipe.lr * 0.1 ** int(3 * epoch / recipe.epochs)
+    if recipe.schedule == "constant":
+        return recipe.lr
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * epoch / recipe.epochs))
-
-
-def reestimate_norms(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    seed: int,
-    stage: str,
-    batch: int = 256,
-    limit: int = 10_000,
-    progress: Progress = silent,
-) -> None:
-    """Replace the running statistics of all BatchNorms by those of training images, without augmentation or dropout.
-
-    Mean and (unbiased) variance are those of all images together, by the law of total variance. The batch size does not
-    change them for the first BatchNorm. It does, slightly, behind it, because all are done in one pass, in which each
-    normalises with the statistics of its batch, as in training; without this, each BatchNorm would need a pass of its
-    own. Large batches make one pass good enough, and 1,000 to 10,000 images suffice (Wu and Johnson, 2021,
-    arXiv:2105.07576, section 3). So batches are of nearly equal sizes, without a small last one, and shuffled, for a
-    batch of one class would come out normalised like any other.
-
-    Every process of several does the whole of it. The network ends in eval mode on the CPU; without BatchNorm nothing
-    else changes.
-
-    Args:
-        model: changed in place.
-        images: training images; at most `limit` of them are drawn.
-        seed: of the draw and the order, together with `stage`.
-        stage: what this is called.
-        batch: images per batch, at most.
-        limit: images that are used, at most.
-        progress: to report to.
-    """
-    model.eval()
-    order = generator(seed, stage, "norms").permutation(len(images))[:limit]
-    parts = np.array_split(order, math.ceil(len(order) / batch))
-    moments: dict[_BatchNorm, list[tuple[int, torch.Tensor]]] = {
-        module: [] for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-
-    def forget(norm: _BatchNorm, inputs: Any) -> None:
-        norm.reset_running_stats()  # so that, with a momentum of 1, a batch leaves its own statistics and no others
-
-    def collect(norm: _BatchNorm, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        mean_var_2c = torch.stack([norm.get_buffer(name) for name in _STATISTICS])
-        moments[norm].append((inputs[0].numel() // inputs[0].shape[1], mean_var_2c.to("cpu", torch.float64)))
-
-    team = join()
-    with ExitStack() as after, team.holding(model), torch.no_grad():
-        after.callback(model.eval)
-        for norm in moments:
-            after.callback(setattr, norm, "momentum", norm.momentum)
-            norm.momentum, norm.training = 1.0, True
-            for hook in (norm.register_forward_pre_hook(forget), norm.register_forward_hook(collect)):
-                after.callback(hook.remove)
-        for index, part in enumerate(parts if moments else []):
-            progress(stage, index, len(parts))
-            model(torch.from_numpy(images.inputs(part)).to(team.device))
-        for norm, parts_2c in moments.items():
-            if parts_2c:
-                for name, pooled_c in zip(_STATISTICS, _pooled(parts_2c), strict=True):
-                    norm.get_buffer(name).copy_(pooled_c)
-
-
-def _pooled(moments: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """Mean and unbiased variance (2, c) of all values, from the number of values and the same of each batch."""
-    counts_b1 = torch.tensor([[count] for count, _ in moments], dtype=torch.float64)
-    means_bc, variances_bc = torch.stack([mean_var_2c for _, mean_var_2c in moments], 1)
-    total = counts_b1.sum()
-    mean_c = (counts_b1 * means_bc).sum(0) / total
-    squares_c = ((counts_b1 - 1) * variances_bc + counts_b1 * (means_bc - mean_c) ** 2).sum(0)
-    return torch.stack([mean_c, squares_c / (total - 1)])

@@ -106,7 +106,7 @@ class Schedule:
         data: calibration samples come from its training images.
         inputs: example inputs of the network, to trace it.
         seed: of the run.
-        tune: fine-tunes a network in place; called with the network and the name of the step.
+        tune: fine-tunes a network in place; called with the network and the group that was just pruned.
         selection: criterion: "thinet", "thinet-omp", or one that judges filters one by one.
         scaled: whether the consumers make up for what goes by ŵ.
     """
@@ -116,7 +116,7 @@ class Schedule:
     data: Dataset
     inputs: Inputs
     seed: int
-    tune: Callable[[nn.Module, str], None]
+    tune: Callable[[nn.Module, ChannelGroup], None]
     selection: str = "thinet"
     scaled: bool = True
 
@@ -189,7 +189,7 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     everywhere[stays] = weights
     fold_scale(model, group, plan, everywhere)
     pruned = evaluate(model, data.test).top1
-    schedule.tune(model, f"layer {group.name}")
+    schedule.tune(model, group)
     layer = Layer(
         producer=", ".join(group.producers),
         consumer=", ".join(dict.fromkeys(each.weight.removesuffix(".weight") for each in group.consumers)),

@@ -1,0 +1,260 @@
+"""From the original to the finished networks: prune, fine-tune, replace the head, and train what to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import stages, verify
+from .artifact import sha256_of
+from .errors import GateError
+from .ledger import Entry
+from .options import Options
+from .prune_stage import pruned as pruned_stage
+from .pruning.proof import Proof
+from .pruning.surgery import gap_head
+from .stages import FineTuning
+from .store import Run, Stage
+from .tools import PLAN, REPORT, TEACHER, Tools, read_accuracy
+from .training import Accuracy
+
+# Options that decide which filters stay.
+WIDTHS = {"keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts", "calibration_images"}
+# Below so many epochs there is no trial whether the original helps as teacher: the trial is a tenth of them.
+TRIAL_FROM = 5
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the thin networks are compared with: known architecture, other weights.
+
+    Attributes:
+        like: name of the network of the same architecture, whose times and size are its own.
+        label: what the table calls it.
+        note: shown under the table.
+        accuracy: on the test images.
+    """
+
+    like: str
+    label: str
+    note: str
+    accuracy: Accuracy
+
+
+@dataclass
+class Networks:
+    """The finished networks of a build, and the hops that led to them.
+
+    Attributes:
+        stages: name → stage, the original first.
+        labels: name → what the table calls it.
+        ship: name of the network that goes into the bundle.
+        hops: verdicts on the way.
+        ledger: accuracy, step by step.
+        controls: name → what they are compared with.
+    """
+
+    stages: dict[str, Stage]
+    labels: dict[str, str]
+    ship: str
+    hops: list[verify.Hop]
+    ledger: list[Entry]
+    controls: dict[str, Control] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The original and the pruned networks.
+
+    Attributes:
+        original: stage of the original.
+        by_method: method → stage of the network pruned by it; the first is the one to ship.
+        head: whether the head is to be replaced (ThiNet-GAP).
+    """
+
+    original: Stage
+    by_method: dict[str, Stage]
+    head: bool
+
+    @property
+    def first(self) -> Stage:
+        """The pruned network to ship."""
+        return next(iter(self.by_method.values()))
+
+
+def prune(run: Run, tools: Tools) -> Pruning:
+    """The original, and the network pruned by each method.
+
+    Raises:
+        GateError: a pruned network is not the original minus filters.
+    """
+    job, options, training = tools.job, tools.job.options, _training(tools.job.options)
+    weights = {"weights": sha256_of(options.weights)} if options.weights else {**training, "epochs": options.epochs}
+    original = run.stage("dense", {**job.identity, **weights}, partial(stages.dense, tools))
+    by_method = dict[str, Stage]()
+    for method in options.methods:
+        inputs = {
+            **job.identity,
+            **training,
+            "dense": original.digest,
+            "widths": options.model_dump(mode="json", include=WIDTHS),
+            **({"grid": job.target.channel_grid} if options.round_to == "target" else {}),
+            "method": [options.recipe, method, options.rebuilding],
+            "epochs": options.layer_epochs,
+        }
+        work = partial(pruned_stage, tools.only(method), original.folder)
+        name = _named("prune", method, options)
+        by_method[method] = run.stage(name, inputs, work)
+        gate((_pruning_hop(_named("conv", method, options), by_method[method]),), run, by_method[method])
+    head = options.preset == "thinet-gap" or (not options.preset and bool(gap_head(job.fresh())))
+    return Pruning(original, by_method, head)
+
+
+def finish(run: Run, tools: Tools, pruning: Pruning) -> Networks:
+    """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls."""
+    options, original, report = tools.job.options, pruning.original, pruning.first.json(REPORT)
+    how = FineTuning(_last_epochs(options, pruning), _teacher(run, tools, pruning))
+    after = {
+        **_training(options),
+        "seed": options.seed,
+        "recipe": options.recipe,
+        "epochs": how.epochs,
+        "dense": original.digest,
+        "taught": bool(how.teacher),
+    }
+    networks = Networks({"original": original}, {"original": "Original"}, "conv", [], [])
+    networks.ledger.append(Entry.of("as given" if options.weights else "trained here", _accuracy(original), "Original"))
+    for method, pruned in pruning.by_method.items():
+        name = _named("conv", method, options)
+        label = f"ThiNet-Conv ({options.widths}{f', {method}' if len(options.methods) > 1 else ''})"
+        work = partial(stages.tuned, tools, label, how, pruned.folder)
+        conv = run.stage(name, {**after, "prune": pruned.digest}, work)
+        networks.stages[name], networks.labels[name] = conv, label
+        tuning = verify.tuning_hop(
+            name, "pruned → fine-tuned", read_accuracy(pruned.folder), read_accuracy(conv.folder)
+        )
+        networks.hops += [_pruning_hop(name, pruned), tuning]
+        networks.ledger += [Entry.read(entry, label) for entry in pruned.json(REPORT)["ledger"]]
+        networks.ledger.append(Entry.of(_tuned(how), _accuracy(conv), label))
+    if pruning.head:
+        _replace_head(run, tools, networks, how, after)
+    _compare(run, tools, networks, how, after, report["epochs"] + how.epochs * (2 if pruning.head else 1))
+    return networks
+
+
+def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Networks:
+    """The original beside the thin network that the user trained."""
+    label = f"{'ThiNet-GAP' if pruning.head else 'ThiNet-Conv'} ({options.widths}), own training"
+    before, after = _accuracy(thin), _accuracy(trained)
+    ledger = [Entry.of("as given" if options.weights else "trained here", _accuracy(pruning.original), "Original")]
+    ledger += [Entry.read(entry, label) for entry in pruning.first.json(REPORT)["ledger"]]
+    hops = [_pruning_hop("own", pruning.first), verify.tuning_hop("own", "pruned → trained", before, after)]
+    labels, stages_of = {"original": "Original", "own": label}, {"original": pruning.original, "own": trained}
+    return Networks(stages_of, labels, "own", hops, [*ledger, Entry.of("own training", after, label)])
+
+
+def _replace_head(run: Run, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any]) -> None:
+    original, conv = networks.stages["original"], networks.stages["conv"]
+    work = partial(stages.gap, tools, how, original.folder, conv.folder)
+    gap = run.stage("gap", {**after, "conv": conv.digest}, work)
+    before, accuracy = Accuracy(**gap.json(REPORT)["before"]), _accuracy(gap)
+    networks.stages["gap"], networks.labels["gap"], networks.ship = gap, "ThiNet-GAP", "gap"
+    networks.hops.append(verify.tuning_hop("gap", "head replaced → fine-tuned", before, accuracy))
+    networks.ledger += [
+        Entry.of("head replaced", before, "ThiNet-GAP"),
+        Entry.of(_tuned(how), accuracy, "ThiNet-GAP"),
+    ]
+
+
+def _compare(run: Run, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int) -> None:
+    """The controls: the original with `extra` epochs more, and the thin architecture from scratch."""
+    options, original, ship = tools.job.options, networks.stages["original"], networks.stages[networks.ship]
+    if options.controls != "none" and extra:
+        label = f"Original, {_epochs(extra)} more"
+        longer = FineTuning(extra, how.teacher)
+        stage = run.stage(
+            "longer", {**after, "epochs": extra}, partial(stages.tuned, tools, label, longer, original.folder)
+        )
+        note = "the original, trained on like the thin networks and for as long; same architecture, so same times"
+        networks.controls["longer"] = Control("original", label, note, _accuracy(stage))
+        networks.ledger.append(Entry.of(_tuned(longer), _accuracy(stage), label))
+    if options.controls == "all":
+        epochs = options.epochs + extra
+        inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, **tools.job.identity}
+        stage = run.stage("scratch", inputs, partial(stages.scratch, tools, ship.folder, epochs))
+        note = (
+            f"the architecture of {networks.labels[networks.ship]} with fresh weights, {_epochs(epochs)} = all training "
+            "above together; same architecture, so same times"
+        )
+        networks.controls["scratch"] = Control(networks.ship, "Train from scratch", note, _accuracy(stage))
+        networks.ledger.append(Entry.of(_epochs(epochs), _accuracy(stage), "Train from scratch"))
+
+
+def _teacher(run: Run, tools: Tools, pruning: Pruning) -> Path | None:
+    """The folder of the original if fine-tuning is to learn from it."""
+    options, epochs = tools.job.options, _last_epochs(tools.job.options, pruning)
+    if not options.distils:
+        return None
+    if epochs < TRIAL_FROM or options.trainer:
+        return pruning.original.folder
+    trial = max(1, epochs // 10)
+    inputs = {**_training(options), "seed": options.seed, "prune": pruning.first.digest, "epochs": trial}
+    folders = pruning.original.folder, pruning.first.folder
+    stage = run.stage("teacher", inputs, lambda f, _: stages.taught(tools, *folders, trial, f))
+    return pruning.original.folder if stage.json(TEACHER)["teacher"] else None
+
+
+def _last_epochs(options: Options, pruning: Pruning) -> int:
+    """Of fine-tuning at the end: as asked, else the recipe's (thinet.md, section 1)."""
+    papers = 9 if pruning.first.json(REPORT)["branches"] else 12
+    usual = papers if options.layerwise else 15
+    return usual if options.finetune_epochs is None else options.finetune_epochs
+
+
+def gate(hops: tuple[verify.Hop, ...], run: Run, stage: Stage) -> None:
+    """Raise GateError when a verdict failed; the bundle of an earlier build goes too, lest it ship."""
+    failed = [hop for hop in hops if not hop.passed]
+    if failed:
+        lines = "\n".join(
+            f"  {hop.model}: {hop.hop}: "
+            + (f"error {hop.error}, allowed {hop.tolerance:.1e}" if hop.tolerance else hop.detail)
+            for hop in failed
+        )
+        run.discard("bundle")
+        run.discard("report")
+        raise GateError(
+            f"{len(failed)} of {len(hops)} parity verdicts failed; no bundle was written:\n{lines}",
+            hint=f"All results are kept in {run.root}; {stage.folder} has the figures.",
+        )
+
+
+def _named(stage: str, method: str, options: Options) -> str:
+    """A stage's name; those of further methods say which."""
+    return stage if method == options.selection else f"{stage}-{method}"
+
+
+def _tuned(how: FineTuning) -> str:
+    return f"fine-tuned, {_epochs(how.epochs)}" + (", the original as teacher" if how.teacher else "")
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch" + ("s" if number != 1 else "")
+
+
+def _pruning_hop(name: str, pruned: Stage) -> verify.Hop:
+    return verify.pruning_hop(name, Proof(**pruned.json(REPORT)["proof"]))
+
+
+def _accuracy(stage: Stage) -> Accuracy:
+    return read_accuracy(stage.folder)
+
+
+def _training(options: Options) -> dict[str, Any]:
+    """What the result of any training depends on, besides its epochs."""
+    training: dict[str, Any] = options.model_dump(include={"lr", "finetune_lr", "batch_size", "train"})
+    if options.trainer:
+        file, _, function = options.trainer.rpartition(":")
+        training["trainer"] = [function, sha256_of(Path(file))]
+    return training
