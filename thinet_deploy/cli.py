@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Grid
 
 from .cli_options import (
     BatchSize,
@@ -42,9 +40,11 @@ from .cli_options import (
     Target,
     Threads,
     Trainer,
+    Unlabelled,
     Weights,
 )
 from .cli_progress import bars
+from .cli_tables import grid, show_feasibility, show_pruned
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
 app = typer.Typer(
@@ -70,6 +70,7 @@ def build(  # noqa: PLR0917 - one argument per option
     target: Target = None,
     model: Model = None,
     data: Data = None,
+    unlabelled: Unlabelled = None,
     weights: Weights = None,
     preprocess: Preprocess = None,
     input_shape: InputShape = None,
@@ -145,6 +146,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     target: Target = None,
     model: Model = None,
     data: Data = None,
+    unlabelled: Unlabelled = None,
     weights: Weights = None,
     preprocess: Preprocess = None,
     input_shape: InputShape = None,
@@ -166,6 +168,14 @@ def prune(  # noqa: PLR0917 - one argument per option
     batch_size: BatchSize = None,
     trainer: Trainer = None,
     seed: Seed = None,
+    feasibility: Annotated[
+        bool,
+        typer.Option(
+            "--feasibility",
+            help="Do not prune: show what each budget would cost, from one pass over the images, and what was asked "
+            "for. Another budget then takes seconds. For the recipe best.",
+        ),
+    ] = False,
     out: Out = None,
     config: Config = None,
     as_json: Json = False,
@@ -173,6 +183,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     """Prune only, and train the thin network yourself: RUN/thin gets plan.json, model.safetensors, report.json.
 
     [bold]thinet-deploy prune --data photos --model net.py:make --weights net.pth --out RUN[/bold]
+    [bold]thinet-deploy prune --recipe best --feasibility --macs 2x …[/bold]   (what would it cost? nothing is pruned)
 
     In your own training: [bold]thin = thinet_deploy.load_thin(load_plan("RUN/thin/plan.json"), fresh_model,
     Path("RUN/thin/model.safetensors"))[/bold]. Afterwards: [bold]thinet-deploy build --from RUN --weights FILE[/bold].
@@ -182,37 +193,20 @@ def prune(  # noqa: PLR0917 - one argument per option
     from .artifact import read_json
 
     with bars(_ERR) as progress:
-        folder = pipeline.prune(_options(given, config), progress)
+        work = pipeline.feasibility if feasibility else pipeline.prune
+        folder = work(_options(given, config), progress)
+    if feasibility:
+        found, picture = read_json(folder / "feasibility.json"), folder / "feasibility.svg"
+        if as_json:
+            _print_json({"folder": str(folder), "picture": str(picture), **found})
+        else:
+            show_feasibility(_stdout(), picture, found)
+        return
     report = read_json(folder / "report.json")
     if as_json:
         _print_json({"folder": str(folder), **report})
         return
-    _show_pruned(folder, report)
-
-
-def _show_pruned(folder: Path, report: dict[str, Any]) -> None:
-    """The layers that were pruned, what stayed whole and why, and what comes next."""
-    titles = {"error": "error", "error_scaled": "with ŵ", "top1_pruned": "top-1 pruned", "top1_tuned": "fine-tuned"}
-    shown = {key: title for key, title in titles.items() if any(key in layer for layer in report["layers"])}
-    grid = _grid("layer", "filters", "kept", *shown.values())
-    for layer in report["layers"]:
-        figures = (f"{float(layer[key]):.{2 if key.startswith('top1') else 4}f}" for key in shown)
-        first, *others = layer["producer"].split(", ")
-        name = f"{first} and {len(others)} more" if others else first
-        grid.add_row(name, str(layer["before"]), str(layer["after"]), *figures)
-    _stdout().print(grid)
-    for entry in report["ledger"]:
-        span = f"{entry['top1_low']:.2f} to {entry['top1_high']:.2f}"
-        typer.echo(f"{entry['step']}: top-1 {entry['top1']:.2f} % (95 %: {span}), top-5 {entry['top5']:.2f} %")
-    for reason in dict.fromkeys(report["whole"].values()):
-        names = [name for name, why in report["whole"].items() if why == reason]
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        typer.echo(f"Whole: {', '.join(names[:_NAMES_SHOWN])}{more}: {reason}")
-    before, after = report["macs"]["before"], report["macs"]["after"]
-    typer.echo(f"Multiply-accumulates: {before / 1e6:.2f}M before, {after / 1e6:.2f}M now, {before / after:.2f}x fewer")
-    proof = report["proof"]
-    typer.echo(f"Pruned = original minus filters: proved, error {proof['error']:.1e}, allowed {proof['tolerance']:.1e}")
-    typer.echo(f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
+    show_pruned(_stdout(), folder, report)
 
 
 @app.command()
@@ -283,12 +277,12 @@ def targets(
     if as_json:
         _print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
         return
-    grid = _grid("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
+    table = grid("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
     for profile in profiles:
         where = "on device" if profile.builds_on_device else "made here"
         runtimes, precision = ", ".join(profile.runtimes), profile.precisions.recommended
-        grid.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
-    _stdout().print(grid)
+        table.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
+    _stdout().print(table)
 
 
 @app.command()
@@ -303,15 +297,14 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print_json([vars(check) for check in checks])
         return
-    grid = _grid("", "what", "found", "what to do", wrap=("found", "what to do"))
+    table = grid("", "what", "found", "what to do", wrap=("found", "what to do"))
     marks = {"ok": "[green]✓[/green]", "missing": "[yellow]–[/yellow]", "note": " "}
     for check in checks:
-        grid.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
-    _stdout().print(grid)
+        table.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
+    _stdout().print(table)
 
 
-_NAMES_SHOWN = 4  # report.json has them all
-_NOT_OPTIONS = frozenset({"from_run", "config", "as_json"})
+_NOT_OPTIONS = frozenset({"from_run", "feasibility", "config", "as_json"})
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
@@ -330,14 +323,6 @@ def _stdout() -> Console:
     """A terminal as it is; a pipe wide enough that no column is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, 180))
-
-
-def _grid(*headers: str, wrap: tuple[str, ...] = ()) -> Grid:
-    """A table in which only the columns named in `wrap` may break lines: names and figures are never cut."""
-    grid = Grid(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in headers:
-        grid.add_column(header, no_wrap=header not in wrap)
-    return grid
 
 
 def _print_json(data: Any) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import registry, stages, verify
+from . import feasibility_stage, registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_json
 from .environment import fingerprint, machine_id
 from .errors import GateError, InputError, first_line
@@ -59,7 +59,8 @@ class Networks:
         stages: name → stage, the original first, the one to ship last.
         labels: name → what the table calls it.
         hops: verdicts on the way.
-        scratch: the control, trained from scratch; None where nobody knows the equal amount of training.
+        scratch: the control, trained from scratch; None where nobody knows the equal amount of training, or there are
+            no labels to train on.
     """
 
     stages: dict[str, Stage]
@@ -80,6 +81,48 @@ def prune(options: Options, progress: Progress = silent) -> Path:
         _remember(job.options, run.root)
         _, pruned, head = _pruned(run, Tools(job, progress))
         return _unfinished(run, Tools(job, progress), pruned, head).folder
+
+
+def feasibility(options: Options, progress: Progress = silent) -> Path:
+    """What budgets would cost, without pruning or training: RUN/feasibility gets feasibility.json and feasibility.svg.
+
+    The error curves are kept in the run, so that another budget is solved in seconds.
+
+    Returns:
+        The folder with both.
+
+    Raises:
+        InputError: something the user gave is wrong, or there are no error curves with this recipe or method.
+        GateError: the budget cannot be reached.
+    """
+    feasibility_stage.check_curves(options)
+    # With weights few images are needed: none of them to solve another budget.
+    job = load_job(options, progress, checked=options.weights is None)
+    run = Run(options.out)
+    with run.locked():
+        tools = Tools(job, progress)
+        original = _original(run, tools)
+        curves = run.stage(
+            "curves",
+            {
+                **job.identity,
+                "dense": original.digest,
+                **options.model_dump(mode="json", include=feasibility_stage.OF_CURVES),
+            },
+            lambda f, _: feasibility_stage.weighed(tools, original.folder, f),
+        )
+        inputs = {
+            "curves": curves.digest,
+            "widths": options.model_dump(mode="json", include=WIDTHS),
+            "asked": feasibility_stage.asks(options),
+            "grid": job.target.channel_grid,
+        }
+        made = run.stage(
+            "feasibility",
+            inputs,
+            lambda f, _: feasibility_stage.solved(tools, original.folder, curves.folder, f),
+        )
+        return made.folder
 
 
 def build(options: Options, progress: Progress = silent) -> Build:
@@ -147,11 +190,18 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
         return _deploy(run, tools, Networks({"original": original, "own": own}, labels, hops, None))
 
 
+def _original(run: Run, tools: Tools) -> Stage:
+    """The network as it was given, or trained here."""
+    options = tools.job.options
+    training = {**_training(options), "epochs": options.epochs}
+    weights = {"weights": sha256_of(options.weights)} if options.weights else training
+    return run.stage("dense", {**tools.job.identity, **weights}, partial(stages.dense, tools))
+
+
 def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
     """The original, the network pruned layer by layer, and whether its head is to be replaced."""
     job, options, training = tools.job, tools.job.options, _training(tools.job.options)
-    weights = {"weights": sha256_of(options.weights)} if options.weights else {**training, "epochs": options.epochs}
-    original = run.stage("dense", {**job.identity, **weights}, partial(stages.dense, tools))
+    original = _original(run, tools)
     inputs = {
         **job.identity,
         **training,
@@ -185,7 +235,13 @@ def _train_and_prune(run: Run, tools: Tools) -> Networks:
     """Original → ThiNet-Conv → ThiNet-GAP, and the control from scratch."""
     options = tools.job.options
     original, pruned, head = _pruned(run, tools)
-    after = {**_training(options), "seed": options.seed, "epochs": options.finetune_epochs, "distil": options.distils}
+    after = {
+        **_training(options),
+        "data": tools.job.data.digest,
+        "seed": options.seed,
+        "epochs": options.finetune_epochs,
+        "distil": options.distils,
+    }
     conv = run.stage(
         "conv", {**after, "prune": pruned.digest}, partial(stages.tuned, tools, original.folder, pruned.folder)
     )
@@ -208,7 +264,9 @@ def _train_and_prune(run: Run, tools: Tools) -> Networks:
     epochs = options.epochs + pruned.json(REPORT)["epochs"]
     epochs += options.finetune_epochs * (2 if head else 1)
     inputs = {**after, "thin": sha256_of(last.folder / PLAN), "epochs": epochs, **tools.job.identity}
-    scratch = run.stage("scratch", inputs, partial(stages.scratch, tools, last.folder, epochs))
+    scratch = None  # without labels there is nothing to learn from
+    if tools.job.data.train.labelled:
+        scratch = run.stage("scratch", inputs, partial(stages.scratch, tools, last.folder, epochs))
     labels = {"original": "Original", "conv": f"ThiNet-Conv ({options.widths})", "gap": "ThiNet-GAP"}
     return Networks(networks, labels, hops, scratch)
 
@@ -268,7 +326,7 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
         {"table": hash_json(table.to_json())},
         lambda f, _: write_json(f / "table.json", table.to_json()),
     )
-    return Build(run.root, table, hops, bundle.folder, notes)
+    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes))
 
 
 def _check_runtimes(target: TargetProfile) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .artifact import read_json
+from .data import UNLABELLED, ImageSet
 from .errors import ModelError
 from .interfaces import Progress
 from .job import Job
@@ -21,7 +23,7 @@ from .pruning.plan import Plan, load_plan
 from .pruning.surgery import load_thin
 from .seeds import derive
 from .store import Checkpoint
-from .training import Accuracy, Recipe, evaluate, train
+from .training import Accuracy, Recipe, evaluate, logits, train
 
 PLAN, WEIGHTS, REPORT, PROGRAM = "plan.json", "model.safetensors", "report.json", "model.pt2"
 
@@ -89,6 +91,14 @@ class Tools:
             return load_thin(plan, model, folder / WEIGHTS)
         load_weights(model, folder / WEIGHTS)
         return model.eval()
+
+
+def labelled_by(original: nn.Module, images: ImageSet) -> ImageSet:
+    """The same images, those without a label with the class that the original ranks first: top-1 is agreement then."""
+    if images.labelled:
+        return images
+    predicted = logits(original, images).argmax(1).numpy()
+    return replace(images, labels=np.where(images.labels == UNLABELLED, predicted, images.labels))
 
 
 def write_network(folder: Path, model: nn.Module, plan: Plan | None) -> None:

@@ -101,7 +101,7 @@ class Costs:
 def _total(rows: Sequence[_Row], widths_gm: NDArray[np.float64]) -> NDArray[np.float64]:
     """(2, m), in whole numbers, as they are but for rounding."""
     total = sum((row.cost(widths_gm) for row in rows), np.zeros((2, widths_gm.shape[1])))
-    return np.rint(total)  # type: ignore[no-any-return]  # numpy's stubs say Any
+    return np.rint(total)
 
 
 def with_budget(costs: Costs, groups: Sequence[ChannelGroup], wish: Wish) -> Wish:
@@ -139,9 +139,7 @@ class Descent:
         wish: the grid, and keep ratios of some layers; its budget is not looked at.
     """
 
-    def __init__(
-        self, costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish
-    ) -> None:
+    def __init__(self, costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> None:
         self._costs = costs
         self._widths = uniform(groups, 1.0, wish)
         free = [group for group in groups if matching(group, wish) is None]
