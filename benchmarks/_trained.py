@@ -216,7 +216,7 @@ def photos10_weights() -> Path:
 
 VGG_STAGES = ((32, 32), (64, 64), (96, 96), (128, 128))  # 37.4 M multiply-accumulates
 VGG_RECIPES = {
-    False: Recipe(epochs=30, lr=0.02, batch=128, warmup=2, precision="bf16"),
+    False: Recipe(epochs=40, lr=0.1, batch=128, warmup=2, precision="bf16"),
     True: Recipe(epochs=30, lr=0.1, batch=128, warmup=2, precision="bf16"),
 }
 

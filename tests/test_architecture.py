@@ -23,8 +23,8 @@ PROFILES = f"{CORE}.profiles"
 # A module may import from its own level and from lower ones. Names are relative to thinet_deploy; a sub-package stands
 # for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
 LEVELS = {
-    4: {"cli", "cli_options", "cli_progress", "cli_show", "__main__"},
-    3: {"pipeline", "networks", "stages", "prune_stage", "tools", "job"},
+    4: {"cli", "cli_options", "cli_progress", "cli_tables", "cli_scatter", "__main__"},
+    3: {"pipeline", "networks", "stages", "prune_stage", "feasibility_stage", "tools", "job"},
     2: {
         "pruning",
         "training",
@@ -36,6 +36,7 @@ LEVELS = {
         "latency",
         "bundle",
         "report",
+        "plots",
         "counting",
     },
     1: {
@@ -45,6 +46,7 @@ LEVELS = {
         "environment",
         "target",
         "data",
+        "image_files",
         "distillation",
         "intervals",
         "parallel",
@@ -70,6 +72,7 @@ HEAVY = {
     "sklearn",
     "torchvision",
     "timm",
+    "matplotlib",
 }
 MAX_LINES = 400
 # A table of networks with what is expected of each is read row by row.

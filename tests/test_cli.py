@@ -112,7 +112,7 @@ def test_brackets_are_no_markup(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("command", ["targets", "doctor"])
 def test_a_narrow_terminal_cuts_nothing(command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "stdout", lambda: Console(width=80))
+    monkeypatch.setattr(commands, "_stdout", lambda: Console(width=80))
     text = cli(command).out
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

@@ -16,6 +16,7 @@ from PIL import Image
 from thinet_deploy import data
 from thinet_deploy.data import UNLABELLED, Dataset, ImageSet, images_digest, load_digits, load_folder, load_images
 from thinet_deploy.errors import DataError
+from thinet_deploy.image_files import check_header, decode
 from thinet_deploy.preprocess import Augment, Preprocess
 
 PREPROCESS = Preprocess(
@@ -191,7 +192,7 @@ def test_any_damage_is_read_or_refused_in_our_words(
         content[draw.draw(st.integers(0, len(content) - 1))] = draw.draw(st.integers(0, 255))
     path: Path = tmp_path_factory.getbasetemp() / "damaged.jpg"
     path.write_bytes(content[: draw.draw(st.integers(0, len(content)))])
-    for check in (lambda: data._decode(path, PREPROCESS), lambda: data._check_header(path)):
+    for check in (lambda: decode(path, PREPROCESS), lambda: check_header(path)):
         with contextlib.suppress(DataError):
             check()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .export import export_onnx
     from .latency import measure_engines, measure_torch
     from .options import Options
-    from .pipeline import Build, build, build_from, prune
+    from .pipeline import Build, build, build_from, feasibility, prune
     from .preprocess import Preprocess
     from .pruning.plan import Plan, load_plan
     from .pruning.surgery import load_thin
@@ -39,6 +39,7 @@ _HOME = {
     "build_from": "pipeline",
     "count": "counting",
     "export_onnx": "export",
+    "feasibility": "pipeline",
     "load_digits": "data",
     "load_folder": "data",
     "load_plan": "pruning.plan",
@@ -66,6 +67,7 @@ __all__ = [
     "build_from",
     "count",
     "export_onnx",
+    "feasibility",
     "load_digits",
     "load_folder",
     "load_plan",

@@ -43,10 +43,11 @@ from .cli_options import (
     Threads,
     Train,
     Trainer,
+    Unlabelled,
     Weights,
 )
 from .cli_progress import bars
-from .cli_show import grid_of, show_pruned, stdout
+from .cli_tables import grid, show_feasibility, show_pruned
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
 app = typer.Typer(
@@ -72,6 +73,7 @@ def build(  # noqa: PLR0917 - one argument per option
     target: Target = None,
     model: Model = None,
     data: Data = None,
+    unlabelled: Unlabelled = None,
     weights: Weights = None,
     preprocess: Preprocess = None,
     input_shape: InputShape = None,
@@ -138,7 +140,7 @@ def build(  # noqa: PLR0917 - one argument per option
             }
         )
         return
-    console = stdout()
+    console = _stdout()
     console.print(report.render([done.table], console.width))
     console.print(render_ledger(done.table.ledger))
     console.print(report.render_hops(done.hops, done.table))
@@ -152,6 +154,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     target: Target = None,
     model: Model = None,
     data: Data = None,
+    unlabelled: Unlabelled = None,
     weights: Weights = None,
     preprocess: Preprocess = None,
     input_shape: InputShape = None,
@@ -175,6 +178,14 @@ def prune(  # noqa: PLR0917 - one argument per option
     batch_size: BatchSize = None,
     trainer: Trainer = None,
     seed: Seed = None,
+    feasibility: Annotated[
+        bool,
+        typer.Option(
+            "--feasibility",
+            help="Do not prune: show what each budget would cost, from one pass over the images, and what was asked "
+            "for. Another budget then takes seconds. For the recipe best.",
+        ),
+    ] = False,
     out: Out = None,
     config: Config = None,
     as_json: Json = False,
@@ -182,6 +193,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     """Prune only, and train the thin network yourself: RUN/thin gets plan.json, model.safetensors, report.json.
 
     [bold]thinet-deploy prune --data photos --model net.py:make --weights net.pth --out RUN[/bold]
+    [bold]thinet-deploy prune --recipe best --feasibility --macs 2x …[/bold]   (what would it cost? nothing is pruned)
 
     In your own training: [bold]thin = thinet_deploy.load_thin(load_plan("RUN/thin/plan.json"), fresh_model,
     Path("RUN/thin/model.safetensors"))[/bold]. Afterwards: [bold]thinet-deploy build --from RUN --weights FILE[/bold].
@@ -191,12 +203,20 @@ def prune(  # noqa: PLR0917 - one argument per option
     from .artifact import read_json
 
     with bars(_ERR) as progress:
-        folder = pipeline.prune(_options(given, config), progress)
+        work = pipeline.feasibility if feasibility else pipeline.prune
+        folder = work(_options(given, config), progress)
+    if feasibility:
+        found, picture = read_json(folder / "feasibility.json"), folder / "feasibility.svg"
+        if as_json:
+            _print_json({"folder": str(folder), "picture": str(picture), **found})
+        else:
+            show_feasibility(_stdout(), picture, found)
+        return
     report = read_json(folder / "report.json")
     if as_json:
         _print_json({"folder": str(folder), **report})
         return
-    show_pruned(folder, report)
+    show_pruned(_stdout(), folder, report)
 
 
 @app.command()
@@ -222,7 +242,7 @@ def compare(
     if as_json or output == "json":
         _print_json([table.to_json() for table in tables])
     elif output == "table":
-        console = stdout()
+        console = _stdout()
         console.print(report.render(tables, console.width))
     else:
         typer.echo((report.to_markdown if output == "markdown" else report.to_csv)(tables), nl=False)
@@ -267,12 +287,12 @@ def targets(
     if as_json:
         _print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
         return
-    grid = grid_of("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
+    table = grid("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
     for profile in profiles:
         where = "on device" if profile.builds_on_device else "made here"
         runtimes, precision = ", ".join(profile.runtimes), profile.precisions.recommended
-        grid.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
-    stdout().print(grid)
+        table.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
+    _stdout().print(table)
 
 
 @app.command()
@@ -287,14 +307,14 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         _print_json([vars(check) for check in checks])
         return
-    grid = grid_of("", "what", "found", "what to do", wrap=("found", "what to do"))
+    table = grid("", "what", "found", "what to do", wrap=("found", "what to do"))
     marks = {"ok": "[green]✓[/green]", "missing": "[yellow]–[/yellow]", "note": " "}
     for check in checks:
-        grid.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
-    stdout().print(grid)
+        table.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
+    _stdout().print(table)
 
 
-_NOT_OPTIONS = frozenset({"from_run", "config", "as_json"})
+_NOT_OPTIONS = frozenset({"from_run", "feasibility", "config", "as_json"})
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
@@ -309,6 +329,12 @@ def _options(given: dict[str, Any], config: Path | None) -> Any:
     if isinstance(values.get("input_shape"), str):
         values["input_shape"] = parse_shape(values["input_shape"])
     return make_options(values)
+
+
+def _stdout() -> Console:
+    """A terminal as it is; a pipe wide enough that no column is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 180))
 
 
 def _print_json(data: Any) -> None:

@@ -15,6 +15,13 @@ Model = Annotated[
     typer.Option(help="vgg16, vgg-small, or your own file.py:factory.  \\[default: vgg-small on the built-in digits]"),
 ]
 Data = Annotated[Path | None, typer.Option(help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike.")]
+Unlabelled = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of images without labels, for statistics and for learning from the original; DIR/train of --data "
+        "is not needed then. With --weights and the recipe best."
+    ),
+]
 Weights = Annotated[
     Path | None, typer.Option(help="Trained weights, .safetensors or .pth. Without them the network is trained here.")
 ]

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .artifact import hash_json
-from .errors import DataError, first_line
+from .errors import DataError
+from .image_files import File, check_header, copies, decode, digest_of, list_images, list_split
 from .interfaces import Progress, silent
 from .preprocess import Augment, Preprocess
 from .seeds import derive, generator
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 # Images whose resized pixels fit in this many bytes are decoded once, at the start; larger sets are read as needed.
 MEMORY_BYTES = 2 << 30
 # The label of an image whose class nobody told: good for calibration and distillation, not for training on labels.
@@ -152,6 +152,7 @@ class Dataset:
         train: training images; also the source of calibration samples.
         test: test images, never used for a choice.
         digest: changes when the images do.
+        notes: what the user has to know about them.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Dataset:
     train: ImageSet
     test: ImageSet
     digest: str
+    notes: tuple[str, ...] = ()
 
     @property
     def preprocess(self) -> Preprocess:
@@ -191,10 +193,24 @@ def load_digits(preprocess: Preprocess | None = None) -> Dataset:
     return Dataset("digits", classes, part(slice(_DIGITS_TRAIN)), part(slice(_DIGITS_TRAIN, None)), digest)
 
 
-def load_folder(root: Path, preprocess: Preprocess, progress: Progress = silent) -> Dataset:
+def load_folder(
+    root: Path,
+    preprocess: Preprocess,
+    progress: Progress = silent,
+    *,
+    unlabelled: Path | None = None,
+    checked: bool = True,
+) -> Dataset:
     """Image folders: ROOT/train/CLASS/*.jpg and ROOT/val or ROOT/test alike.
 
     Every image is checked before any work starts: decoded whole where all fit in memory, else its header.
+
+    Args:
+        root: the folder.
+        preprocess: how images become the network's input.
+        progress: to report to.
+        unlabelled: folder of the images to learn from, instead of ROOT/train, which then need not be there.
+        checked: False to look at images only when they are needed, where these will be few.
 
     Raises:
         DataError: a folder is missing or empty, classes differ, or a file is no whole image (named).
@@ -204,25 +220,32 @@ def load_folder(root: Path, preprocess: Preprocess, progress: Progress = silent)
             f"There is no folder {root}.", hint="--data takes a folder with train/ and val/ or test/ in it."
         )
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if held_out is None or not (root / "train").is_dir():
+    if held_out is None or not (unlabelled or (root / "train").is_dir()):
         found = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
+        needed = "folder val/" if unlabelled else "folders train/ and val/"
         raise DataError(
-            f"{root} needs the folders train/ and val/ (or test/), but has {', '.join(found) or 'no folders'}.",
-            hint="Put the images in ROOT/train/CLASS/ and ROOT/val/CLASS/.",
+            f"{root} needs the {needed} (or test/), but has {', '.join(found) or 'no folders'}.",
+            hint=f"Put the images in {'' if unlabelled else 'ROOT/train/CLASS/ and '}ROOT/val/CLASS/.",
         )
-    classes, train_files = _list_split(root / "train")
-    test_classes, test_files = _list_split(held_out)
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise DataError(
-            f"{root}: train/ and {held_out.name}/ have different classes: {', '.join(odd[:5])}.",
-            hint="Both need one folder per class, with the same names.",
-        )
-    digest = _digest(root, train_files + test_files, preprocess)
-    load = _in_memory if _fits(len(train_files) + len(test_files), preprocess) else _on_demand
-    train = load(train_files, preprocess, progress, "Reading training images")
+    classes, test_files = list_split(held_out)
+    notes: tuple[str, ...] = ()
+    if unlabelled:
+        stage, train_files = "Reading unlabelled images", _unlabelled(unlabelled)
+        digest = hash_json([digest_of(root, test_files, preprocess), images_digest(unlabelled, preprocess)])
+        notes = _seen_before(unlabelled, train_files, test_files) if checked else ()
+    else:
+        stage, (train_classes, train_files) = "Reading training images", list_split(root / "train")
+        digest = digest_of(root, train_files + test_files, preprocess)
+        if odd := sorted(set(classes) ^ set(train_classes)):
+            raise DataError(
+                f"{root}: train/ and {held_out.name}/ have different classes: {', '.join(odd[:5])}.",
+                hint="Both need one folder per class, with the same names.",
+            )
+    fits = _fits(len(train_files) + len(test_files), preprocess)
+    load = _unchecked if not checked else _in_memory if fits else _on_demand
+    train = load(train_files, preprocess, progress, stage)
     test = load(test_files, preprocess, progress, "Reading test images")
-    return Dataset(root.name, classes, train, test, digest)
+    return Dataset(root.name, classes, train, test, digest, notes)
 
 
 def load_images(root: Path, preprocess: Preprocess, progress: Progress = silent) -> ImageSet:
@@ -233,7 +256,7 @@ def load_images(root: Path, preprocess: Preprocess, progress: Progress = silent)
     Raises:
         DataError: the folder is missing or has no images, or a file is no whole image (named).
     """
-    files = _list_images(root)
+    files = _unlabelled(root)
     load = _in_memory if _fits(len(files), preprocess) else _on_demand
     return load(files, preprocess, progress, "Reading unlabelled images")
 
@@ -244,17 +267,22 @@ def images_digest(root: Path, preprocess: Preprocess) -> str:
     Raises:
         DataError: the folder is missing or has no images.
     """
-    return _digest(root, _list_images(root), preprocess)
+    return digest_of(root, _unlabelled(root), preprocess)
 
 
-def _digest(root: Path, files: list[tuple[Path, int]], preprocess: Preprocess) -> str:
-    stamps = [(path.relative_to(root).as_posix(), *_stamp(path)) for path, _ in files]
-    return hash_json([stamps, preprocess.model_dump(mode="json")])
+def _unlabelled(root: Path) -> list[File]:
+    return [(path, UNLABELLED) for path in list_images(root)]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _seen_before(folder: Path, files: list[File], test_files: list[File]) -> tuple[str, ...]:
+    """What the user has to know where test images are learnt from."""
+    if not (found := copies(files, test_files)):
+        return ()
+    note = (
+        f"Test images are among those to learn from: {len(found)} of {len(files)} in {folder} (such as {found[0][0]}, "
+        f"the same as {found[0][1]}). So the accuracies are not those of unseen images: take them out of {folder}."
+    )
+    return (note,)
 
 
 def _fits(images: int, preprocess: Preprocess) -> bool:
@@ -263,78 +291,7 @@ def _fits(images: int, preprocess: Preprocess) -> bool:
     return images * height * width * preprocess.channels <= MEMORY_BYTES
 
 
-def _list_split(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    classes = tuple(sorted(p.name for p in _visible(folder) if p.is_dir()))
-    if len(classes) < 2:
-        raise DataError(
-            f"{folder} has {len(classes)} class folder{'s' if not classes else ''}, but at least 2 are needed.",
-            hint=f"Put the images of each class in a folder of its own: {folder}/CLASS/.",
-        )
-    files: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        members = sorted(p for p in _visible(folder / name) if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not members:
-            raise DataError(
-                f"The class folder {folder / name} has no images.",
-                hint=f"Add images ({', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder.",
-            )
-        files += [(path, label) for path in members]
-    return classes, files
-
-
-def _list_images(root: Path) -> list[tuple[Path, int]]:
-    if not root.is_dir():
-        raise DataError(
-            f"There is no folder {root}.", hint="Expected is a folder of images; it may have folders in it."
-        )
-    found, folders, seen = list[Path](), [root], set[Path]()
-    while folders:
-        folder = folders.pop()
-        if (real := folder.resolve()) in seen:  # a link to a folder that was read already, maybe to one around it
-            continue
-        seen.add(real)
-        entries = sorted(_visible(folder), reverse=True)
-        folders += [path for path in entries if path.is_dir()]
-        found += [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if not found:
-        raise DataError(
-            f"The folder {root} has no images, nor have the folders in it.",
-            hint=f"Images end in {', '.join(sorted(IMAGE_SUFFIXES))}; hidden files do not count.",
-        )
-    return [(path, UNLABELLED) for path in sorted(found)]
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    """What is in a folder, without .ipynb_checkpoints, .DS_Store, ._photo.jpg and the like."""
-    return (path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _decode(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as image:
-            return preprocess.read(image)
-    except Exception as error:  # a damaged file makes Pillow raise anything
-        raise _no_image(path, error) from error
-
-
-def _check_header(path: Path) -> None:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except Exception as error:  # as above
-        raise _no_image(path, error) from error
-
-
-def _no_image(path: Path, error: Exception) -> DataError:
-    if isinstance(error, UnidentifiedImageError):
-        return DataError(f"{path} is not an image.", hint="Remove or replace the file.")
-    return DataError(
-        f"{path} cannot be read as an image: {first_line(error).rstrip('.')}.",
-        hint="It may be truncated or corrupt: remove or replace it.",
-    )
-
-
-def _each(work: Callable[[Path], None], files: Sequence[tuple[Path, int]], progress: Progress, stage: str) -> None:
+def _each(work: Callable[[Path], None], files: Sequence[File], progress: Progress, stage: str) -> None:
     """Run `work` on every path with one thread per core, reporting progress."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = pool.map(work, (path for path, _ in files))
@@ -347,23 +304,27 @@ def _each(work: Callable[[Path], None], files: Sequence[tuple[Path, int]], progr
             raise
 
 
-def _in_memory(files: list[tuple[Path, int]], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
+def _in_memory(files: list[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
     pixels = np.empty((len(files), *preprocess.canvas, preprocess.channels), np.uint8)
     rows = {path: row for row, (path, _) in enumerate(files)}
 
-    def decode(path: Path) -> None:
-        pixels[rows[path]] = _decode(path, preprocess)
+    def fill(path: Path) -> None:
+        pixels[rows[path]] = decode(path, preprocess)
 
-    _each(decode, files, progress, stage)
+    _each(fill, files, progress, stage)
     return ImageSet(np.array([label for _, label in files]), lambda indices: pixels[indices], preprocess)
 
 
-def _on_demand(files: list[tuple[Path, int]], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
-    _each(_check_header, files, progress, stage)
+def _on_demand(files: list[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
+    _each(check_header, files, progress, stage)
+    return _unchecked(files, preprocess, progress, stage)
+
+
+def _unchecked(files: list[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
     pool = ThreadPoolExecutor(os.cpu_count())
 
     def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return np.stack(list(pool.map(lambda i: _decode(files[i][0], preprocess), indices)))
+        return np.stack(list(pool.map(lambda i: decode(files[i][0], preprocess), indices)))
 
     return ImageSet(np.array([label for _, label in files]), read, preprocess)
 

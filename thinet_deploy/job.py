@@ -67,8 +67,13 @@ class Job:
         }
 
 
-def load_job(options: Options, progress: Progress = silent) -> Job:
+def load_job(options: Options, progress: Progress = silent, *, checked: bool = True) -> Job:
     """Load target, data and network, and check that they fit together.
+
+    Args:
+        options: as the user gave them.
+        progress: to report to.
+        checked: whether every image is looked at now (see `load_folder`).
 
     Raises:
         InputError: one of them is wrong; nothing has been written yet.
@@ -81,14 +86,35 @@ def load_job(options: Options, progress: Progress = silent) -> Job:
             "--reconstruction full.",
             hint="Both belong to --recipe best.",
         )
+    if options.unlabelled:
+        _check_unlabelled(options)
     if options.trainer:
         load_function(options.trainer, "fit")
     changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
-    preprocess = _preprocess(options)
-    data = load_folder(options.data, preprocess, progress) if options.data else load_digits(preprocess)
-    job = Job(options, target, data)
+    job = Job(options, target, _data(options, _preprocess(options), progress, checked=checked))
     _check_model(job)
     return job
+
+
+def _check_unlabelled(options: Options) -> None:
+    """Raise InputError for what cannot be done without labels."""
+    needs = {
+        "--weights: no network can be trained without labels": options.weights is None,
+        "--data: a folder with val/CLASS/*.jpg (or test/), to measure the accuracy on": options.data is None,
+        f"--recipe best: {options.recipe} trains on labels after each layer": options.layerwise,
+        "another --method: taylor looks at the loss, which takes labels": options.selection == "taylor",
+    }
+    if missing := [need for need, lacks in needs.items() if lacks]:
+        raise InputError(
+            f"--unlabelled needs {missing[0]}.",
+            hint="For example: thinet-deploy build --recipe best --unlabelled photos --data labelled --weights FILE …",
+        )
+
+
+def _data(options: Options, preprocess: Preprocess, progress: Progress, *, checked: bool) -> Dataset:
+    if options.data is None:
+        return load_digits(preprocess)
+    return load_folder(options.data, preprocess, progress, unlabelled=options.unlabelled, checked=checked)
 
 
 def _named_model(options: Options) -> Options:

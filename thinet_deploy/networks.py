@@ -84,48 +84,55 @@ class Pruning:
         return next(iter(self.by_method.values()))
 
 
+def original(run: Run, tools: Tools) -> Stage:
+    """The network as it was given, or trained here."""
+    options = tools.job.options
+    training = {**_training(options), "epochs": options.epochs}
+    weights = {"weights": sha256_of(options.weights)} if options.weights else training
+    return run.stage("dense", {**tools.job.identity, **weights}, partial(stages.dense, tools))
+
+
 def prune(run: Run, tools: Tools) -> Pruning:
     """The original, and the network pruned by each method.
 
     Raises:
         GateError: a pruned network is not the original minus filters.
     """
-    job, options, training = tools.job, tools.job.options, _training(tools.job.options)
-    weights = {"weights": sha256_of(options.weights)} if options.weights else {**training, "epochs": options.epochs}
-    original = run.stage("dense", {**job.identity, **weights}, partial(stages.dense, tools))
+    job, options, dense = tools.job, tools.job.options, original(run, tools)
     by_method = dict[str, Stage]()
     for method in options.methods:
         inputs = {
             **job.identity,
-            **training,
-            "dense": original.digest,
+            **_training(options),
+            "dense": dense.digest,
             "widths": options.model_dump(mode="json", include=WIDTHS),
             **({"grid": job.target.channel_grid} if options.round_to == "target" else {}),
             "method": [options.recipe, method, options.rebuilding],
             "epochs": options.layer_epochs,
         }
-        work = partial(pruned_stage, tools.only(method), original.folder)
+        work = partial(pruned_stage, tools.only(method), dense.folder)
         name = _named("prune", method, options)
         by_method[method] = run.stage(name, inputs, work)
         gate((_pruning_hop(_named("conv", method, options), by_method[method]),), run, by_method[method])
     head = options.preset == "thinet-gap" or (not options.preset and bool(gap_head(job.fresh())))
-    return Pruning(original, by_method, head)
+    return Pruning(dense, by_method, head)
 
 
 def finish(run: Run, tools: Tools, pruning: Pruning) -> Networks:
     """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls."""
-    options, original, report = tools.job.options, pruning.original, pruning.first.json(REPORT)
+    options, dense, report = tools.job.options, pruning.original, pruning.first.json(REPORT)
     how = FineTuning(_last_epochs(options, pruning), _teacher(run, tools, pruning))
     after = {
         **_training(options),
         "seed": options.seed,
         "recipe": options.recipe,
         "epochs": how.epochs,
-        "dense": original.digest,
+        "data": tools.job.data.digest,
+        "dense": dense.digest,
         "taught": bool(how.teacher),
     }
-    networks = Networks({"original": original}, {"original": "Original"}, "conv", [], [])
-    networks.ledger.append(Entry.of("as given" if options.weights else "trained here", _accuracy(original), "Original"))
+    networks = Networks({"original": dense}, {"original": "Original"}, "conv", [], [])
+    networks.ledger.append(Entry.of("as given" if options.weights else "trained here", _accuracy(dense), "Original"))
     for method, pruned in pruning.by_method.items():
         name = _named("conv", method, options)
         label = f"ThiNet-Conv ({options.widths}{f', {method}' if len(options.methods) > 1 else ''})"
@@ -156,8 +163,8 @@ def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Netw
 
 
 def _replace_head(run: Run, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any]) -> None:
-    original, conv = networks.stages["original"], networks.stages["conv"]
-    work = partial(stages.gap, tools, how, original.folder, conv.folder)
+    dense, conv = networks.stages["original"], networks.stages["conv"]
+    work = partial(stages.gap, tools, how, dense.folder, conv.folder)
     gap = run.stage("gap", {**after, "conv": conv.digest}, work)
     before, accuracy = Accuracy(**gap.json(REPORT)["before"]), _accuracy(gap)
     networks.stages["gap"], networks.labels["gap"], networks.ship = gap, "ThiNet-GAP", "gap"
@@ -170,23 +177,23 @@ def _replace_head(run: Run, tools: Tools, networks: Networks, how: FineTuning, a
 
 def _compare(run: Run, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int) -> None:
     """The controls: the original with `extra` epochs more, and the thin architecture from scratch."""
-    options, original, ship = tools.job.options, networks.stages["original"], networks.stages[networks.ship]
+    options, dense, ship = tools.job.options, networks.stages["original"], networks.stages[networks.ship]
     if options.controls != "none" and extra:
         label = f"Original, {_epochs(extra)} more"
         longer = FineTuning(extra, how.teacher)
         stage = run.stage(
-            "longer", {**after, "epochs": extra}, partial(stages.tuned, tools, label, longer, original.folder)
+            "longer", {**after, "epochs": extra}, partial(stages.tuned, tools, label, longer, dense.folder)
         )
         note = "the original, trained on like the thin networks and for as long; same architecture, so same times"
         networks.controls["longer"] = Control("original", label, note, _accuracy(stage))
         networks.ledger.append(Entry.of(_tuned(longer), _accuracy(stage), label))
-    if options.controls == "all":
+    if options.controls == "all" and tools.job.data.train.labelled:
         epochs = options.epochs + extra
         inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, **tools.job.identity}
         stage = run.stage("scratch", inputs, partial(stages.scratch, tools, ship.folder, epochs))
         note = (
-            f"the architecture of {networks.labels[networks.ship]} with fresh weights, {_epochs(epochs)} = all training "
-            "above together; same architecture, so same times"
+            f"the architecture of {networks.labels[networks.ship]} with fresh weights, {_epochs(epochs)} = all "
+            "training above together; same architecture, so same times"
         )
         networks.controls["scratch"] = Control(networks.ship, "Train from scratch", note, _accuracy(stage))
         networks.ledger.append(Entry.of(_epochs(epochs), _accuracy(stage), "Train from scratch"))
@@ -197,7 +204,7 @@ def _teacher(run: Run, tools: Tools, pruning: Pruning) -> Path | None:
     options, epochs = tools.job.options, _last_epochs(tools.job.options, pruning)
     if not options.distils:
         return None
-    if epochs < TRIAL_FROM or options.trainer:
+    if epochs < TRIAL_FROM or options.trainer or not tools.job.data.train.labelled:
         return pruning.original.folder
     trial = max(1, epochs // 10)
     inputs = {**_training(options), "seed": options.seed, "prune": pruning.first.digest, "epochs": trial}

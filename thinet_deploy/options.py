@@ -29,6 +29,7 @@ class Options(BaseModel):
         target: name of a target profile, or a path to one.
         model: "vgg16", "vgg-small" or "file.py:factory"; empty for the embedded default.
         data: folder with train/ and val/ or test/; None for the embedded digits.
+        unlabelled: folder of images to calibrate on and to learn from the original on, in place of train/ in `data`.
         weights: trained weights of the dense network; None to train it here.
         preprocess: TOML file; None for the usual one.
         input_shape: channels, height and width of the input, for a model that does not say.
@@ -69,6 +70,7 @@ class Options(BaseModel):
     target: str = "cpu"
     model: str = ""
     data: Path | None = None
+    unlabelled: Path | None = None
     weights: Path | None = None
     preprocess: Path | None = None
     input_shape: tuple[int, int, int] | None = None
@@ -206,7 +208,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as TOML: {error}.", hint="--config takes option = value lines."
         ) from error
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in ("data", "weights", "preprocess", "out", "model", "trainer", "target"):
+    for name in ("data", "unlabelled", "weights", "preprocess", "out", "model", "trainer", "target"):
         value = values.get(name)
         if isinstance(value, str) and (name not in _NAMES or ".py:" in value or value.endswith(".toml")):
             values[name] = str(path.parent / value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import networks, registry, stages, verify
+from . import feasibility_stage, networks, registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_json
 from .environment import fingerprint, machine_id
 from .errors import InputError, first_line
@@ -56,6 +56,48 @@ def prune(options: Options, progress: Progress = silent) -> Path:
         _remember(job.options, run.root)
         tools = Tools(job, progress)
         return _unfinished(run, tools, networks.prune(run, tools)).folder
+
+
+def feasibility(options: Options, progress: Progress = silent) -> Path:
+    """What budgets would cost, without pruning or training: RUN/feasibility gets feasibility.json and feasibility.svg.
+
+    The error curves are kept in the run, so that another budget is solved in seconds.
+
+    Returns:
+        The folder with both.
+
+    Raises:
+        InputError: something the user gave is wrong, or there are no error curves with this recipe or method.
+        GateError: the budget cannot be reached.
+    """
+    feasibility_stage.check_curves(options)
+    # With weights few images are needed: none of them to solve another budget.
+    job = load_job(options, progress, checked=options.weights is None)
+    run = Run(options.out)
+    with run.locked():
+        tools = Tools(job, progress)
+        original = networks.original(run, tools)
+        curves = run.stage(
+            "curves",
+            {
+                **job.identity,
+                "dense": original.digest,
+                **options.model_dump(mode="json", include=feasibility_stage.OF_CURVES),
+            },
+            lambda f, _: feasibility_stage.weighed(tools, original.folder, f),
+        )
+        inputs = {
+            "curves": curves.digest,
+            "widths": options.model_dump(mode="json", include=networks.WIDTHS),
+            "asked": feasibility_stage.asks(options),
+            "grid": job.target.channel_grid,
+        }
+        made = run.stage(
+            "feasibility",
+            inputs,
+            lambda f, _: feasibility_stage.solved(tools, original.folder, curves.folder, f),
+        )
+        return made.folder
 
 
 def build(options: Options, progress: Progress = silent) -> Build:
@@ -186,7 +228,7 @@ def _deploy(run: Run, tools: Tools, made: Networks) -> Build:
         {"table": hash_json(table.to_json())},
         lambda f, _: write_json(f / "table.json", table.to_json()),
     )
-    return Build(run.root, table, hops, bundle.folder, notes)
+    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes))
 
 
 def _check_runtimes(target: TargetProfile) -> None:

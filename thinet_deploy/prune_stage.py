@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch import nn
 
 from .artifact import write_json
 from .counting import count
+from .data import ImageSet
 from .errors import ModelError
 from .export import check_exportable
 from .ledger import Entry
 from .norms import reestimate_norms
 from .options import Options
-from .pruning.allocation import Costs, allocate
+from .pruning.allocation import Costs, allocate, with_budget
 from .pruning.budget import Widths, Wish, choose_widths, cost
+from .pruning.calibration import Sample
 from .pruning.discovery import channel_graph
 from .pruning.graph import ChannelGraph, ChannelGroup
 from .pruning.layerwise import Schedule, prunable, prune_layerwise
@@ -31,7 +33,7 @@ from .pruning.surgery import apply
 from .pruning.trace import example_inputs, named_tensors
 from .pruning.wide import within_reach
 from .store import Checkpoint
-from .tools import REPORT, Tools, json_ready, write_network
+from .tools import REPORT, Tools, json_ready, labelled_by, write_network
 from .training import evaluate
 
 PROOF_IMAGES = 3
@@ -40,18 +42,24 @@ HELD_OUT = 0.1  # of the training images, for choices between variants
 
 def check_way(tools: Tools, model: nn.Module) -> None:
     """Raise what would fail after the training: nothing to prune, a budget out of reach, no way to ONNX."""
-    graph = _graph(tools, model)
-    groups = _groups(tools, graph)
-    choose_widths(dict(named_tensors(model)), graph, groups, _wish(tools, model, graph))
+    graph = graph_of(tools, model)
+    groups = groups_of(tools, graph)
+    choose_widths(dict(named_tensors(model)), graph, groups, wish_of(tools, model, graph))
     target = tools.job.target
     check_exportable(model, tools.job.input_shape, opset=target.opset)
 
 
-def _graph(tools: Tools, model: nn.Module) -> ChannelGraph:
+def graph_of(tools: Tools, model: nn.Module) -> ChannelGraph:
+    """The channels of the job's network."""
     return channel_graph(model, example_inputs(model, tools.job.input_shape), ignore=tools.job.options.ignore)
 
 
-def _groups(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
+def groups_of(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
+    """What of it is to be pruned.
+
+    Raises:
+        ModelError: nothing can be.
+    """
     options = tools.job.options
     groups = prunable(graph, shortcuts=options.prune_shortcuts)
     if not options.layerwise:
@@ -69,7 +77,7 @@ def _groups(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
     return groups
 
 
-def _wish(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
+def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
     """What the options ask of widths, in numbers for this network."""
     options = tools.job.options
     dense = cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool))
@@ -82,11 +90,20 @@ def _wish(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
     )
 
 
+def calibration(tools: Tools) -> tuple[Sample, ImageSet]:
+    """Training images for statistics, and others, held out for choices between variants."""
+    job, options = tools.job, tools.job.options
+    fit, held_out = job.data.train.split(HELD_OUT, options.seed)
+    chosen = fit.sample(options.calibration_images, seed=options.seed, stage="calibration")
+    batch = max(4, 64 * 32 * 32 // (job.input_shape[1] * job.input_shape[2]))
+    return Sample(fit, chosen, min(batch, 64), options.seed), held_out
+
+
 def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """The network without the filters that go, the plan, and its proof."""
     job, options = tools.job, tools.job.options
     original = tools.load(dense_folder)
-    graph = _graph(tools, original)
+    graph = graph_of(tools, original)
     work = _layerwise if options.layerwise else _one_shot
     done = work(tools, original, graph, checkpoint)
     plan = done.plan.model_copy(update={"weights": weights_fingerprint(original), "preprocess": job.data.preprocess})
@@ -103,6 +120,7 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
         "whole": {**graph.whole, **done.whole},
         "macs": {"before": before, "after": after},
         "proof": json_ready(proof),
+        "notes": list(job.data.notes),
     }
     write_json(folder / REPORT, report)
 
@@ -132,8 +150,8 @@ def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoin
     """The papers' schedule: prune a layer, fine-tune, go on to the next."""
     options = tools.job.options
 
-    groups = _groups(tools, graph)
-    widths = choose_widths(dict(named_tensors(original)), graph, groups, _wish(tools, original, graph))
+    groups = groups_of(tools, graph)
+    widths = choose_widths(dict(named_tensors(original)), graph, groups, wish_of(tools, original, graph))
     trainings = _between(options, graph, [each for each in groups if widths[each.name] < len(each.channels)])
 
     def tune(model: nn.Module, group: ChannelGroup) -> None:
@@ -183,19 +201,19 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     """All layers at once, reconstructed without any training; nothing is saved on the way, it takes a few passes."""
     del checkpoint
     job, options = tools.job, tools.job.options
-    groups, wish, tensors = _groups(tools, graph), _wish(tools, original, graph), dict(named_tensors(original))
+    groups, wish, tensors = groups_of(tools, graph), wish_of(tools, original, graph), dict(named_tensors(original))
     uniform = choose_widths(tensors, graph, groups, wish)
     costs = Costs(tensors, graph, groups)
-    if wish.macs is None and wish.size is None:  # as many as the keep ratio leaves, put where they help most
-        wish = replace(wish, macs=costs(uniform)[0])
-    fit, held_out = job.data.train.split(HELD_OUT, options.seed)
+    wish = with_budget(costs, groups, wish)  # as many as the keep ratio leaves, put where they help most
+    sample, held_out = calibration(tools)
+    held_out = labelled_by(original, held_out)
     method = Method(options.selection, options.rebuilding)
     done = prune_once(
         original,
         graph,
         groups,
         lambda curves: allocate(costs, groups, curves, wish) if options.selection == "elimination" else uniform,
-        tools.sample(fit),
+        sample,
         job.input_shape,
         method,
         tools.progress,
@@ -218,7 +236,7 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     if method.reconstruction != "none":
         ledger.append(_entry(tools, "reconstructed", thin))
     with_norms = copy.deepcopy(thin)
-    reestimate_norms(with_norms, fit, seed=options.seed, stage="norms", progress=tools.progress)
+    reestimate_norms(with_norms, sample.images, seed=options.seed, stage="norms", progress=tools.progress)
     # Chosen on images that took no part in the calibration, and are no test images.
     if evaluate(with_norms, held_out).top1 > evaluate(thin, held_out).top1:
         thin = with_norms

@@ -20,7 +20,7 @@ from .export import INPUT, OUTPUT, export_onnx, export_program
 from .interfaces import Conversion, TensorSpec
 from .intervals import difference_interval
 from .models.weights import load_weights
-from .prune_stage import HELD_OUT, check_way
+from .prune_stage import HELD_OUT, calibration, check_way
 from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
 from .pruning.surgery import apply, gap_head, load_thin
@@ -102,7 +102,7 @@ def with_gap(tools: Tools, dense_folder: Path, folder: Path) -> tuple[nn.Module,
         model = apply(empty_plan(model).model_copy(update={"head": head}), model).eval()
     if not options.layerwise:
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        fit_head(model, last, tools.load(dense_folder), tools.sample(tools.job.data.train), tools.progress)
+        fit_head(model, last, tools.load(dense_folder), calibration(tools)[0], tools.progress)
     return model, plan.model_copy(update={"head": head})
 
 

@@ -8,23 +8,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .artifact import read_json
-from .data import ImageSet
+from .data import UNLABELLED, ImageSet
 from .errors import ModelError
 from .interfaces import Progress
 from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
 from .options import Options, Selection
-from .pruning.calibration import Sample
 from .pruning.plan import Plan, load_plan
 from .pruning.surgery import load_thin
 from .seeds import derive
 from .store import Checkpoint
-from .training import Accuracy, Recipe, Schedule, changed, evaluate, train
+from .training import Accuracy, Recipe, Schedule, changed, evaluate, logits, train
 
 PLAN, WEIGHTS, REPORT, PROGRAM = "plan.json", "model.safetensors", "report.json", "model.pt2"
 TEACHER = "teacher.json"
@@ -109,12 +109,6 @@ class Tools:
         """Accuracy on the test images."""
         return evaluate(model, self.job.data.test, f"Testing {name}", self.progress)
 
-    def sample(self, images: ImageSet) -> Sample:
-        """Calibration images out of a set, in batches that take about the memory of 64 images of 32×32 pixels."""
-        options, (_, height, width) = self.job.options, self.job.input_shape
-        chosen = images.sample(min(options.calibration_images, len(images)), seed=options.seed, stage="calibration")
-        return Sample(images, chosen, min(max(4, 64 * 32 * 32 // (height * width)), 64), options.seed)
-
     def load(self, folder: Path) -> nn.Module:
         """The network that a stage left: plan and weights, or weights alone."""
         plan = load_plan(folder / PLAN) if (folder / PLAN).exists() else None
@@ -123,6 +117,14 @@ class Tools:
             return load_thin(plan, model, folder / WEIGHTS)
         load_weights(model, folder / WEIGHTS)
         return model.eval()
+
+
+def labelled_by(original: nn.Module, images: ImageSet) -> ImageSet:
+    """The same images, those without a label with the class that the original ranks first: top-1 is agreement then."""
+    if images.labelled:
+        return images
+    predicted = logits(original, images).argmax(1).numpy()
+    return replace(images, labels=np.where(images.labels == UNLABELLED, predicted, images.labels))
 
 
 def write_network(folder: Path, model: nn.Module, plan: Plan | None) -> None:

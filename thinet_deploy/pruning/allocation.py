@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .budget import Cost, Widths, Wish, matching, possible, unreachable
+from .budget import Cost, Widths, Wish, matching, possible, uniform, unreachable
 from .graph import STAYS, ChannelGraph, ChannelGroup
 
 
@@ -26,8 +26,30 @@ class Curve:
     error: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A tensor: (multiply-accumulates, bytes) of an element, and per pruned axis (fixed, share of each group)."""
+
+    each: NDArray[np.float64]
+    axes: list[tuple[float, NDArray[np.float64]]]
+
+    def touches(self, group: int) -> bool:
+        return any(share[group] for _, share in self.axes)
+
+    def cost(self, widths_gm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """For m choices of widths, (2, m)."""
+        elements = np.ones(widths_gm.shape[1])
+        for fixed, share in self.axes:
+            elements = elements * (fixed + share @ widths_gm)
+        return self.each[:, None] * elements
+
+
 class Costs:
-    """Multiply-accumulates and bytes of a network as a function of its groups' widths (see `budget.cost`)."""
+    """Multiply-accumulates and bytes of a network as a function of its groups' widths (see `budget.cost`).
+
+    Attributes:
+        beside: group's name → groups (itself too) that share a tensor with it: only their widths say what it saves.
+    """
 
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, groups: Sequence[ChannelGroup]
@@ -44,34 +66,53 @@ class Costs:
             share = np.bincount(owners[owners >= 0], minlength=len(groups)) / sizes / axis.groups
             fixed = float((owners < 0).sum()) / axis.groups
             axes.setdefault(axis.site.parameter, []).append((fixed, share, axis.site.dim))
-        self._rows: list[tuple[float, float, list[tuple[float, NDArray[np.float64]]]]] = []
+        self._rows: list[_Row] = []
         for name, tensor in tensors.items():
             mine = axes.get(name, [])
             rest = float(np.prod([size for dim, size in enumerate(tensor.shape) if dim not in {a[2] for a in mine}]))
             counted = tensor.dim() > 1 or name.endswith((".weight", ".running_mean"))
             work = graph.work.get(name, 0)
             if work or counted:
-                self._rows.append((work * rest, 4 * rest * counted, [(fixed, share) for fixed, share, _ in mine]))
-        self._names = [group.name for group in groups]
+                each = np.array([work * rest, 4 * rest * counted])
+                self._rows.append(_Row(each, [(fixed, share) for fixed, share, _ in mine]))
+        self._place = {group.name: number for number, group in enumerate(groups)}
+        self._touched = {name: [row for row in self._rows if row.touches(at)] for name, at in self._place.items()}
+        self.beside = {
+            name: {other for other, at in self._place.items() if any(row.touches(at) for row in rows)} | {name}
+            for name, rows in self._touched.items()
+        }
 
     def __call__(self, widths: Widths) -> tuple[float, float]:
         """(multiply-accumulates, bytes)."""
-        vector = np.array([widths[name] for name in self._names], dtype=np.float64)
-        macs = size = 0.0
-        for work, weigh, factors in self._rows:
-            product = 1.0
-            for fixed, share in factors:
-                product *= fixed + float(share @ vector)
-            macs += work * product
-            size += weigh * product
+        macs, size = _total(self._rows, self._column(widths))[:, 0].tolist()
         return macs, size
+
+    def saved(self, widths: Widths, name: str, choices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Multiply-accumulates and bytes that other widths of one group would save, (2, choices); < 0 if they cost."""
+        now = self._column(widths)
+        there = np.repeat(now, len(choices), axis=1)
+        there[self._place[name]] = choices
+        return _total(self._touched[name], now) - _total(self._touched[name], there)
+
+    def _column(self, widths: Widths) -> NDArray[np.float64]:
+        return np.array([[widths[name]] for name in self._place], dtype=np.float64)
+
+
+def _total(rows: Sequence[_Row], widths_gm: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(2, m), in whole numbers, as they are but for rounding."""
+    total = sum((row.cost(widths_gm) for row in rows), np.zeros((2, widths_gm.shape[1])))
+    return np.rint(total)
+
+
+def with_budget(costs: Costs, groups: Sequence[ChannelGroup], wish: Wish) -> Wish:
+    """The same wish as a budget: what the keep ratio leaves, if it asks for nothing else."""
+    if wish.macs is not None or wish.size is not None:
+        return wish
+    return replace(wish, macs=costs(uniform(groups, wish.keep, wish))[0])
 
 
 def allocate(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> Widths:
-    """Widths within a budget: again and again the group that loses least per unit saved becomes narrower.
-
-    A group goes straight to the width with the best ratio of all narrower ones, so a flat stretch behind a step of its
-    curve is found. What is left of the budget at the end goes back to where it helps most.
+    """Widths within a budget: see `Descent`.
 
     Args:
         costs: of the network.
@@ -82,47 +123,89 @@ def allocate(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, 
     Raises:
         GateError: the budget cannot be reached with these groups.
     """
-    choices = {group.name: sorted(possible(group, wish.grid), reverse=True) for group in groups}
-    fixed = {group.name: ratio for group in groups if (ratio := matching(group, wish)) is not None}
-    widths = {group.name: len(group.channels) for group in groups}
-    error = {
-        name: dict(zip(curve.widths.tolist(), curve.error.tolist(), strict=True)) for name, curve in curves.items()
-    }
-    for group in groups:
-        if group.name in fixed:
-            goal = len(group.channels) * fixed[group.name]
-            widths[group.name] = min(choices[group.name], key=lambda width: (abs(width - goal), width))
-    free = [group.name for group in groups if group.name not in fixed]
+    return Descent(costs, groups, curves, wish).reach(wish.macs, wish.size)
 
-    def over(at: Widths) -> float:
-        """How far beyond the budget, in units of it; saving is what this falls by."""
-        macs, size = costs(at)
-        return max(macs / wish.macs if wish.macs else 0.0, size / wish.size if wish.size else 0.0)
 
-    now = over(widths)
-    while now > 1:
-        steps = [
-            ((error[name][width] - error[name][widths[name]]) / saved, name, width)
-            for name in free
-            for width in choices[name]
-            if width < widths[name] and (saved := now - over({**widths, name: width})) > 0
-        ]
-        if not steps:
-            macs, size = costs(widths)
-            raise unreachable(Cost(int(macs), int(size)))
-        _, name, width = min(steps)
-        # Not further than needed: the least narrow width on the way that reaches the budget.
-        enough = [each for each in choices[name] if width <= each < widths[name] and over({**widths, name: each}) <= 1]
-        widths[name] = max([width, *enough])
-        now = over(widths)
-    while True:  # what is left of the budget
-        wider = [
-            (error[name][widths[name]] - error[name][width], name, width)
-            for name in free
-            for width in choices[name]
-            if width > widths[name] and over({**widths, name: width}) <= 1
-        ]
-        if not wider or max(wider)[0] <= 0:
-            return widths
-        _, name, width = max(wider)
-        widths[name] = width
+class Descent:
+    """The way down from whole groups: again and again the one that loses least per unit saved becomes narrower.
+
+    A group goes straight to the width with the best ratio of all narrower ones, so a flat stretch behind a step of its
+    curve is found. The way is the same for all budgets, so one descent serves several.
+
+    Args:
+        costs: of the network.
+        groups: to prune.
+        curves: group's name → its curve.
+        wish: the grid, and keep ratios of some layers; its budget is not looked at.
+    """
+
+    def __init__(self, costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> None:
+        self._costs = costs
+        self._widths = uniform(groups, 1.0, wish)
+        free = [group for group in groups if matching(group, wish) is None]
+        self._choices = {group.name: np.array(possible(group, wish.grid)) for group in free}
+        self._error = {
+            name: dict(zip(curve.widths.tolist(), curve.error.tolist(), strict=True)) for name, curve in curves.items()
+        }
+        self._whole = np.array(costs({group.name: len(group.channels) for group in groups}))
+        self._steps: dict[str, tuple[float, str, int]] = {}  # group's name → its best step: error per saving, where to
+        self._counts = np.zeros(2, dtype=bool)  # which savings those are about
+
+    def reach(self, macs: float | None, size: float | None = None) -> Widths:
+        """Widths within a budget; each budget has to be below those before it.
+
+        The last step goes no further than needed. What is left of the budget then goes back to where it helps most.
+
+        Args:
+            macs: most multiply-accumulates; None for no such budget.
+            size: most bytes; None for no such budget.
+
+        Raises:
+            GateError: the budget cannot be reached with these groups.
+        """
+        most = np.array([np.inf if each is None else each for each in (macs, size)])
+        while (over := np.array(self._costs(self._widths)) - most).max() > 0:
+            _, name, width = self._next(over > 0)
+            between = self._choices[name]
+            between = between[(between >= width) & (between < self._widths[name])]
+            enough = between[(self._costs.saved(self._widths, name, between) >= over[:, None]).all(0)]
+            if len(enough):
+                return self._fill({**self._widths, name: int(enough.max())}, most)
+            self._widths[name] = width
+            for other in self._costs.beside[name]:
+                self._steps.pop(other, None)
+        return self._fill(dict(self._widths), most)
+
+    def _next(self, counts: NDArray[np.bool_]) -> tuple[float, str, int]:
+        """The best step of all; only savings of what is over its budget count, as shares of the whole network."""
+        if (counts != self._counts).any():
+            self._steps, self._counts = {}, counts
+        for name in self._choices.keys() - self._steps.keys():
+            self._steps[name] = self._step(name)
+        best = min(self._steps.values(), default=(np.inf, "", 0))
+        if best[0] == np.inf:
+            left, whole = (Cost(*map(int, each)) for each in (self._costs(self._widths), self._whole))
+            raise unreachable(left, whole)
+        return best
+
+    def _step(self, name: str) -> tuple[float, str, int]:
+        narrower = self._choices[name][self._choices[name] < self._widths[name]]
+        share = self._costs.saved(self._widths, name, narrower) / self._whole[:, None]
+        saved, error = share[self._counts].sum(0), self._error[name]
+        lost = np.array([error[width] for width in narrower.tolist()]) - error[self._widths[name]]
+        ratio = np.divide(lost, saved, out=np.full(len(narrower), np.inf), where=saved > 0)
+        if not len(ratio) or ratio.min() == np.inf:
+            return np.inf, name, self._widths[name]
+        return float(ratio.min()), name, int(narrower[ratio.argmin()])
+
+    def _fill(self, widths: Widths, most: NDArray[np.float64]) -> Widths:
+        while True:
+            left, wider = most - np.array(self._costs(widths)), []
+            for name, choices in self._choices.items():
+                fits = choices[(self._costs.saved(widths, name, choices) >= -left[:, None]).all(0)]
+                if len(fits) and (width := int(fits.max())) > widths[name]:
+                    wider.append((self._error[name][widths[name]] - self._error[name][width], name, width))
+            if not wider or max(wider)[0] <= 0:
+                return widths
+            _, name, width = max(wider)
+            widths[name] = width

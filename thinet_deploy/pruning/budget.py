@@ -115,16 +115,17 @@ def choose_widths(
 
     if not within(0.0):
         least = cost(tensors, graph, some(graph, groups, uniform(groups, 0.0, wish)))
-        raise unreachable(least)
+        raise unreachable(least, cost(tensors, graph, np.ones(graph.channels, dtype=bool)))
     return uniform(groups, _largest(within), wish)
 
 
-def unreachable(least: Cost) -> GateError:
-    """The error for a budget below the narrowest widths."""
+def unreachable(least: Cost, whole: Cost) -> GateError:
+    """The error for a budget below the narrowest widths, given what these and the whole network cost."""
     return GateError(
         f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.1f} M multiply-accumulates "
-        f"and {least.size / 2**20:.2f} MB are left.",
-        hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), or ignore fewer layers.",
+        f"({whole.macs / least.macs:.2f}x fewer) and {least.size / 2**20:.2f} MB are left.",
+        hint="Ask for less (`thinet-deploy prune --feasibility` shows what can be had), lower --round-to, prune the "
+        "shortcuts too (--prune-shortcuts), or ignore fewer layers.",
     )
 
 

@@ -94,6 +94,10 @@ class Original:
 
     rows: dict[Key, torch.Tensor]
 
+    def variance(self) -> dict[str, float]:
+        """Weight → variance of what that layer says, summed over its filters."""
+        return {weight: max(float(rows.var(0).sum()), 1e-12) for (weight, _), rows in self.rows.items()}
+
     def worth(self) -> dict[str, float]:
         """Weight → what a unit of squared error of that layer counts for, beside those of other layers.
 
@@ -101,7 +105,7 @@ class Original:
         nothing repairs the last ones. Measured on ResNet-20 (benchmarks/reconstruction.py): neither absolute errors
         (exponent 0) nor relative ones (1) put the widths best.
         """
-        return {weight: max(float(rows.var(0).sum()), 1e-12) ** -_WORTH for (weight, _), rows in self.rows.items()}
+        return {weight: variance**-_WORTH for weight, variance in self.variance().items()}
 
     def at(self, key: Key, images: slice, count: int) -> torch.Tensor:
         """The rows of some images, `count` for each, in float64."""

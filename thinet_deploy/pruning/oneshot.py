@@ -52,6 +52,25 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What the pass over the original tells.
+
+    Attributes:
+        wide: a copy of it, untouched so far.
+        sampling: where its layers were looked at.
+        moments: weight → second moments of what a consumer reads.
+        said: what all layers say.
+        curves: group's name → what narrower widths would cost; only of the elimination.
+    """
+
+    wide: Wide
+    sampling: Sampling
+    moments: Mapping[str, Moments]
+    said: Original
+    curves: dict[str, Curve]
+
+
+@dataclass(frozen=True)
 class Pruned:
     """What one shot leaves.
 
@@ -92,23 +111,42 @@ def prune_once(
         method: how.
         progress: to report to.
     """
+    seen = weigh(original, groups, sample, input_shape, method, progress)
+    chosen = widths(seen.curves)
+    wide = seen.wide
+    work = _Work(wide, graph, seen.sampling, seen.said, seen.moments, method, chosen, list(groups))
+    for number, name in enumerate(wide.readers):
+        progress("Pruning", number, len(wide.readers), name.removesuffix(".weight"))
+        work.go_on(name)
+    progress("Pruning", len(wide.readers), len(wide.readers))
+    return Pruned(wide.model, work.kept, chosen, seen.curves, work.front.again)
+
+
+def weigh(
+    original: nn.Module,
+    groups: Sequence[ChannelGroup],
+    sample: Sample,
+    input_shape: tuple[int, ...],
+    method: Method,
+    progress: Progress = silent,
+) -> Weighed:
+    """Look at the original once; arguments as of `prune_once`.
+
+    The errors of the curves are shares of what the consumers of all groups say: of its variance, weighed between layers
+    as the errors are. So their sum over the groups is 0 for the original, and about 1 where nothing of it is left.
+    """
     wide = Wide.of(original, input_shape, sample.batch, residual=method.targets == "residual")
     sampling = Sampling.of(wide, sample)
     consumers = {each.weight for group in groups for each in group.consumers}
     moments, said = observe(wide, sampling, consumers, progress)
     curves: dict[str, Curve] = {}
-    worth = said.worth()
+    worth, variance = said.worth(), said.variance()
+    whole = sum(worth[name] * variance[name] for name in sorted(consumers))
     for number, group in enumerate(groups if method.selection == "elimination" else ()):
         progress("Weighing", number, len(groups), group.name)
-        curves[group.name] = _curve(group, _elimination(wide, group, moments, worth, method.ridge, 0))
+        curves[group.name] = _curve(group, _elimination(wide, group, moments, worth, method.ridge, 0), whole)
     progress("Weighing", len(groups), len(groups))
-    chosen = widths(curves)
-    work = _Work(wide, graph, sampling, said, moments, method, chosen, list(groups))
-    for number, name in enumerate(wide.readers):
-        progress("Pruning", number, len(wide.readers), name.removesuffix(".weight"))
-        work.go_on(name)
-    progress("Pruning", len(wide.readers), len(wide.readers))
-    return Pruned(wide.model, work.kept, chosen, curves, work.front.again)
+    return Weighed(wide, sampling, moments, said, curves)
 
 
 def _elimination(
@@ -126,9 +164,9 @@ def _elimination(
     return eliminate(parts(wide, group, stats, worth, ridge), group.cells, group.steps, keep)
 
 
-def _curve(group: ChannelGroup, removal: Removal) -> Curve:
+def _curve(group: ChannelGroup, removal: Removal, whole: float) -> Curve:
     widths = np.array(sorted(possible(group, 1), reverse=True))
-    return Curve(widths, removal.error[len(group.channels) - widths])
+    return Curve(widths, removal.error[len(group.channels) - widths] / whole)
 
 
 class _Work:

@@ -1,0 +1,122 @@
+"""What the commands about pruning print: tables, and what the user has to know about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as Grid
+
+from .cli_scatter import scatter
+
+_NAMES_SHOWN = 4  # report.json has them all
+_WIDEST, _HEIGHT = 96, 12  # of a picture, in characters
+
+
+def grid(*headers: str, wrap: tuple[str, ...] = ()) -> Grid:
+    """A table in which only the columns named in `wrap` may break lines: names and figures are never cut."""
+    table = Grid(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in headers:
+        table.add_column(header, no_wrap=header not in wrap)
+    return table
+
+
+def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
+    """The layers that were pruned, what stayed whole and why, and what comes next."""
+    titles = {"error": "error", "error_scaled": "with ŵ", "top1_pruned": "top-1 pruned", "top1_tuned": "fine-tuned"}
+    shown = {key: title for key, title in titles.items() if any(key in layer for layer in report["layers"])}
+    table = grid("layer", "filters", "kept", *shown.values())
+    for layer in report["layers"]:
+        figures = (f"{float(layer[key]):.{2 if key.startswith('top1') else 4}f}" for key in shown)
+        name = _shortened(layer["producer"].split(", "))
+        table.add_row(name, str(layer["before"]), str(layer["after"]), *figures)
+    console.print(table)
+    _show_methods(console, report["methods"])
+    for reason in dict.fromkeys(report["whole"].values()):
+        names = [name for name, why in report["whole"].items() if why == reason]
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        _say(console, f"Whole: {', '.join(names[:_NAMES_SHOWN])}{more}: {reason}")
+    before, after = report["macs"]["before"], report["macs"]["after"]
+    _say(
+        console,
+        f"Multiply-accumulates: {before / 1e6:.2f}M before, {after / 1e6:.2f}M now, {before / after:.2f}x fewer",
+    )
+    proof = report["proof"]
+    _say(
+        console,
+        f"Pruned = original minus filters: proved, error {proof['error']:.1e}, allowed {proof['tolerance']:.1e}",
+    )
+    for note in report["notes"]:
+        _say(console, note)
+    _say(console, f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
+
+
+def _show_methods(console: Console, methods: dict[str, Any]) -> None:
+    """Accuracy without or before the training at the end, step by step, for every method that was asked for."""
+    table = grid("method", "step", "top-1", "95 %", "top-5", "multiply-accumulates")
+    for method, report in methods.items():
+        macs = f"{report['macs']['after'] / 1e6:.2f}M"
+        for entry in report["ledger"]:
+            span = f"{entry['top1_low']:.2f} to {entry['top1_high']:.2f}"
+            table.add_row(method, entry["step"], f"{entry['top1']:.2f} %", span, f"{entry['top5']:.2f} %", macs)
+    console.print(table)
+
+
+def show_feasibility(console: Console, picture: Path, report: dict[str, Any]) -> None:
+    """What budgets would cost, as a table and as a picture, and the widths of the one that was asked for."""
+    points, asked = report["points"], report["asked"]
+    marked = [asked] if asked else []
+    rows = [*marked, *(each for each in points if not asked or each["widths"] != asked["widths"])]
+    table = grid("budget", "multiply-accumulates", "fewer", "weights", "predicted error")
+    _to_the_right(table)
+    for each in sorted(rows, key=lambda each: -each["macs"]):
+        figures = (f"{each['macs'] / 1e6:.2f}M", f"{each['fewer']:.2f}x", f"{each['size_bytes'] / 2**20:.2f} MB")
+        mark, style = (" ◆", "bold") if each is asked else ("", "")
+        table.add_row(each["budget"] + mark, *figures, f"{100 * each['error']:.2f} %", style=style)
+    console.print(table)
+    drawn = points[: report["drawn"]]
+    curve, marks = ([(each["macs"], 100 * each["error"]) for each in some] for some in (drawn, marked))
+    ticks = [(each["macs"], _times(each)) for each in drawn]
+    _say(console, "\nPredicted error against multiply-accumulates (times fewer than the original's):")
+    for line in scatter(curve, marks, ticks, width=min(console.width, _WIDEST), height=_HEIGHT):
+        _say(console, line)
+    if asked:
+        _show_widths(console, report)
+    console.print(
+        f"\nPredicted error: how much the refitted layers say wrong, of all that they say ({report['images']} images). "
+        "It ranks budgets; it is no accuracy, and fine-tuning makes up for much of it.",
+        highlight=False,
+    )
+    _say(console, f"Picture: {picture}")
+
+
+def _show_widths(console: Console, report: dict[str, Any]) -> None:
+    whole, asked = report["points"][0], report["asked"]
+    table = grid("layer", "filters", f"kept with {asked['budget']}")
+    _to_the_right(table)
+    for name, producers in report["producers"].items():
+        table.add_row(_shortened(producers), str(whole["widths"][name]), str(asked["widths"][name]))
+    console.print()
+    console.print(table)
+
+
+def _to_the_right(table: Grid) -> None:
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+
+def _times(point: dict[str, Any]) -> str:
+    """How many times fewer: as it was asked for, where it was."""
+    return point["budget"] if point["budget"].endswith("x") else f"{point['fewer']:.2g}x"
+
+
+def _shortened(names: list[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it is: no markup, no breaks."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

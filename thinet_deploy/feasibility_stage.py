@@ -1,0 +1,75 @@
+"""The stages of `prune --feasibility`: error curves from one pass over the data, and what budgets would cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact import read_json, write_json
+from .errors import InputError
+from .options import Options
+from .plots import feasibility_plot
+from .prune_stage import calibration, graph_of, groups_of, wish_of
+from .pruning.allocation import Costs, Curve, allocate, with_budget
+from .pruning.oneshot import Method, weigh
+from .pruning.sweep import FACTORS, point, sweep
+from .pruning.trace import named_tensors
+from .tools import Tools
+
+CURVES, POINTS, PLOT = "curves.json", "feasibility.json", "feasibility.svg"
+# Options that the curves depend on, beside the network, the images and the seed; a budget is not among them.
+OF_CURVES = {"ignore", "prune_shortcuts", "calibration_images"}
+
+
+def check_curves(options: Options) -> None:
+    """Raise InputError if these options choose filters in a way that has no error curves."""
+    if options.selection != "elimination":
+        how = f"--method {options.selection}" if options.method else f"--recipe {options.recipe}"
+        raise InputError(
+            f"--feasibility reads the error curves of the elimination, and with {how} there is none.",
+            hint="Leave out --recipe and --method.",
+        )
+
+
+def asks(options: Options) -> bool:
+    """Whether the user gave a budget of their own."""
+    return bool({"keep", "macs", "size"} & options.model_fields_set)
+
+
+def weighed(tools: Tools, dense_folder: Path, folder: Path) -> None:
+    """What every narrower width of every group would cost."""
+    original = tools.load(dense_folder)
+    groups = groups_of(tools, graph_of(tools, original))
+    sample, _ = calibration(tools)
+    curves = weigh(original, groups, sample, tools.job.input_shape, Method(), tools.progress).curves
+    written = {name: {"widths": curve.widths.tolist(), "error": curve.error.tolist()} for name, curve in curves.items()}
+    write_json(folder / CURVES, {"images": len(sample.chosen), "groups": written})
+
+
+def solved(tools: Tools, dense_folder: Path, curves_folder: Path, folder: Path) -> None:
+    """The networks that could be had, the one that was asked for, and a picture."""
+    job, options, original = tools.job, tools.job.options, tools.load(dense_folder)
+    graph = graph_of(tools, original)
+    groups, wish = groups_of(tools, graph), wish_of(tools, original, graph)
+    costs, stored = Costs(dict(named_tensors(original)), graph, groups), read_json(curves_folder / CURVES)
+    curves = {name: Curve(np.array(each["widths"]), np.array(each["error"])) for name, each in stored["groups"].items()}
+    asked = None
+    if asks(options):
+        widths = allocate(costs, groups, curves, with_budget(costs, groups, wish))
+        asked = point(options.widths, costs, groups, curves, widths)
+    points = sweep(costs, groups, curves, wish)
+    # The narrowest widths are often so far off that the rest of a picture would be squashed.
+    drawn = len(points) - (points[-1].fewer > FACTORS[-1] and len(points) > 3)
+    feasibility_plot(folder / PLOT, points[:drawn], asked, job.model_name)
+    report: dict[str, Any] = {
+        "model": job.model_name,
+        "images": stored["images"],
+        "points": [asdict(each) for each in points],
+        "drawn": drawn,
+        "asked": asdict(asked) if asked else None,
+        "producers": {group.name: list(group.producers) for group in groups},
+    }
+    write_json(folder / POINTS, report)

@@ -1,0 +1,64 @@
+"""What budgets would cost: the widths of several at once, and the error that the curves predict for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .allocation import Costs, Curve, Descent
+from .budget import Widths, Wish, uniform
+from .graph import ChannelGroup
+
+# Times fewer multiply-accumulates; as far as they can be reached.
+FACTORS = (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network that could be had.
+
+    Attributes:
+        budget: what was asked for, for people.
+        macs: multiply-accumulates for one input.
+        fewer: the original's divided by these.
+        size_bytes: of the weights, by the papers' rule.
+        error: predicted, reconstructed and without training: the sum of the curves, from 0 for the original to about 1.
+        widths: group's name → channels that stay.
+    """
+
+    budget: str
+    macs: int
+    fewer: float
+    size_bytes: int
+    error: float
+    widths: Widths
+
+
+def point(
+    budget: str, costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], widths: Widths
+) -> Point:
+    """What widths cost, and what they lose."""
+    whole, _ = costs({group.name: len(group.channels) for group in groups})
+    macs, size = costs(widths)
+    error = sum(float(each.error[each.widths.tolist().index(widths[name])]) for name, each in curves.items())
+    return Point(budget, int(macs), whole / macs, int(size), error, widths)
+
+
+def sweep(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> list[Point]:
+    """The original, some budgets below it, and the least that can be reached; the most multiply-accumulates first.
+
+    Args:
+        costs: of the network.
+        groups: to prune.
+        curves: group's name → its curve, as shares of all of them (see `oneshot.weigh`).
+        wish: the grid, and keep ratios of some layers; its budget is not looked at.
+    """
+    original = {group.name: len(group.channels) for group in groups}
+    whole, descent = costs(original)[0], Descent(costs, groups, curves, wish)
+    most, narrowest = costs(uniform(groups, 1.0, wish))[0], uniform(groups, 0.0, wish)
+    found = {"original": original}
+    for factor in FACTORS:
+        if costs(narrowest)[0] < whole / factor <= most:
+            found[f"{factor:g}x"] = descent.reach(whole / factor)
+    found["narrowest"] = narrowest
+    return [point(budget, costs, groups, curves, widths) for budget, widths in found.items()]
