@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $(STAMP)
 
 demo: $(STAMP) ## the main job on the built-in digits, for the target `cpu`, into runs/demo
-	$(BIN)/thinet-deploy build --target cpu --out runs/demo
+	$(BIN)/thinet-deploy build --target cpu --controls all --out runs/demo
 
 test: $(STAMP) ## the tests, without those marked slow
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

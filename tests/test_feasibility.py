@@ -148,7 +148,7 @@ def test_without_elimination_there_are_no_curves(
 ) -> None:
     with pytest.raises(InputError, match=named) as found:
         pipeline.feasibility(tiny_options(tmp_path / "run", **given))
-    assert "--recipe best" in found.value.hint
+    assert "Leave out" in found.value.hint
     assert not (tmp_path / "run").exists()
 
 

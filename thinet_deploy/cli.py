@@ -193,7 +193,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     """Prune only, and train the thin network yourself: RUN/thin gets plan.json, model.safetensors, report.json.
 
     [bold]thinet-deploy prune --data photos --model net.py:make --weights net.pth --out RUN[/bold]
-    [bold]thinet-deploy prune --recipe best --feasibility --macs 2x …[/bold]   (what would it cost? nothing is pruned)
+    [bold]thinet-deploy prune --feasibility --macs 2x …[/bold]   (what would it cost? nothing is pruned)
 
     In your own training: [bold]thin = thinet_deploy.load_thin(load_plan("RUN/thin/plan.json"), fresh_model,
     Path("RUN/thin/model.safetensors"))[/bold]. Afterwards: [bold]thinet-deploy build --from RUN --weights FILE[/bold].

@@ -107,7 +107,7 @@ def _check_unlabelled(options: Options) -> None:
     if missing := [need for need, lacks in needs.items() if lacks]:
         raise InputError(
             f"--unlabelled needs {missing[0]}.",
-            hint="For example: thinet-deploy build --recipe best --unlabelled photos --data labelled --weights FILE …",
+            hint="For example: thinet-deploy build --unlabelled photos --data labelled --weights FILE …",
         )
 
 
