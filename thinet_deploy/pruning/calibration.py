@@ -22,7 +22,7 @@ from .wide import Wide
 
 # A layer is sampled at so many positions in all, if time (rows × width² multiplications) and memory (rows × width
 # numbers) allow it, but at five or more for each input; refitted by channel, it has many outputs to go by at each.
-_ROWS, _WORK, _NUMBERS = 130_000, 100e9, 75e6
+_ROWS, _WORK, _NUMBERS = 130_000, 100_000_000_000, 75_000_000
 _ROWS_PER_INPUT, _ROWS_BY_CHANNEL = 5, 1024
 _WORTH = 1 / 3
 # Bytes of what the original says, and of the values that the second pass keeps between two layers.
@@ -124,14 +124,13 @@ class Sampling:
         return [positions(size, self.most[call.reader.weight], *key, int(image)) for image in part]
 
 
-def _rows(wide: Wide, reader: Reader) -> float:
+def _rows(wide: Wide, reader: Reader) -> int:
     filters = reader.filters // reader.blocks
     if span := wide.spans.get(reader.weight):
         work = filters * (reader.inputs // span) ** 2
     else:
         work = reader.blocks * reader.inputs * max(reader.inputs, filters)
-    most: float = max(reader.blocks * reader.inputs, reader.filters)
-    return min(_ROWS, _WORK // work, _NUMBERS // most)
+    return min(_ROWS, _WORK // work, _NUMBERS // max(reader.blocks * reader.inputs, reader.filters))
 
 
 @dataclass
