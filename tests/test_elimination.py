@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinet_deploy.pruning.elimination import Part, eliminate
-from thinet_deploy.pruning.moments import Moments, centred
-from thinet_deploy.pruning.reconstruction import inverted, refit
+from thinet_deploy.pruning.reconstruction import Ridge, Solver
 
 RIDGE = 1e-3
 
@@ -31,9 +30,9 @@ def objective(covariance: torch.Tensor, weight: torch.Tensor, penalty: float, co
 
 
 def part(covariance: torch.Tensor, weight: torch.Tensor, size: int) -> tuple[Part, float]:
-    inverse = inverted(covariance, RIDGE)
+    system = Ridge(covariance.clone(), RIDGE)
     channels = weight.shape[1] // size
-    return Part(torch.arange(channels), weight.reshape(len(weight), channels, size), inverse.matrix), inverse.penalty
+    return Part(torch.arange(channels), weight.reshape(len(weight), channels, size), system.inverse()), system.penalty
 
 
 @settings(max_examples=25, deadline=None)
@@ -55,25 +54,22 @@ def test_every_step_is_the_cheapest_of_all_refits(channels: int, size: int, filt
 
 def test_the_weights_left_are_the_closed_form_refit() -> None:
     covariance, weight = problem(6, 2, 3, 7)
-    mine, _ = part(covariance, weight, 2)
+    mine, penalty = part(covariance, weight, 2)
     removal = eliminate([mine], np.zeros(6, dtype=np.int64), 6, 3)
-    moments = Moments(1, torch.zeros(1, 12), covariance[None], torch.zeros(1, 3), (weight @ covariance)[None], None)  # type: ignore[arg-type]
-    moments.energy = torch.zeros(1, 3)
     kept = torch.ones(1, 12, dtype=torch.bool)
     for channel in removal.order:
         kept[0, 2 * channel : 2 * channel + 2] = False
-    inverse = inverted(covariance, RIDGE)
-    ridge = inverse.penalty / float(covariance[kept[0]][:, kept[0]].diagonal().mean())
-    expected = refit(centred(moments, intercept=False), weight[None], kept, ridge)[0]
-    assert torch.allclose(mine.weight.flatten(1), expected[:, kept[0]], atol=1e-9)
+    ridge = penalty / float(covariance[kept[0]][:, kept[0]].diagonal().mean())
+    expected = Solver(covariance[None], kept, ridge)((weight @ covariance)[None], weight[None])[0]
+    assert torch.allclose(mine.weight().flatten(1), expected[:, kept[0]], atol=1e-9)
 
 
 def test_consumers_add_up_and_a_channel_that_nobody_reads_goes_first() -> None:
     first, second = problem(3, 1, 2, 1), problem(2, 1, 2, 2)
     parts = [part(*first, 1)[0], part(*second, 1)[0]]
     parts[1].channels = torch.tensor([0, 2])
-    costs = parts[0].costs().clone()
-    costs[[0, 2]] += parts[1].costs()
+    costs = parts[0].costs()[1].clone()
+    costs[[0, 2]] += parts[1].costs()[1]
     removal = eliminate(parts, np.zeros(4, dtype=np.int64), 4, 2)
     assert removal.order[0] == 3
     assert removal.order[1] == int(costs.argmin())
@@ -96,8 +92,7 @@ def test_duplicates_and_dead_channels_cost_nothing() -> None:
     dead = torch.zeros(8, 8, dtype=torch.float64)
     dead[:6, :6] = twice
     wide = torch.cat([weight / 2, weight / 2, torch.randn(4, 2, dtype=torch.float64)], 1)
-    inverse = inverted(dead, 1e-9)
-    mine = Part(torch.arange(8), wide.reshape(4, 8, 1), inverse.matrix)
+    mine = Part(torch.arange(8), wide.reshape(4, 8, 1), Ridge(dead, 1e-9).inverse())
     removal = eliminate([mine], np.zeros(8, dtype=np.int64), 8, 3)
     assert {6, 7} <= set(removal.order.tolist())
     assert removal.error[-1] < 1e-6 * float((weight @ covariance * weight).sum())

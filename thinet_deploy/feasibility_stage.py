@@ -42,9 +42,10 @@ def asks(options: Options) -> bool:
 def weighed(tools: Tools, dense_folder: Path, folder: Path) -> None:
     """What every narrower width of every group would cost."""
     original = tools.load(dense_folder)
-    groups = groups_of(tools, graph_of(tools, original))
+    graph = graph_of(tools, original)
+    groups = groups_of(tools, graph)
     sample, _ = calibration(tools)
-    curves = weigh(original, groups, sample, tools.job.input_shape, Method(), tools.progress).curves
+    curves = weigh(original, graph, groups, sample, tools.job.input_shape, Method(), tools.progress).curves
     written = {name: {"widths": curve.widths.tolist(), "error": curve.error.tolist()} for name, curve in curves.items()}
     write_json(folder / CURVES, {"images": len(sample.chosen), "groups": written})
 

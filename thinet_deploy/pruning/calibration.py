@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,17 +13,22 @@ from torch import fx
 
 from ..data import ImageSet
 from ..interfaces import Progress, silent
+from ..seeds import generator
 from .geometry import map_size
-from .moments import Moments, Positions, at_positions, patches, positions
+from .moments import Moments, Positions, at_positions, output_size, patches, positions
 from .readers import Reader, Use
 from .replay import Values
 from .wide import Wide
 
-# A layer is sampled at this many positions in all, if memory and time allow it: in wide layers the moments take
-# rows × width² operations, and the original's outputs are kept.
-_ROWS, _ROWS_PER_INPUT = 130_000, 10
+# A layer is sampled at so many positions in all, if time (rows × width² multiplications) and memory (rows × width
+# numbers) allow it, but at five or more for each input; refitted by channel, it has many outputs to go by at each.
+_ROWS, _WORK, _NUMBERS = 130_000, 100_000_000_000, 75_000_000
+_ROWS_PER_INPUT, _ROWS_BY_CHANNEL = 5, 1024
 _WORTH = 1 / 3
-_NUMBERS_PER_LAYER, _BYTES = 75_000_000, 2 << 30
+# Bytes of what the original says, and of the values that the second pass keeps between two layers.
+_SAID, _BETWEEN, _FEWEST_IMAGES = 2 << 30, 1 << 30, 32
+
+Key = tuple[str, int]  # weight, number of its call
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,39 @@ class Sample:
     batch: int
     seed: int
 
-    def __iter__(self) -> Iterator[tuple[slice, NDArray[np.int64], torch.Tensor]]:
-        """Batches: their place among all images, indices, and inputs."""
+    def shuffled(self) -> Sample:
+        """The same images in another order, so that the first of them are a fair sample of all."""
+        return replace(self, chosen=generator(self.seed, "calibration", "order").permutation(self.chosen))
+
+    def batches(self) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+        """Their place among all images, and indices."""
         for start in range(0, len(self.chosen), self.batch):
             part = self.chosen[start : start + self.batch]
-            yield slice(start, start + len(part)), part, torch.from_numpy(self.images.inputs(part))
+            yield slice(start, start + len(part)), part
+
+    def inputs(self, part: NDArray[np.int64]) -> torch.Tensor:
+        """The network's inputs for some indices."""
+        return torch.from_numpy(self.images.inputs(part))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A layer, the number of one of its calls, and that call."""
+
+    reader: Reader
+    number: int
+    use: Use
+
+    @property
+    def key(self) -> Key:
+        """(weight, number)."""
+        return self.reader.weight, self.number
+
+    @staticmethod
+    def all(readers: Iterable[Reader]) -> list[Call]:
+        """The calls of some layers, in the order of execution."""
+        calls = [Call(reader, number, use) for reader in readers for number, use in enumerate(reader.uses)]
+        return sorted(calls, key=lambda call: call.use.at)
 
 
 @dataclass(frozen=True)
@@ -55,37 +88,49 @@ class Sampling:
 
     Attributes:
         sample: the images.
-        most: weight → positions in each image.
+        images: weight → how many of them, from the first, are looked at; never falling from front to back.
+        most: weight → positions in each of these.
     """
 
     sample: Sample
+    images: Mapping[str, int]
     most: Mapping[str, int]
 
     @staticmethod
     def of(wide: Wide, sample: Sample) -> Sampling:
-        """As many positions as pay: at least ten rows per input of a layer, on large networks not many more."""
-        rows = {
-            each.weight: min(_ROWS, _NUMBERS_PER_LAYER // max(each.inputs, each.filters))
-            for each in wide.readers.values()
-        }
-        share = min(1.0, _BYTES / sum(4 * rows[each.weight] * each.filters for each in wide.readers.values()))
-        return Sampling(
-            sample,
-            {
-                each.weight: -(
-                    -max(_ROWS_PER_INPUT * each.inputs, int(share * rows[each.weight])) // len(sample.chosen)
-                )
-                for each in wide.readers.values()
-            },
-        )
+        """As many images as there is room for between two layers, and as many positions in them as pay.
 
-    def places(self, reader: Reader, number: int, size: tuple[int, int], part: NDArray[np.int64]) -> list[Positions]:
-        """Output positions of a layer's call, for each image of a batch."""
-        key = (self.sample.seed, reader.weight, number)
-        return [positions(size, self.most[reader.weight], *key, int(image)) for image in part]
+        The large maps in front are so looked at in fewer images, at more positions in each.
+        """
+        readers = list(wide.readers.values())
+        rows = {each.weight: _rows(wide, each) for each in readers}
+        share = min(1.0, _SAID / max(1, sum(4 * rows[each.weight] * each.filters for each in readers)))
+        images, most, enough = {}, {}, len(sample.chosen)
+        for each in reversed(readers):
+            fewest = _ROWS_BY_CHANNEL if each.weight in wide.spans else _ROWS_PER_INPUT * each.inputs
+            wanted = max(fewest, int(share * rows[each.weight]))
+            room = max(_FEWEST_IMAGES, _BETWEEN // max(1, wide.replay.held(each.uses[0].at)))
+            enough = min(enough, room, wanted)
+            images[each.weight], most[each.weight] = enough, -(-wanted // enough)
+        return Sampling(sample, images, most)
+
+    def share(self, reader: Reader, images: slice) -> int:
+        """How many images of a batch are looked at in a layer: the first ones of it."""
+        return max(0, min(self.images[reader.weight], images.stop) - images.start)
+
+    def places(self, call: Call, size: tuple[int, int], part: NDArray[np.int64]) -> list[Positions]:
+        """Output positions of a layer's call, whose map is of that size, for each of some images."""
+        key = (self.sample.seed, call.reader.weight, call.number)
+        return [positions(size, self.most[call.reader.weight], *key, int(image)) for image in part]
 
 
-Key = tuple[str, int]  # weight, number of its call
+def _rows(wide: Wide, reader: Reader) -> int:
+    filters = reader.filters // reader.blocks
+    if span := wide.spans.get(reader.weight):
+        work = filters * (reader.inputs // span) ** 2
+    else:
+        work = reader.blocks * reader.inputs * max(reader.inputs, filters)
+    return min(_ROWS, _WORK // work, _NUMBERS // max(reader.blocks * reader.inputs, reader.filters))
 
 
 @dataclass
@@ -107,9 +152,10 @@ class Original:
         """
         return {weight: variance**-_WORTH for weight, variance in self.variance().items()}
 
-    def at(self, key: Key, images: slice, count: int) -> torch.Tensor:
-        """The rows of some images, `count` for each, in float64."""
-        return self.rows[key][images.start * count : images.stop * count].double()
+    def at(self, key: Key, start: int, places: list[Positions]) -> torch.Tensor:
+        """The rows of the images from number `start` on, one for each of their places."""
+        count = len(places[0])
+        return self.rows[key][start * count : (start + len(places)) * count]
 
 
 def observe(
@@ -127,40 +173,59 @@ def observe(
         Moments by weight, whose targets are the layer's own outputs behind its BatchNorm, without what it is added to;
         and the outputs of all layers.
     """
-    begins: dict[int, tuple[Reader, int, Use]] = {}
-    ends: defaultdict[int, list[tuple[Reader, int]]] = defaultdict(list)
-    for reader in wide.readers.values():
-        for number, use in enumerate(reader.uses):
-            begins[use.at] = reader, number, use
-            ends[use.ends].append((reader, number))
+    gathered = {name: wide.gathering(wide.readers[name], targets=False) for name in consumers}
+    calls = Call.all(wide.readers.values())
+    rows = {call.key: [torch.empty(0, call.reader.filters)] for call in calls}
+    begins = {call.use.at: call for call in calls if call.reader.weight in gathered}
+    ends: defaultdict[int, list[Call]] = defaultdict(list)
+    for call in calls:
+        ends[call.use.ends].append(call)
     index = {node: number for number, node in enumerate(wide.replay.trace.nodes)}
-    moments = {name: empty(wide.readers[name]) for name in consumers}
-    rows: defaultdict[Key, list[torch.Tensor]] = defaultdict(list)
-    places: dict[Key, list[Positions]] = {}
 
-    def looking(part: NDArray[np.int64]) -> Callable[[fx.Node, Values], None]:
+    def looking(images: slice, part: NDArray[np.int64]) -> Callable[[fx.Node, Values], None]:
         def see(node: fx.Node, values: Values) -> None:
-            if begun := begins.get(index[node]):
-                reader, number, use = begun
-                layer, inputs = wide.layer(use, values)
-                places[reader.weight, number] = sampling.places(reader, number, map_size(layer, inputs), part)
-                if reader.weight in moments:
-                    mine = patches(layer, inputs[: len(part)], places[reader.weight, number])
-                    moments[reader.weight].add(mine, wide.say(reader, mine))
-            for reader, number in ends.get(index[node], ()):
-                value = values[node.name][: len(part)]
-                seen = at_positions(value, places[reader.weight, number], linear=reader.linear)
-                rows[reader.weight, number].append(seen.float())
+            call = begins.get(index[node])
+            if call and (count := sampling.share(call.reader, images)):
+                _, read = look(wide, sampling, call, values, part[:count])
+                gathered[call.reader.weight].add(read, torch.empty(len(read), 0))
+            for call in ends.get(index[node], ()):
+                if count := sampling.share(call.reader, images):
+                    value = values[node.name][:count]
+                    places = sampling.places(call, output_size(value, linear=call.reader.linear), part[:count])
+                    rows[call.key].append(at_positions(value, places, linear=call.reader.linear))
 
         return see
 
-    for images, part, inputs in sampling.sample:
-        progress("Calibrating", images.start, len(sampling.sample.chosen))
-        wide.replay.run(wide.replay.begin(inputs), 0, len(index), looking(part))
-    progress("Calibrating", len(sampling.sample.chosen), len(sampling.sample.chosen))
-    return moments, Original({key: torch.cat(each) for key, each in rows.items()})
+    last = max(sampling.images.values(), default=0)
+    for images, part in sampling.sample.batches():
+        if images.start < last:
+            progress("Calibrating", images.start, last)
+            values = wide.replay.begin(sampling.sample.inputs(part))
+            wide.replay.run(values, 0, len(index), looking(images, part))
+    progress("Calibrating", last, last)
+    moments = together({name: each.moments() for name, each in gathered.items()})
+    found = {name: wide.own(wide.readers[name], each) for name, each in moments.items()}
+    return found, Original({key: torch.cat(each) for key, each in rows.items()})
 
 
-def empty(reader: Reader) -> Moments:
-    """Moments of a layer, without rows."""
-    return Moments.empty(reader.blocks, reader.inputs, reader.filters // reader.blocks)
+def look(
+    wide: Wide, sampling: Sampling, call: Call, values: Values, part: NDArray[np.int64]
+) -> tuple[list[Positions], torch.Tensor]:
+    """Where a layer is sampled for the images `part`, the first of a batch, and what it reads there."""
+    layer, inputs = wide.layer(call.use, values)
+    places = sampling.places(call, map_size(layer, inputs), part)
+    return places, patches(layer, inputs[: len(part)], places)
+
+
+def together(moments: dict[str, Moments]) -> dict[str, Moments]:
+    """Sums over the images of this process become sums over all; the same in each."""
+    for each in moments.values():
+        each.count = int(total(torch.tensor(each.count)))
+        for sums in (each.patches, each.squares, each.targets, each.cross):
+            total(sums)
+    return moments
+
+
+def total(sums: torch.Tensor) -> torch.Tensor:
+    """A sum over the rows of this process becomes, in place, the sum over those of all processes: of the only one."""
+    return sums

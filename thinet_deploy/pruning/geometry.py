@@ -17,7 +17,7 @@ class Geometry:
     """A consumer as a plain convolution.
 
     Attributes:
-        weight: (filters, inputs per group, height, width), in float64.
+        weight: (filters, inputs per group, height, width).
         stride: vertical and horizontal step, in pixels.
         dilation: distance of kernel positions, in pixels.
         groups: of the convolution.
@@ -68,8 +68,8 @@ def as_convolution(given: Mapping[str, Any]) -> tuple[Geometry, torch.Tensor]:
 
 
 def plain_weight(weight: torch.Tensor, *, transposed: bool, groups: int) -> torch.Tensor:
-    """The weight of the plain convolution that a layer is, (filters, inputs per group, height, width), in float64."""
-    weight = weight.detach().double()
+    """The weight of the plain convolution that a layer is, (filters, inputs per group, height, width)."""
+    weight = weight.detach()
     weight = weight.reshape(*weight.shape[:2], *[1] * (4 - weight.dim()), *weight.shape[2:])
     return _turned(weight, groups) if transposed else weight
 

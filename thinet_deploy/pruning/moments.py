@@ -28,7 +28,6 @@ class Moments:
         squares: Σ p pᵀ, (G, D, D).
         targets: Σ t over what the filters should say, (G, O); O filters per block.
         cross: Σ t pᵀ, (G, O, D).
-        energy: Σ t², (G, O).
     """
 
     count: int
@@ -36,28 +35,16 @@ class Moments:
     squares: torch.Tensor
     targets: torch.Tensor
     cross: torch.Tensor
-    energy: torch.Tensor
 
-    @staticmethod
-    def empty(blocks: int, inputs: int, filters: int) -> Moments:
-        """No rows yet."""
-
-        def zeros(*size: int) -> torch.Tensor:
-            return torch.zeros(blocks, *size, dtype=torch.float64)
-
-        return Moments(0, zeros(inputs), zeros(inputs, inputs), zeros(filters), zeros(filters, inputs), zeros(filters))
-
-    def add(self, patches: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add rows: patches (n, G, D) and targets (n, G · O), in float64."""
-        blocks = self.patches.shape[0]
-        wanted = targets.reshape(len(targets), blocks, -1)
-        self.count += len(patches)
-        self.patches += patches.sum(0)
-        self.targets += wanted.sum(0)
-        self.energy += wanted.square().sum(0)
-        for block in range(blocks):
-            self.squares[block].addmm_(patches[:, block].T, patches[:, block])
-            self.cross[block].addmm_(wanted[:, block].T, patches[:, block])
+    def saying(self, weight_god: torch.Tensor, shift_go: torch.Tensor) -> Moments:
+        """The same rows with t = W p + b as targets: then all sums over t follow from those over p."""
+        return Moments(
+            self.count,
+            self.patches,
+            self.squares,
+            (weight_god @ self.patches[..., None])[..., 0] + self.count * shift_go,
+            weight_god @ self.squares + shift_go[..., None] * self.patches[:, None],
+        )
 
 
 @dataclass(frozen=True)
@@ -69,14 +56,12 @@ class Centred:
         covariance: (G, D, D).
         target: E t, (G, O).
         cross: covariance of targets and patches, (G, O, D).
-        variance: of the targets, (G, O).
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
     target: torch.Tensor
     cross: torch.Tensor
-    variance: torch.Tensor
 
 
 def centred(moments: Moments, *, intercept: bool = True) -> Centred:
@@ -85,13 +70,9 @@ def centred(moments: Moments, *, intercept: bool = True) -> Centred:
     mean, target = moments.patches / count, moments.targets / count
     if not intercept:
         mean, target = torch.zeros_like(mean), torch.zeros_like(target)
-    return Centred(
-        mean,
-        moments.squares / count - mean[:, :, None] * mean[:, None, :],
-        target,
-        moments.cross / count - target[:, :, None] * mean[:, None, :],
-        moments.energy / count - target.square(),
-    )
+    covariance, cross = moments.squares / count, moments.cross / count
+    covariance.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-1)
+    return Centred(mean, covariance, target, cross.baddbmm_(target[:, :, None], mean[:, None, :], alpha=-1))
 
 
 def positions(size: tuple[int, int], most: int, *key: int | str) -> Positions:
@@ -111,7 +92,7 @@ def patches(layer: Geometry, inputs: torch.Tensor, places: list[Positions]) -> t
         places: one array per image, of equal lengths.
 
     Returns:
-        (images · positions, G, D) in float64; D runs over the block's channels, then over the kernel.
+        (images · positions, G, D); D runs over the block's channels, then over the kernel.
     """
     _, width = map_size(layer, inputs)
     flat = torch.from_numpy(np.stack(places))
@@ -124,11 +105,18 @@ def patches(layer: Geometry, inputs: torch.Tensor, places: list[Positions]) -> t
     image = torch.arange(len(inputs))[:, None, None, None]
     found = pixels[image, rows[..., :, None], columns[..., None, :]]  # (images, positions, kernel_h, kernel_w, inputs)
     found = found.flatten(0, 1).flatten(1, 2).transpose(1, 2)  # (rows, inputs, kernel)
-    return found.reshape(len(found), layer.groups, -1).double()
+    return found.reshape(len(found), layer.groups, -1)
+
+
+def output_size(values: torch.Tensor, *, linear: bool) -> tuple[int, int]:
+    """Height and width of a layer's output, as `map_size` gives them; of a linear layer, positions and 1."""
+    if linear:
+        return values[0, ..., 0].numel(), 1
+    return (int(values.shape[2]), int(values.shape[3])) if values.dim() == 4 else (1, int(values.shape[2]))
 
 
 def at_positions(values: torch.Tensor, places: list[Positions], *, linear: bool) -> torch.Tensor:
-    """Rows (images · positions, channels) of a layer's outputs, in float64; a linear layer's channels come last."""
+    """Rows (images · positions, channels) of a layer's outputs; a linear layer's channels come last."""
     pixels = (values.flatten(1, -2) if values.dim() > 2 else values[:, None]) if linear else values.flatten(2).mT
     flat = torch.from_numpy(np.stack(places))
-    return pixels.gather(1, flat[..., None].expand(-1, -1, pixels.shape[2])).flatten(0, 1).double()
+    return pixels.gather(1, flat[..., None].expand(-1, -1, pixels.shape[2])).flatten(0, 1)

@@ -16,21 +16,22 @@ from .budget import Widths, possible
 from .calibration import Original, Sample, Sampling, observe
 from .elimination import Removal, eliminate
 from .graph import ChannelGraph, ChannelGroup
-from .moments import Moments, centred
+from .moments import Moments
 from .plan import empty_plan
-from .reconstruction import scale
-from .repair import Front
+from .readers import Reader
+from .reconstruction import Solver, scale
+from .repair import Front, Rows
 from .scores import apoz, random_scores, taylor, weight_sum
 from .selection import by_score, thinet, thinet_omp
-from .wide import Wide, exact_gram, parts
+from .weighing import exact_gram, parts
+from .wide import Wide
 
 Selection = Literal["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"]
 Reconstruction = Literal["full", "scale", "none"]
 Targets = Literal["residual", "asymmetric", "symmetric"]
 
 
-# Of refitting to what counts behind a ReLU.
-ROUNDS = 3
+ROUNDS = 3  # of refitting to what counts behind a ReLU
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,12 @@ class Pruned:
         kept: per channel of the graph, whether it stays.
         widths: group's name → channels that stay.
         curves: group's name → what narrower widths would have cost; only of the elimination.
-        again: operations executed twice, for lack of memory for what lies between.
     """
 
     model: nn.Module
     kept: NDArray[np.bool_]
     widths: Widths
     curves: dict[str, Curve]
-    again: int
 
 
 def prune_once(
@@ -104,14 +103,16 @@ def prune_once(
     Args:
         original: the network; left untouched.
         graph: of it.
-        groups: to prune; all of their consumers have at most `wide.MOST_INPUTS` inputs.
+        groups: to prune; all of their consumers are `wide.within_reach`.
         widths: chooses them, given the error curves if the selection has any.
         sample: calibration images; labels are used by the selection "taylor" only.
         input_shape: of the network.
         method: how.
         progress: to report to.
     """
-    seen = weigh(original, groups, sample, input_shape, method, progress)
+    seen = weigh(original, graph, groups, sample, input_shape, method, progress)
+    if method.targets != "symmetric":
+        seen.moments.clear()  # they are gathered anew, layer by layer
     chosen = widths(seen.curves)
     wide = seen.wide
     work = _Work(wide, graph, seen.sampling, seen.said, seen.moments, method, chosen, list(groups))
@@ -119,11 +120,12 @@ def prune_once(
         progress("Pruning", number, len(wide.readers), name.removesuffix(".weight"))
         work.go_on(name)
     progress("Pruning", len(wide.readers), len(wide.readers))
-    return Pruned(wide.model, work.kept, chosen, seen.curves, work.front.again)
+    return Pruned(wide.model, work.kept, chosen, seen.curves)
 
 
 def weigh(
     original: nn.Module,
+    graph: ChannelGraph,
     groups: Sequence[ChannelGroup],
     sample: Sample,
     input_shape: tuple[int, ...],
@@ -135,8 +137,8 @@ def weigh(
     The errors of the curves are shares of what the consumers of all groups say: of its variance, weighed between layers
     as the errors are. So their sum over the groups is 0 for the original, and about 1 where nothing of it is left.
     """
-    wide = Wide.of(original, input_shape, sample.batch, residual=method.targets == "residual")
-    sampling = Sampling.of(wide, sample)
+    wide = Wide.of(original, graph, input_shape, sample.batch, residual=method.targets == "residual")
+    sampling = Sampling.of(wide, sample.shuffled())
     consumers = {each.weight for group in groups for each in group.consumers}
     moments, said = observe(wide, sampling, consumers, progress)
     curves: dict[str, Curve] = {}
@@ -159,8 +161,7 @@ def _elimination(
 ) -> Removal:
     stats = {}
     for each in group.consumers:
-        reader = wide.readers[each.weight]
-        stats[each.weight] = centred(moments[each.weight], intercept=bool(reader.norm or reader.bias))
+        stats[each.weight] = wide.centred(wide.readers[each.weight], moments[each.weight])
     return eliminate(parts(wide, group, stats, worth, ridge), group.cells, group.steps, keep)
 
 
@@ -197,17 +198,26 @@ class _Work:
             return
         full, fresh = self.method.reconstruction == "full", self.method.targets != "symmetric"
         others = {each.weight for group in mine for each in group.consumers} - {name}
-        found: Mapping[str, Moments] = self.moments
+        reader, found = self.wide.readers[name], self.moments
+        again = full and fresh and reader.uses[0].rectified and name not in self.wide.spans
+        rows: Rows | None = None
         if fresh and (mine or full):
-            found = self.front.collect([self.wide.readers[each] for each in (name, *sorted(others))])
+            wanted = [reader, *(self.wide.readers[each] for each in sorted(others))]
+            found, rows = self.front.collect(wanted, keep=again)
         for group in mine:
             self.todo.remove(group)
             self._prune(group, found)
-        if full and (fresh or name in self.moments):
-            reader = self.wide.readers[name]
-            self.wide.refit(reader, found[name], self.method.ridge)
-            for _ in range(ROUNDS if fresh and reader.uses[0].rectified else 0):
-                self.wide.refit(reader, self.front.collect([reader], rectified=True)[name], self.method.ridge)
+        if full and name in found:
+            self._refit(reader, found[name], rows if again else None)
+
+    def _refit(self, reader: Reader, moments: Moments, rows: Rows | None) -> None:
+        stats = self.wide.centred(reader, moments)
+        solver = Solver(stats.covariance, self.wide.counting(reader), self.method.ridge)
+        self.wide.refit(reader, stats, solver)
+        # With fewer rows than inputs the layer already says what it should on all of them.
+        if rows and moments.count >= reader.inputs:
+            for _ in range(ROUNDS):
+                self.wide.refit(reader, rows.rectified(stats), solver)
 
     def _prune(self, group: ChannelGroup, moments: Mapping[str, Moments]) -> None:
         stays = self._select(group, moments)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from .moments import Centred
 
 
 def scale(gram_cc: NDArray[np.float64], kept: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -42,43 +38,54 @@ def relative_error(gram_cc: NDArray[np.float64], kept: NDArray[np.int64], weight
     return max(0.0, float(coefficients @ gram_cc @ coefficients)) / total if total > 0 else 0.0
 
 
-def refit(stats: Centred, weight: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Ridge regression of targets on the inputs that stay, towards the present weights.
+class Ridge:
+    """Σ + λI with λ = share · mean(diag Σ), factorised; of inputs that never change, λ is 1.
 
-    W' = (B_S + λ W_S)(Σ_SS + λI)⁻¹ with λ = ridge · mean(diag Σ_SS), block by block. With symmetric targets and all
-    inputs kept W' = W.
-
-    Args:
-        stats: of G blocks with D inputs and O filters each.
-        weight: W, (G, O, D).
-        kept: which inputs stay, (G, D).
-        ridge: share of the inputs' mean variance.
-
-    Returns:
-        W', (G, O, D), zero where inputs go.
+    Attributes:
+        penalty: λ.
     """
-    new = torch.zeros_like(weight)
-    for block, stays in enumerate(kept):
-        index = torch.nonzero(stays)[:, 0]
-        inverse = inverted(stats.covariance[block][index][:, index], ridge)
-        start = stats.cross[block][:, index] + inverse.penalty * weight[block][:, index]
-        new[block][:, index] = start @ inverse.matrix
-    return new
+
+    def __init__(self, covariance_dd: torch.Tensor, share: float) -> None:
+        """Factorise; Σ is used up."""
+        self.penalty = (share * float(covariance_dd.diagonal().mean()) if len(covariance_dd) else 0.0) or 1.0
+        covariance_dd.diagonal().add_(self.penalty)
+        self._factor, failed = torch.linalg.cholesky_ex(covariance_dd)
+        self._inverse: torch.Tensor | None = None
+        if int(failed):  # rounding made it indefinite
+            self._inverse = torch.linalg.pinv(covariance_dd, hermitian=True)
+
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
+        """(Σ + λI)⁻¹ R."""
+        return torch.cholesky_solve(right, self._factor) if self._inverse is None else self._inverse @ right
+
+    def inverse(self) -> torch.Tensor:
+        """(Σ + λI)⁻¹."""
+        return torch.cholesky_inverse(self._factor) if self._inverse is None else self._inverse
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """(Σ + λI)⁻¹ and λ."""
+class Solver:
+    """Ridge regressions of several targets on the same inputs, towards the present weights.
 
-    matrix: torch.Tensor
-    penalty: float
+    W' = (B_S + λ W_S)(Σ_SS + λI)⁻¹, block by block. With the layer's own outputs as targets and all inputs kept W' = W.
+    """
 
+    def __init__(self, covariance_gdd: torch.Tensor, kept_gd: torch.Tensor, ridge: float) -> None:
+        """Factorise.
 
-def inverted(covariance: torch.Tensor, ridge: float) -> Inverse:
-    """The inverse of a covariance matrix with a ridge; of inputs that never change, λ is 1."""
-    penalty = ridge * float(covariance.diagonal().mean()) or 1.0
-    system = covariance + penalty * torch.eye(len(covariance), dtype=covariance.dtype)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if int(failed):  # rounding made it indefinite
-        return Inverse(torch.linalg.pinv(system, hermitian=True), penalty)
-    return Inverse(torch.cholesky_inverse(factor), penalty)
+        Args:
+            covariance_gdd: Σ of G blocks with D inputs each.
+            kept_gd: which inputs stay.
+            ridge: λ as a share of the inputs' mean variance.
+        """
+        self._stay = [torch.nonzero(kept)[:, 0] for kept in kept_gd]
+        self._ridges = [
+            Ridge(covariance[stay][:, stay], ridge) for covariance, stay in zip(covariance_gdd, self._stay, strict=True)
+        ]
+
+    def __call__(self, cross_god: torch.Tensor, weight_god: torch.Tensor) -> torch.Tensor:
+        """W' for B and W, (G, O, D), zero where inputs go."""
+        new = torch.zeros_like(weight_god)
+        for block, (stay, ridge) in enumerate(zip(self._stay, self._ridges, strict=True)):
+            start = cross_god[block][:, stay] + ridge.penalty * weight_god[block][:, stay]
+            new[block][:, stay] = ridge.solve(start.T).T
+        return new

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from .calibration import Key, Original, Sampling, empty
-from .geometry import map_size
-from .moments import Moments, Positions, at_positions, patches
-from .readers import Reader, Use
+from .calibration import Call, Original, Sampling, look, together, total
+from .moments import Centred, Moments, Positions, at_positions
+from .readers import Reader
 from .replay import Values
+from .sums import Gathering, product
 from .wide import Wide
 
-# Values between two layers are kept for all images if they fit in here; else the pass starts from the last that did.
-_BYTES = 4 << 30
+
+@dataclass
+class _Batch:
+    """Some images, and how far the work has come with them.
+
+    Attributes:
+        images: their place among all.
+        part: their indices.
+        values: in front of operation `here`; none at the start.
+        here: index in the trace.
+    """
+
+    images: slice
+    part: NDArray[np.int64]
+    values: Values = field(default_factory=dict)
+    here: int = 0
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a layer read, until what it should have said is known."""
+    """What a layer read, until what it is added to is known."""
 
-    key: Key
-    reader: Reader
-    use: Use
-    patches: torch.Tensor
+    call: Call
     places: list[Positions]
+    patches: torch.Tensor
 
 
 class Front:
-    """How far into the network the work has come, and the values there for all images, if they fit in memory.
+    """How far into the network the work has come, and the values there.
 
-    Attributes:
-        again: how many operations were executed once more because the values before them did not fit, a batch counted
-            as one.
+    Images wait at the start until there is room for their values: early in the network, where maps are large, few
+    images are looked at (`Sampling.images`), and none passes through an operation twice but where layers that read
+    the same channels are looked at together.
     """
 
     def __init__(self, wide: Wide, sampling: Sampling, original: Original) -> None:
@@ -48,67 +61,101 @@ class Front:
             original: what the layers should say.
         """
         self.wide, self.sampling, self.original = wide, sampling, original
-        self.again = 0
-        self._start, self._saved = 0, list[Values]()
+        self._batches = [_Batch(images, part) for images, part in sampling.sample.batches()]
 
-    def collect(self, wanted: Sequence[Reader], *, rectified: bool = False) -> dict[str, Moments]:
+    def collect(self, wanted: Sequence[Reader], *, keep: bool = False) -> tuple[dict[str, Moments], Rows]:
         """Moments of some layers on the network as it stands, with the original's outputs as targets.
 
         Args:
             wanted: layers; nothing before the first of them may change any more.
-            rectified: where a ReLU follows and the original is not positive, be content with what the layer says now,
-                as far as that is not positive either. Refitting to such targets never raises the error behind the ReLU
-                (Zhang et al., "Accelerating very deep convolutional networks", TPAMI 2016, section 3.2).
+            keep: keep the rows of the first one given.
+
+        Returns:
+            Moments by weight, and the rows kept.
         """
-        moments = {reader.weight: empty(reader) for reader in wanted}
-        calls = [(use, number, reader) for reader in wanted for number, use in enumerate(reader.uses)]
-        calls.sort(key=lambda call: call[0].at)
-        first, left, saved = calls[0][0].at, _BYTES, list[Values]()
-        for index, (images, part, inputs) in enumerate(self.sampling.sample):
-            values = _copy(self._saved[index]) if self._saved else self.wide.replay.begin(inputs)
-            here, waiting = self._start, list[_Seen]()
-            for use, number, reader in calls:
-                self.wide.replay.run(values, here, use.at)
-                here = use.at
-                if here == first and left > 0:
-                    saved.append(_copy(values))
-                    left -= sum(value.nbytes for value in values.values())
-                waiting.append(self._look(use, number, reader, values, part))
-                waiting = self._add(waiting, values, moments, images, rectified=rectified)
-            while waiting:
-                until = min(seen.use.ends for seen in waiting)
-                self.wide.replay.run(values, here, until)
-                here = until
-                waiting = self._add(waiting, values, moments, images, rectified=rectified)
-        if left > 0:
-            self._start, self._saved = first, saved
-        else:
-            self.again += first - self._start
-        return moments
+        gathered = {each.weight: self.wide.gathering(each, keep=keep and each is wanted[0]) for each in wanted}
+        rows, calls = Rows(self.wide, wanted[0], gathered[wanted[0].weight]), Call.all(wanted)
+        for batch in self._batches:
+            if mine := [call for call in calls if self.sampling.share(call.reader, batch.images)]:
+                for seen, target, other in self._visit(batch, mine, calls[0]):
+                    gathered[seen.call.reader.weight].add(seen.patches, target - other)
+                    if keep and seen.call.reader is wanted[0]:
+                        rows.add(target, other)
+        return together({name: each.moments() for name, each in gathered.items()}), rows
 
-    def _look(self, use: Use, number: int, reader: Reader, values: Values, part: NDArray[np.int64]) -> _Seen:
-        layer, inputs = self.wide.layer(use, values)
-        places = self.sampling.places(reader, number, map_size(layer, inputs), part)
-        return _Seen((reader.weight, number), reader, use, patches(layer, inputs[: len(part)], places), places)
+    def _visit(self, batch: _Batch, calls: list[Call], first: Call) -> Iterator[tuple[_Seen, Tensor, Tensor]]:
+        """What the layers read, what the original said there, and what is added to it, zeros if nothing is.
 
-    def _add(
-        self, waiting: list[_Seen], values: Values, moments: dict[str, Moments], images: slice, *, rectified: bool
-    ) -> list[_Seen]:
-        """Add the rows whose targets are known by now; the others."""
-        still = []
-        for seen in waiting:
-            if seen.use.other is not None and seen.use.other.name not in values:
-                still.append(seen)
-                continue
-            target, other = self.original.at(seen.key, images, len(seen.places[0])), torch.zeros(())
-            if seen.use.other is not None:
-                rows = values[seen.use.other.name][: images.stop - images.start]
-                other = at_positions(rows, seen.places, linear=seen.reader.linear)
-            if rectified and seen.use.rectified:
-                now = self.wide.say(seen.reader, seen.patches) + other
-                target = torch.where(target > 0, target, now.clamp(max=0))
-            moments[seen.reader.weight].add(seen.patches, target - other)
-        return still
+        The values in front of the first call stay, for the images that are looked at there.
+        """
+        values = batch.values or self.wide.replay.begin(self.sampling.sample.inputs(batch.part))
+        here, waiting = batch.here, list[_Seen]()
+        if self.sampling.share(first.reader, batch.images):
+            self.wide.replay.run(values, here, first.use.at)
+            here = batch.here = first.use.at
+            batch.values = values
+        begins, ends = {call.use.at for call in calls}, {call.use.ends for call in calls if call.use.other}
+        for stop in sorted(begins | ends):
+            if stop > here and (stop in begins or waiting):
+                values = _copy(values) if values is batch.values else values
+                self.wide.replay.run(values, here, stop)
+                here = stop
+            waiting += [self._look(call, batch, values) for call in calls if call.use.at == stop]
+            known = [seen for seen in waiting if seen.call.use.other is None or seen.call.use.other.name in values]
+            waiting = [seen for seen in waiting if seen not in known]
+            for seen in known:
+                yield seen, *self._say(seen, batch, values)
+
+    def _look(self, call: Call, batch: _Batch, values: Values) -> _Seen:
+        part = batch.part[: self.sampling.share(call.reader, batch.images)]
+        return _Seen(call, *look(self.wide, self.sampling, call, values, part))
+
+    def _say(self, seen: _Seen, batch: _Batch, values: Values) -> tuple[Tensor, Tensor]:
+        call, places = seen.call, seen.places
+        target = self.original.at(call.key, batch.images.start, places)
+        if call.use.other is None:
+            return target, torch.zeros_like(target)
+        return target, at_positions(values[call.use.other.name][: len(places)], places, linear=call.reader.linear)
+
+
+class Rows:
+    """What a layer read at its places on the network as it now stands, and what it should say there.
+
+    The number of rows is bounded, however many images there are.
+    """
+
+    def __init__(self, wide: Wide, reader: Reader, gathered: Gathering) -> None:
+        """Without targets yet; these come in the order of the rows gathered."""
+        self.wide, self.reader, self._gathered = wide, reader, gathered
+        self._targets, self._others = list[Tensor](), list[Tensor]()
+
+    def add(self, target: Tensor, other: Tensor) -> None:
+        """What the original said (n, filters), and what is added to what this layer says, (n, filters)."""
+        self._targets.append(target)
+        self._others.append(other)
+
+    def rectified(self, stats: Centred) -> Centred:
+        """The statistics with targets as they count behind a ReLU.
+
+        Where the original is not positive, be content with what the layer says now, as far as that is not positive
+        either. Refitting to such targets never raises the error behind the ReLU (Zhang et al., "Accelerating very
+        deep convolutional networks", TPAMI 2016, section 3.2).
+        """
+        sums, cross = torch.zeros_like(stats.target), torch.zeros_like(stats.cross)
+        targets, others, start = torch.cat(self._targets), torch.cat(self._others), 0
+        for patches in self._gathered.pieces:
+            target, other = targets[start : start + len(patches)], others[start : start + len(patches)]
+            start += len(patches)
+            now = self.wide.say(self.reader, patches) + other
+            wanted = torch.where(target > 0, target, now.clamp(max=0)) - other
+            aims = wanted.view(len(wanted), *stats.target.shape) - stats.target.float()
+            sums += aims.sum(0, dtype=torch.float64)
+            columns = patches - stats.mean.float()
+            for block in range(len(cross)):
+                cross[block] += product(aims[:, block].T, columns[:, block].T)
+        count = int(total(torch.tensor(start)))
+        moved = total(sums) / count if self.reader.norm or self.reader.bias else torch.zeros_like(sums)
+        return replace(stats, target=stats.target + moved, cross=total(cross) / count)
 
 
 def _copy(values: Values) -> Values:

@@ -67,6 +67,12 @@ class Replay:
                     if self._last.get(source.name, -1) <= index:
                         values.pop(source.name, None)
 
+    def held(self, at: int) -> int:
+        """Bytes of the values that lie between the operations before index `at` and the others, for one image."""
+        nodes = (node for node in self.trace.nodes[:at] if self._last.get(node.name, -1) >= at)
+        values = [node.meta["val"] for node in nodes if node.name not in self._fixed]
+        return sum(int(each.numel() * each.element_size()) for each in values) // self.batch
+
     def _execute(self, node: fx.Node, values: Values) -> torch.Tensor:
         if node.op == "get_attr":
             return getattr(node.graph.owning_module, str(node.target))  # type: ignore[no-any-return]

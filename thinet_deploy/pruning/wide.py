@@ -6,7 +6,6 @@ Nothing is sliced before the end: shapes stay, so one trace serves for the whole
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,16 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from .elimination import Part
+from .by_channel import ChannelSums, centred_by_channel, saying_by_channel
 from .geometry import Geometry, as_convolution, layer_weight, plain_weight
 from .graph import ChannelGraph, ChannelGroup
 from .moments import Centred, Moments, centred
-from .readers import Reader, Use, readers
-from .reconstruction import inverted, refit
+from .readers import Norm, Reader, Use, readers
+from .reconstruction import Solver
 from .replay import Replay, Values
+from .sums import Gathering, Sums, product
 from .trace import named_tensors
 
-# Wider layers (a linear layer behind a large flattened map) are left as they are: their moments would take gigabytes.
+# Wider layers (a linear layer behind a large flattened map) get one factor per channel: see `by_channel`.
 MOST_INPUTS = 8192
 
 
@@ -34,7 +34,8 @@ class Wide:
     Attributes:
         model: a copy of the original; its tensors are changed in place.
         replay: of it.
-        readers: weight → layer, in the order of execution; those with too many inputs are left out.
+        readers: weight → layer, in the order of execution; those that cannot be refitted are left out.
+        spans: weight of a layer that is refitted by channel → inputs that one channel has.
         tensors: of the model, by name.
         kept: weight → which inputs count, (G, D); the others' weights are zero.
     """
@@ -42,17 +43,26 @@ class Wide:
     model: nn.Module
     replay: Replay
     readers: dict[str, Reader]
+    spans: dict[str, int]
     tensors: dict[str, torch.Tensor]
     kept: dict[str, torch.Tensor]
 
     @staticmethod
-    def of(original: nn.Module, input_shape: tuple[int, ...], batch: int, *, residual: bool = True) -> Wide:
+    def of(
+        original: nn.Module,
+        graph: ChannelGraph,
+        input_shape: tuple[int, ...],
+        batch: int,
+        *,
+        residual: bool = True,
+    ) -> Wide:
         """A copy of a network for batches of one size; `residual` as for `readers`."""
         model = copy.deepcopy(original).eval()
         replay = Replay(model, input_shape, batch)
-        found = {each.weight: each for each in readers(replay.trace, residual=residual) if each.inputs <= MOST_INPUTS}
+        spans, reach = _spans(graph), within_reach(graph)
+        found = {each.weight: each for each in readers(replay.trace, residual=residual) if each.weight in reach}
         kept = {name: torch.ones(each.blocks, each.inputs, dtype=torch.bool) for name, each in found.items()}
-        return Wide(model, replay, found, dict(named_tensors(model)), kept)
+        return Wide(model, replay, found, spans, dict(named_tensors(model)), kept)
 
     def layer(self, use: Use, values: Values) -> tuple[Geometry, torch.Tensor]:
         """A call as a plain convolution, and its padded inputs."""
@@ -64,8 +74,18 @@ class Wide:
 
     def weight(self, reader: Reader) -> torch.Tensor:
         """As of a plain convolution, (G, O, D), in float64."""
+        return self._plain(reader).double()
+
+    def _plain(self, reader: Reader) -> torch.Tensor:
         plain = plain_weight(self.tensors[reader.weight], transposed=reader.transposed, groups=reader.blocks)
         return plain.reshape(reader.blocks, -1, reader.inputs)
+
+    def _by_channel(self, reader: Reader) -> torch.Tensor:
+        """The weight of a layer that is refitted by channel, (C, s, O), in units of `unit`, in float32."""
+        plain = self._plain(reader)[0]
+        if reader.norm:
+            plain = plain * self.unit(reader)[0].float()
+        return plain.view(len(plain), -1, self.spans[reader.weight]).permute(1, 2, 0)
 
     def unit(self, reader: Reader) -> torch.Tensor:
         """What a filter's output counts for behind its BatchNorm, (G, O, 1): γ/√(var + ε); 1 without one."""
@@ -83,9 +103,40 @@ class Wide:
         return beta + self.unit(reader).flatten() * (bias - mean)
 
     def say(self, reader: Reader, patches_ngd: torch.Tensor) -> torch.Tensor:
-        """A layer's outputs for patches, (n, filters), behind its BatchNorm."""
-        weight = self.weight(reader) * self.unit(reader)
-        return torch.einsum("ngd,god->ngo", patches_ngd, weight).flatten(1) + self.shift(reader)
+        """A layer's outputs for patches, (n, filters), behind its BatchNorm, in float32."""
+        weight = (self.weight(reader) * self.unit(reader)).float()
+        said = [product(patches_ngd[:, block], each) for block, each in enumerate(weight)]
+        return torch.cat(said, 1) + self.shift(reader).float()
+
+    def gathering(self, reader: Reader, *, targets: bool = True, keep: bool = False) -> Gathering:
+        """What takes the rows of a layer; see `Sums`."""
+        if reader.weight in self.spans:
+            return ChannelSums(self._by_channel(reader))
+        return Sums(reader.blocks, reader.inputs, reader.filters // reader.blocks * targets, keep=keep)
+
+    def own(self, reader: Reader, moments: Moments) -> Moments:
+        """The same rows with what the layer says itself as targets."""
+        shift = self.shift(reader).reshape(reader.blocks, -1)
+        if reader.weight in self.spans:
+            return saying_by_channel(moments, self._by_channel(reader), shift)
+        return moments.saying(self.weight(reader) * self.unit(reader), shift)
+
+    def centred(self, reader: Reader, moments: Moments) -> Centred:
+        """Statistics of its regression, with an intercept if it has a bias or BatchNorm to put it in."""
+        intercept = bool(reader.norm or reader.bias)
+        if reader.weight in self.spans:
+            return centred_by_channel(moments, self._by_channel(reader), intercept=intercept)
+        return centred(moments, intercept=intercept)
+
+    def coefficients(self, reader: Reader) -> torch.Tensor:
+        """What its regression finds, as it stands, (G, O, I): weights in units of `unit`, or a factor per channel."""
+        if span := self.spans.get(reader.weight):
+            return torch.ones(1, 1, reader.inputs // span, dtype=torch.float64)
+        return self.weight(reader) * self.unit(reader)
+
+    def counting(self, reader: Reader) -> torch.Tensor:
+        """Which coefficients count, (G, I)."""
+        return self.kept[reader.weight][:, :: self.spans.get(reader.weight, 1)]
 
     def remove(self, group: ChannelGroup, gone: NDArray[np.int64]) -> None:
         """Let all consumers of a group ignore some of its channels (indices into the group's)."""
@@ -94,34 +145,47 @@ class Wide:
             ignored = torch.from_numpy(np.isin(consumer.channels, group.channels[gone])).reshape(reader.blocks, -1)
             kept = self.kept[consumer.weight]
             kept &= ~ignored.repeat_interleave(reader.inputs // ignored.shape[1], 1)
-            self._set_weight(reader, self.weight(reader) * kept[:, None])
+            self._multiply(reader, kept)
 
-    def refit(self, reader: Reader, moments: Moments, ridge: float) -> None:
+    def refit(self, reader: Reader, stats: Centred, solver: Solver) -> None:
         """Least squares for a layer together with the BatchNorm behind it, or its bias.
 
         The BatchNorm is left trainable, with the statistics that its inputs now have and filters of their old norm
         (folded to mean 0 and variance 1 it would be the same function, and fine-tune worse).
         """
-        norm, stats = reader.norm, centred(moments, intercept=bool(reader.norm or reader.bias))
+        found = solver(stats.cross, self.coefficients(reader))
+        if span := self.spans.get(reader.weight):
+            self._multiply(reader, found[0].repeat_interleave(span, 1))
+            self._recentre(reader, stats)
+        elif reader.norm:
+            self._set_with_norm(reader, reader.norm, stats, found)
+        else:
+            self._set_weight(reader, found)
+            self._recentre(reader, stats)
+
+    def _recentre(self, reader: Reader, stats: Centred) -> None:
+        """Let a layer say the mean of its targets to the mean of its inputs."""
+        plain = self._plain(reader)
+        said = (plain @ stats.mean[..., None].to(plain.dtype))[..., 0].double()
+        if reader.norm:
+            bias = self.tensors[reader.bias].detach().double().reshape(said.shape) if reader.bias else 0.0
+            self._set(reader.norm.mean, said + bias)
+            self._set(reader.norm.bias, stats.target)
+        elif reader.bias:
+            self._set(reader.bias, stats.target - said)
+
+    def _set_with_norm(self, reader: Reader, norm: Norm, stats: Centred, new: torch.Tensor) -> None:
         before, kept = self.weight(reader), self.kept[reader.weight]
-        new = refit(stats, before * self.unit(reader), kept, ridge)
-        if not norm:
-            self._set_weight(reader, new)
-            if reader.bias:
-                self._set(reader.bias, stats.target - (new @ stats.mean[..., None])[..., 0])
-            return
         sizes, old = new.norm(dim=2, keepdim=True), before.norm(dim=2, keepdim=True)
         dead = (sizes < torch.finfo(torch.float32).tiny) | (old == 0)  # such a filter says nothing but its mean
         scale = torch.where(dead, 1.0, old / sizes)
         weight = torch.where(dead, before * kept[:, None], new * scale)
-        self._set_weight(reader, weight)
-        mean = (weight @ stats.mean[..., None])[..., 0]
-        if reader.bias:
-            mean = mean + self.tensors[reader.bias].detach().double().reshape(mean.shape)
-        var = torch.einsum("god,gde,goe->go", weight, stats.covariance, weight).clamp_min(0)
+        var = ((weight @ stats.covariance) * weight).sum(2).clamp_min(0)
         gamma = torch.where(dead[..., 0], 0.0, (var + norm.eps).sqrt() / scale[..., 0])
-        for name, value in {norm.mean: mean, norm.var: var, norm.weight: gamma, norm.bias: stats.target}.items():
-            self._set(name, value)
+        self._set_weight(reader, weight)
+        self._set(norm.var, var)
+        self._set(norm.weight, gamma)
+        self._recentre(reader, stats)
 
     def scale(self, group: ChannelGroup, factors: NDArray[np.float64]) -> None:
         """Multiply the consumers' weights by one scalar per channel of a group (the papers' ŵ)."""
@@ -131,8 +195,12 @@ class Wide:
             reader = self.readers[consumer.weight]
             mine = np.where(np.isin(consumer.channels, group.channels), table[consumer.channels], 1.0)
             shaped = torch.from_numpy(mine).reshape(reader.blocks, -1)
-            by_input = shaped.repeat_interleave(reader.inputs // shaped.shape[1], 1)
-            self._set_weight(reader, self.weight(reader) * by_input[:, None])
+            self._multiply(reader, shaped.repeat_interleave(reader.inputs // shaped.shape[1], 1))
+
+    def _multiply(self, reader: Reader, by_input_gd: torch.Tensor) -> None:
+        """In the weight's own type: in float64 the largest would take a gigabyte."""
+        plain = self._plain(reader)
+        self._set_weight(reader, plain * by_input_gd[:, None].to(plain.dtype))
 
     def _set_weight(self, reader: Reader, weight: torch.Tensor) -> None:
         matrix, like = weight.reshape(reader.filters, reader.inputs), self.tensors[reader.weight].shape
@@ -145,74 +213,19 @@ class Wide:
 
 def within_reach(graph: ChannelGraph) -> frozenset[str]:
     """Weights of the layers that can be judged and refitted; a 3-D convolution is none."""
-    return frozenset(each.weight for each in readers(graph.trace) if each.inputs <= MOST_INPUTS)
+    narrow = (each.weight for each in readers(graph.trace) if each.inputs <= MOST_INPUTS)
+    return frozenset((*narrow, *_spans(graph)))
 
 
-def parts(
-    wide: Wide, group: ChannelGroup, stats: Mapping[str, Centred], worth: Mapping[str, float], ridge: float
-) -> list[Part]:
-    """The consumers of a group as its elimination starts: refitted for the targets in use, in units of these.
-
-    Args:
-        wide: the network.
-        group: whose channels are to go.
-        stats: weight → statistics of the consumer.
-        worth: weight → what a unit of its squared error counts for.
-        ridge: see `reconstruction.refit`.
-    """
-    place = {channel: index for index, channel in enumerate(group.channels.tolist())}
-    found = []
-    for consumer in {each.weight: each for each in group.consumers}.values():
-        reader, mine = wide.readers[consumer.weight], stats[consumer.weight]
-        prior = wide.weight(reader) * wide.unit(reader)
-        channels = consumer.channels.reshape(reader.blocks, -1)
-        kernel = reader.inputs // channels.shape[1]
-        for block in range(reader.blocks):
-            kept = torch.nonzero(wide.kept[consumer.weight][block])[:, 0]
-            inverse = inverted(mine.covariance[block][kept][:, kept], ridge)
-            weight = (mine.cross[block][:, kept] + inverse.penalty * prior[block][:, kept]) @ inverse.matrix
-            where = {column: index for index, column in enumerate(kept.tolist())}
-            columns: dict[int, list[int]] = {}
-            for index, channel in enumerate(channels[block].tolist()):
-                if channel in place and index * kernel in where:
-                    span = range(index * kernel, (index + 1) * kernel)
-                    columns.setdefault(place[channel], []).extend(where[column] for column in span)
-            if columns:
-                found.append(_part(columns, weight * worth[consumer.weight] ** 0.5, inverse.matrix))
-    return found
-
-
-def _part(columns: Mapping[int, Sequence[int]], weight: torch.Tensor, inverse: torch.Tensor) -> Part:
-    """A part of the columns of each channel; a channel with fewer gets some that count for nothing."""
-    size = max(map(len, columns.values()))
-    index = torch.tensor([[*each, *[-1] * (size - len(each))] for each in columns.values()])
-    flat = index.flatten()
-    mine, blank = inverse[flat][:, flat], flat < 0
-    if bool(blank.any()):
-        mine[blank] = 0
-        mine[:, blank] = 0
-        mine[blank, blank] = 1
-    filters = weight[:, flat].masked_fill(blank, 0)
-    return Part(torch.tensor(list(columns)), filters.reshape(len(weight), *index.shape), mine)
-
-
-def exact_gram(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments]) -> NDArray[np.float64]:
-    """ThiNet's Gram matrix without drawing filters: the sum over all of them, averaged over positions.
-
-    G_cd = Σ_kl E[p_ck p_dl] (WᵀW)_ck,dl, summed over the consumers; what the papers sample rows of.
-    """
-    gram = np.zeros((len(group.channels), len(group.channels)))
-    where = np.full(int(group.channels.max()) + 2, -1)
-    where[group.channels] = np.arange(len(group.channels))
-    for consumer in {each.weight: each for each in group.consumers}.values():
-        reader, mine = wide.readers[consumer.weight], moments[consumer.weight]
-        weight, channels = wide.weight(reader), consumer.channels.reshape(reader.blocks, -1)
-        kernel = reader.inputs // channels.shape[1]
-        for block in range(reader.blocks):
-            products = mine.squares[block] / mine.count * (weight[block].T @ weight[block])
-            inputs = channels.shape[1]
-            sums = products.view(inputs, kernel, inputs, kernel).sum((1, 3)).numpy()
-            place = np.where(np.isin(channels[block], group.channels), where[channels[block]], -1)
-            mask = place >= 0
-            np.add.at(gram, np.ix_(place[mask], place[mask]), sums[np.ix_(mask, mask)])
-    return gram
+def _spans(graph: ChannelGraph) -> dict[str, int]:
+    """Of the layers that are refitted by channel: their inputs lie channel by channel, and are as many of each."""
+    wide = {each.weight: each for each in readers(graph.trace) if each.inputs > MOST_INPUTS and each.blocks == 1}
+    spans = {}
+    for consumer in (each for group in graph.groups for each in group.consumers if each.weight in wide):
+        channels, inputs = len(consumer.channels) // consumer.spread, wide[consumer.weight].inputs
+        together = len(consumer.channels) % consumer.spread == 0 and np.all(
+            consumer.channels.reshape(channels, -1) == consumer.channels[:: consumer.spread, None]
+        )
+        if together and channels <= MOST_INPUTS:
+            spans[consumer.weight] = inputs // channels
+    return spans

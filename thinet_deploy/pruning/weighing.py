@@ -1,0 +1,94 @@
+"""What a group's consumers show of its channels: the parts that elimination works on, and ThiNet's Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .elimination import Part
+from .graph import ChannelGroup, Consumer
+from .moments import Centred, Moments
+from .reconstruction import Ridge
+from .wide import Wide
+
+
+def parts(
+    wide: Wide, group: ChannelGroup, stats: Mapping[str, Centred], worth: Mapping[str, float], ridge: float
+) -> list[Part]:
+    """The consumers of a group as its elimination starts: refitted for the targets in use, in units of these.
+
+    Args:
+        wide: the network.
+        group: whose channels are to go.
+        stats: weight → statistics of the consumer.
+        worth: weight → what a unit of its squared error counts for.
+        ridge: see `reconstruction.refit`.
+    """
+    place = {channel: index for index, channel in enumerate(group.channels.tolist())}
+    found = []
+    for consumer in {each.weight: each for each in group.consumers}.values():
+        reader, mine = wide.readers[consumer.weight], stats[consumer.weight]
+        prior, channels = wide.coefficients(reader), _channels(wide, consumer)
+        kernel = prior.shape[2] // channels.shape[1]
+        for block in range(reader.blocks):
+            kept = torch.nonzero(wide.counting(reader)[block])[:, 0]
+            system = Ridge(mine.covariance[block][kept][:, kept], ridge)
+            inverse = system.inverse()
+            weight = (mine.cross[block][:, kept] + system.penalty * prior[block][:, kept]) @ inverse
+            where = {column: index for index, column in enumerate(kept.tolist())}
+            columns: dict[int, list[int]] = {}
+            for index, channel in enumerate(channels[block].tolist()):
+                if channel in place and index * kernel in where:
+                    span = range(index * kernel, (index + 1) * kernel)
+                    columns.setdefault(place[channel], []).extend(where[column] for column in span)
+            if columns:
+                found.append(_part(columns, weight * worth[consumer.weight] ** 0.5, inverse))
+    return found
+
+
+def _channels(wide: Wide, consumer: Consumer) -> NDArray[np.int64]:
+    """Channels in the order of a consumer's coefficients, (G, …); each has the same number of these."""
+    reader = wide.readers[consumer.weight]
+    if span := wide.spans.get(consumer.weight):
+        return consumer.channels.reshape(reader.inputs // span, -1)[:, 0][None]
+    return consumer.channels.reshape(reader.blocks, -1)
+
+
+def _part(columns: Mapping[int, Sequence[int]], weight: torch.Tensor, inverse: torch.Tensor) -> Part:
+    """A part of the columns of each channel; a channel with fewer gets some that count for nothing."""
+    size = max(map(len, columns.values()))
+    index = torch.tensor([[*each, *[-1] * (size - len(each))] for each in columns.values()])
+    flat = index.flatten()
+    mine, blank = inverse[flat][:, flat], flat < 0
+    if bool(blank.any()):
+        mine[blank] = 0
+        mine[:, blank] = 0
+        mine[blank, blank] = 1
+    filters = weight[:, flat].masked_fill(blank, 0)
+    return Part(torch.tensor(list(columns)), filters.reshape(len(weight), *index.shape), mine)
+
+
+def exact_gram(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments]) -> NDArray[np.float64]:
+    """ThiNet's Gram matrix without drawing filters: the sum over all of them, averaged over positions.
+
+    G_cd = Σ_kl E[p_ck p_dl] (WᵀW)_ck,dl, summed over the consumers; what the papers sample rows of.
+    """
+    gram = np.zeros((len(group.channels), len(group.channels)))
+    where = np.full(int(group.channels.max()) + 2, -1)
+    where[group.channels] = np.arange(len(group.channels))
+    for consumer in {each.weight: each for each in group.consumers}.values():
+        reader, mine = wide.readers[consumer.weight], moments[consumer.weight]
+        weight = wide.coefficients(reader) if consumer.weight in wide.spans else wide.weight(reader)
+        channels = _channels(wide, consumer)
+        kernel = weight.shape[2] // channels.shape[1]
+        for block in range(reader.blocks):
+            products = mine.squares[block] / mine.count * (weight[block].T @ weight[block])
+            inputs = channels.shape[1]
+            sums = products.view(inputs, kernel, inputs, kernel).sum((1, 3)).numpy()
+            place = np.where(np.isin(channels[block], group.channels), where[channels[block]], -1)
+            mask = place >= 0
+            np.add.at(gram, np.ix_(place[mask], place[mask]), sums[np.ix_(mask, mask)])
+    return gram
