@@ -44,6 +44,7 @@ from .cli_options import (
     Trainer,
     Weights,
 )
+from .cli_processes import one_voice
 from .cli_progress import bars
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
@@ -347,7 +348,7 @@ def _print_json(data: Any) -> None:
 def main() -> None:
     """Run a command; the user's mistakes end as one message, never as a traceback."""
     try:
-        code = app(prog_name="thinet-deploy", standalone_mode=False)
+        code = one_voice(_ERR, lambda: app(prog_name="thinet-deploy", standalone_mode=False))
     except ThinetDeployError as error:
         code = _show_error(error)
     except typer.TyperException as error:

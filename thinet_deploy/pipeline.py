@@ -15,6 +15,7 @@ from .export import INPUT
 from .interfaces import Progress, silent
 from .job import Job, load_job
 from .options import Options, make_options
+from .parallel import join
 from .prune_stage import pruned as pruned_stage
 from .pruning.proof import Proof
 from .pruning.surgery import gap_head
@@ -22,7 +23,8 @@ from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
 from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
-from .store import Run, Stage, open_run
+from .shared_run import SharedRun
+from .store import Stage, open_run
 from .target import TargetProfile
 from .tools import PLAN, REPORT, Tools, read_accuracy
 from .training import Accuracy
@@ -74,10 +76,11 @@ def prune(options: Options, progress: Progress = silent) -> Path:
     Returns:
         The folder with the thin network.
     """
+    progress = join().speaking(progress)
     job = load_job(options, progress)
-    run = Run(options.out)
+    run = SharedRun(options.out)
     with run.locked():
-        _remember(job.options, run.root)
+        run.team.once(partial(_remember, job.options, run.root))
         _, pruned, head = _pruned(run, Tools(job, progress))
         return _unfinished(run, Tools(job, progress), pruned, head).folder
 
@@ -90,11 +93,12 @@ def build(options: Options, progress: Progress = silent) -> Build:
         MissingError: a runtime of the target is not installed.
         GateError: a parity verdict failed; all results so far are kept in the run directory.
     """
+    progress = join().speaking(progress)
     job = load_job(options, progress)
     _check_runtimes(job.target)
-    run = Run(options.out)
+    run = SharedRun(options.out)
     with run.locked():
-        _remember(job.options, run.root)
+        run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
         return _deploy(run, tools, _train_and_prune(run, tools))
 
@@ -129,15 +133,16 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
             f"{stored} is damaged, or of another version: {first_line(error)}",
             hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
         ) from error
+    progress = join().speaking(progress)
     job = load_job(options, progress)
     _check_runtimes(job.target)
-    run = Run(root)
+    run = SharedRun(root)
     with run.locked():
         tools = Tools(job, progress)
         original, pruned, head = _pruned(run, tools)
         thin = _unfinished(run, tools, pruned, head)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
-        own = run.stage("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
+        own = run.alone("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
         hops = [
             verify.pruning_hop("own", Proof(**pruned.json(REPORT)["proof"])),
             verify.tuning_hop("own", "pruned → trained", read_accuracy(thin.folder), read_accuracy(own.folder)),
@@ -147,7 +152,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
         return _deploy(run, tools, Networks({"original": original, "own": own}, labels, hops, None))
 
 
-def _pruned(run: Run, tools: Tools) -> tuple[Stage, Stage, bool]:
+def _pruned(run: SharedRun, tools: Tools) -> tuple[Stage, Stage, bool]:
     """The original, the network pruned layer by layer, and whether its head is to be replaced."""
     job, options, training = tools.job, tools.job.options, _training(tools.job.options)
     weights = {"weights": sha256_of(options.weights)} if options.weights else {**training, "epochs": options.epochs}
@@ -175,13 +180,13 @@ def _training(options: Options) -> dict[str, Any]:
     return training
 
 
-def _unfinished(run: Run, tools: Tools, pruned: Stage, head: bool) -> Stage:
-    return run.stage(
+def _unfinished(run: SharedRun, tools: Tools, pruned: Stage, head: bool) -> Stage:
+    return run.alone(
         "thin", {"prune": pruned.digest, "head": head}, lambda f, _: stages.unfinished(tools, pruned.folder, head, f)
     )
 
 
-def _train_and_prune(run: Run, tools: Tools) -> Networks:
+def _train_and_prune(run: SharedRun, tools: Tools) -> Networks:
     """Original → ThiNet-Conv → ThiNet-GAP, and the control from scratch."""
     options = tools.job.options
     original, pruned, head = _pruned(run, tools)
@@ -213,29 +218,29 @@ def _train_and_prune(run: Run, tools: Tools) -> Networks:
     return Networks(networks, labels, hops, scratch)
 
 
-def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
+def _deploy(run: SharedRun, tools: Tools, networks: Networks) -> Build:
     """Export → convert → verify → measure → bundle → report."""
     job, target = tools.job, tools.job.target
     folders = {name: stage.folder for name, stage in networks.stages.items()}
     digests = {name: stage.digest for name, stage in networks.stages.items()}
     inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
-    onnx = run.stage("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
+    onnx = run.alone("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
     runtimes = host_runtimes(target)
-    made = run.stage(
+    made = run.alone(
         "engines",
         {"onnx": onnx.digest, "tools": [registry.converter(r).made_by() for r in runtimes]},
         lambda f, _: stages.engines(tools, onnx.folder, list(folders), runtimes, f),
     )
     paths = {tuple(key.split("/")): made.folder / entry["path"] for key, entry in made.json("engines.json").items()}
     engine_paths = {(name, runtime): path for (name, runtime), path in paths.items()}
-    parity = run.stage(
+    parity = run.alone(
         "parity",
         {"onnx": onnx.digest, "engines": made.digest, "data": job.data.digest, "hops": hash_json(str(networks.hops))},
         lambda f, _: stages.parity(tools, folders, networks.hops, onnx.folder, engine_paths, f),
     )
     hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
     _gate(hops, run, parity)
-    measured = run.stage(
+    measured = run.alone(
         "latency",
         {
             "engines": made.digest,
@@ -249,7 +254,7 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
     notes = tuple(device_notes(target, INPUT, job.input_shape))
     name = list(folders)[-1]
     ship = stages.Shipped(name, networks.labels[name], folders[name])
-    bundle = run.stage(
+    bundle = run.alone(
         "bundle",
         {
             "onnx": onnx.digest,
@@ -263,7 +268,7 @@ def _deploy(run: Run, tools: Tools, networks: Networks) -> Build:
         lambda f, _: stages.bundled(tools, ship, onnx.folder, engine_paths, parity.folder, notes, f),
     )
     table = _table(job, networks, onnx, measured)
-    run.stage(
+    run.alone(
         "report",
         {"table": hash_json(table.to_json())},
         lambda f, _: write_json(f / "table.json", table.to_json()),
@@ -276,7 +281,7 @@ def _check_runtimes(target: TargetProfile) -> None:
         registry.converter(runtime).check()
 
 
-def _gate(hops: tuple[verify.Hop, ...], run: Run, stage: Stage) -> None:
+def _gate(hops: tuple[verify.Hop, ...], run: SharedRun, stage: Stage) -> None:
     """Raise GateError when a verdict failed; the bundle of an earlier build goes too, lest it ship."""
     failed = [hop for hop in hops if not hop.passed]
     if failed:

@@ -13,6 +13,7 @@ from torch import fx
 
 from ..data import ImageSet
 from ..interfaces import Progress, silent
+from ..parallel import join
 from .geometry import map_size
 from .moments import Moments, Positions, at_positions, patches, positions
 from .readers import Reader, Use
@@ -42,10 +43,16 @@ class Sample:
     batch: int
     seed: int
 
+    @property
+    def mine(self) -> NDArray[np.int64]:
+        """The images that this process looks at."""
+        return join().mine(self.chosen)
+
     def __iter__(self) -> Iterator[tuple[slice, NDArray[np.int64], torch.Tensor]]:
-        """Batches: their place among all images, indices, and inputs."""
-        for start in range(0, len(self.chosen), self.batch):
-            part = self.chosen[start : start + self.batch]
+        """Batches: their place among this process's images, indices, and inputs."""
+        mine = self.mine
+        for start in range(0, len(mine), self.batch):
+            part = mine[start : start + self.batch]
             yield slice(start, start + len(part)), part, torch.from_numpy(self.images.inputs(part))
 
 
@@ -90,7 +97,10 @@ Key = tuple[str, int]  # weight, number of its call
 
 @dataclass
 class Original:
-    """What the original says: (weight, call) → rows (images · positions, filters), behind BatchNorm and addition."""
+    """What the original says: (weight, call) → rows (images · positions, filters), behind BatchNorm and addition.
+
+    The rows are of this process's images; in all processes the keys are the same, in the same order.
+    """
 
     rows: dict[Key, torch.Tensor]
 
@@ -101,7 +111,7 @@ class Original:
         nothing repairs the last ones. Measured on ResNet-20 (benchmarks/reconstruction.py): neither absolute errors
         (exponent 0) nor relative ones (1) put the widths best.
         """
-        return {weight: max(float(rows.var(0).sum()), 1e-12) ** -_WORTH for (weight, _), rows in self.rows.items()}
+        return {weight: max(_variance(rows), 1e-12) ** -_WORTH for (weight, _), rows in self.rows.items()}
 
     def at(self, key: Key, images: slice, count: int) -> torch.Tensor:
         """The rows of some images, `count` for each, in float64."""
@@ -131,7 +141,11 @@ def observe(
             ends[use.ends].append((reader, number))
     index = {node: number for number, node in enumerate(wide.replay.trace.nodes)}
     moments = {name: empty(wide.readers[name]) for name in consumers}
-    rows: defaultdict[Key, list[torch.Tensor]] = defaultdict(list)
+    rows: dict[Key, list[torch.Tensor]] = {  # empty ones first: a process may have no image
+        (each.weight, number): [torch.zeros(0, each.filters)]
+        for each in wide.readers.values()
+        for number in range(len(each.uses))
+    }
     places: dict[Key, list[Positions]] = {}
 
     def looking(part: NDArray[np.int64]) -> Callable[[fx.Node, Values], None]:
@@ -151,10 +165,28 @@ def observe(
         return see
 
     for images, part, inputs in sampling.sample:
-        progress("Calibrating", images.start, len(sampling.sample.chosen))
+        progress("Calibrating", images.start, len(sampling.sample.mine))
         wide.replay.run(wide.replay.begin(inputs), 0, len(index), looking(part))
-    progress("Calibrating", len(sampling.sample.chosen), len(sampling.sample.chosen))
-    return moments, Original({key: torch.cat(each) for key, each in rows.items()})
+    progress("Calibrating", len(sampling.sample.mine), len(sampling.sample.mine))
+    return together(moments), Original({key: torch.cat(each) for key, each in rows.items()})
+
+
+def _variance(rows: torch.Tensor) -> float:
+    """Summed over columns, of the rows of all processes."""
+    team = join()
+    count = float(team.sum_(torch.tensor(float(len(rows)))))
+    mean = team.sum_(rows.sum(0, dtype=torch.float64)) / count
+    return float(team.sum_((rows - mean.float()).square().sum(dtype=torch.float64))) / max(count - 1, 1)
+
+
+def together(moments: dict[str, Moments]) -> dict[str, Moments]:
+    """Make the sums of each process's images those of all, in place."""
+    team = join()
+    for _, each in sorted(moments.items()):  # in all processes in the same order
+        each.count = int(team.sum_(torch.tensor(each.count)))
+        for sums in (each.patches, each.squares, each.targets, each.cross, each.energy):
+            team.sum_(sums)
+    return moments
 
 
 def empty(reader: Reader) -> Moments:

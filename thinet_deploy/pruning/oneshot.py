@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..interfaces import Progress, silent
+from ..parallel import join
 from .allocation import Curve
 from .budget import Widths, possible
 from .calibration import Original, Sample, Sampling, observe
@@ -102,7 +103,7 @@ def prune_once(
         progress("Weighing", number, len(groups), group.name)
         curves[group.name] = _curve(group, _elimination(wide, group, moments, worth, method.ridge, 0))
     progress("Weighing", len(groups), len(groups))
-    chosen = widths(curves)
+    chosen = join().once(lambda: widths(curves))
     work = _Work(wide, graph, sampling, said, moments, method, chosen, list(groups))
     for number, name in enumerate(wide.readers):
         progress("Pruning", number, len(wide.readers), name.removesuffix(".weight"))
@@ -172,7 +173,7 @@ class _Work:
                 self.wide.refit(reader, self.front.collect([reader], rectified=True)[name], self.method.ridge)
 
     def _prune(self, group: ChannelGroup, moments: Mapping[str, Moments]) -> None:
-        stays = self._select(group, moments)
+        stays = join().tell(self._select(group, moments))
         gone = np.setdiff1d(np.arange(len(group.channels)), stays)
         if self.method.reconstruction == "scale":
             factors = np.ones(len(group.channels))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .calibration import Key, Original, Sampling, empty
+from .calibration import Key, Original, Sampling, empty, together
 from .geometry import map_size
 from .moments import Moments, Positions, at_positions, patches
 from .readers import Reader, Use
@@ -84,7 +84,7 @@ class Front:
             self._start, self._saved = first, saved
         else:
             self.again += first - self._start
-        return moments
+        return together(moments)
 
     def _look(self, use: Use, number: int, reader: Reader, values: Values, part: NDArray[np.int64]) -> _Seen:
         layer, inputs = self.wide.layer(use, values)
