@@ -44,7 +44,7 @@ from .cli_options import (
     Trainer,
     Weights,
 )
-from .cli_processes import one_voice
+from .cli_processes import INTERRUPTED, one_voice
 from .cli_progress import bars
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
@@ -354,13 +354,13 @@ def main() -> None:
     except typer.TyperException as error:
         code = _show_error(_usage_error(error)) if error.format_message() else _USAGE  # empty: help has been shown
     except KeyboardInterrupt:
-        code = _INTERRUPTED
-    if code == _INTERRUPTED:  # typer makes it of Ctrl-C
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         _ERR.print("Interrupted. Run the same command again to go on: finished stages are kept.")
     sys.exit(code)
 
 
-_USAGE, _INTERRUPTED = 2, 130
+_USAGE = 2
 
 
 def _show_error(error: ThinetDeployError) -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
+
 
 def one_voice(console: Console, command: Callable[[], int | None]) -> int | None:
     """Run a command in this process of a launch; only the first one prints.
@@ -31,9 +33,9 @@ def one_voice(console: Console, command: Callable[[], int | None]) -> int | None
             console.quiet = not first
             code = command() or 0
     finally:
-        console.quiet = False
-        if code and not first:
+        if code not in {0, INTERRUPTED} and not first:
             time.sleep(PATIENCE_S)
+        console.quiet = code == INTERRUPTED and not first  # Ctrl-C reaches all of them
     if not code:
         leave()
     return code
