@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $(UNFINISHED)
 	@echo "Installing into $(VENV): some hundred megabytes, once …"
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) "$$(grep '^torch==' $(CONSTRAINTS))"
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[cpu,train,dev]'
 	@rm -f $(UNFINISHED)
 	@touch $(STAMP)
 

@@ -46,6 +46,7 @@ from .cli_options import (
     Unlabelled,
     Weights,
 )
+from .cli_processes import INTERRUPTED, one_voice
 from .cli_progress import bars
 from .cli_tables import grid, show_feasibility, show_pruned
 from .errors import InputError, ThinetDeployError, UnknownNameError
@@ -344,19 +345,19 @@ def _print_json(data: Any) -> None:
 def main() -> None:
     """Run a command; the user's mistakes end as one message, never as a traceback."""
     try:
-        code = app(prog_name="thinet-deploy", standalone_mode=False)
+        code = one_voice(_ERR, lambda: app(prog_name="thinet-deploy", standalone_mode=False))
     except ThinetDeployError as error:
         code = _show_error(error)
     except typer.TyperException as error:
         code = _show_error(_usage_error(error)) if error.format_message() else _USAGE  # empty: help has been shown
     except KeyboardInterrupt:
-        code = _INTERRUPTED
-    if code == _INTERRUPTED:  # typer makes it of Ctrl-C
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         _ERR.print("Interrupted. Run the same command again to go on: finished stages are kept.")
     sys.exit(code)
 
 
-_USAGE, _INTERRUPTED = 2, 130
+_USAGE = 2
 
 
 def _show_error(error: ThinetDeployError) -> int:

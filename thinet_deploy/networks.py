@@ -15,8 +15,9 @@ from .options import Options
 from .prune_stage import pruned as pruned_stage
 from .pruning.proof import Proof
 from .pruning.surgery import gap_head
+from .shared_run import SharedRun
 from .stages import FineTuning
-from .store import Run, Stage
+from .store import Stage
 from .tools import PLAN, REPORT, TEACHER, Tools, read_accuracy
 from .training import Accuracy
 
@@ -84,7 +85,7 @@ class Pruning:
         return next(iter(self.by_method.values()))
 
 
-def original(run: Run, tools: Tools) -> Stage:
+def original(run: SharedRun, tools: Tools) -> Stage:
     """The network as it was given, or trained here."""
     options = tools.job.options
     training = {**_training(options), "epochs": options.epochs}
@@ -92,7 +93,7 @@ def original(run: Run, tools: Tools) -> Stage:
     return run.stage("dense", {**tools.job.identity, **weights}, partial(stages.dense, tools))
 
 
-def prune(run: Run, tools: Tools) -> Pruning:
+def prune(run: SharedRun, tools: Tools) -> Pruning:
     """The original, and the network pruned by each method.
 
     Raises:
@@ -118,7 +119,7 @@ def prune(run: Run, tools: Tools) -> Pruning:
     return Pruning(dense, by_method, head)
 
 
-def finish(run: Run, tools: Tools, pruning: Pruning) -> Networks:
+def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
     """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls."""
     options, dense, report = tools.job.options, pruning.original, pruning.first.json(REPORT)
     how = FineTuning(_last_epochs(options, pruning), _teacher(run, tools, pruning))
@@ -162,7 +163,7 @@ def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Netw
     return Networks(stages_of, labels, "own", hops, [*ledger, Entry.of("own training", after, label)])
 
 
-def _replace_head(run: Run, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any]) -> None:
+def _replace_head(run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any]) -> None:
     dense, conv = networks.stages["original"], networks.stages["conv"]
     work = partial(stages.gap, tools, how, dense.folder, conv.folder)
     gap = run.stage("gap", {**after, "conv": conv.digest}, work)
@@ -175,7 +176,9 @@ def _replace_head(run: Run, tools: Tools, networks: Networks, how: FineTuning, a
     ]
 
 
-def _compare(run: Run, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int) -> None:
+def _compare(
+    run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int
+) -> None:
     """The controls: the original with `extra` epochs more, and the thin architecture from scratch."""
     options, dense, ship = tools.job.options, networks.stages["original"], networks.stages[networks.ship]
     if options.controls != "none" and extra:
@@ -199,7 +202,7 @@ def _compare(run: Run, tools: Tools, networks: Networks, how: FineTuning, after:
         networks.ledger.append(Entry.of(_epochs(epochs), _accuracy(stage), "Train from scratch"))
 
 
-def _teacher(run: Run, tools: Tools, pruning: Pruning) -> Path | None:
+def _teacher(run: SharedRun, tools: Tools, pruning: Pruning) -> Path | None:
     """The folder of the original if fine-tuning is to learn from it."""
     options, epochs = tools.job.options, _last_epochs(tools.job.options, pruning)
     if not options.distils:
@@ -220,7 +223,7 @@ def _last_epochs(options: Options, pruning: Pruning) -> int:
     return usual if options.finetune_epochs is None else options.finetune_epochs
 
 
-def gate(hops: tuple[verify.Hop, ...], run: Run, stage: Stage) -> None:
+def gate(hops: tuple[verify.Hop, ...], run: SharedRun, stage: Stage) -> None:
     """Raise GateError when a verdict failed; the bundle of an earlier build goes too, lest it ship."""
     failed = [hop for hop in hops if not hop.passed]
     if failed:

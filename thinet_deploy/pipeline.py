@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import feasibility_stage, networks, registry, stages, verify
@@ -14,11 +15,13 @@ from .interfaces import Progress, silent
 from .job import Job, load_job
 from .networks import Networks, Pruning, gate
 from .options import Options, make_options
+from .parallel import join
 from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
 from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
-from .store import Run, Stage, open_run
+from .shared_run import SharedRun
+from .store import Stage, open_run
 from .target import TargetProfile
 from .tools import Tools, read_accuracy
 
@@ -50,10 +53,11 @@ def prune(options: Options, progress: Progress = silent) -> Path:
     Returns:
         The folder with the thin network.
     """
+    progress = join().speaking(progress)
     job = load_job(options, progress)
-    run = Run(options.out)
+    run = SharedRun(options.out)
     with run.locked():
-        _remember(job.options, run.root)
+        run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
         return _unfinished(run, tools, networks.prune(run, tools)).folder
 
@@ -70,34 +74,29 @@ def feasibility(options: Options, progress: Progress = silent) -> Path:
         InputError: something the user gave is wrong, or there are no error curves with this recipe or method.
         GateError: the budget cannot be reached.
     """
+    progress = join().speaking(progress)
     feasibility_stage.check_curves(options)
     # With weights few images are needed: none of them to solve another budget.
     job = load_job(options, progress, checked=options.weights is None)
-    run = Run(options.out)
+    run = SharedRun(options.out)
     with run.locked():
         tools = Tools(job, progress)
         original = networks.original(run, tools)
-        curves = run.stage(
-            "curves",
-            {
-                **job.identity,
-                "dense": original.digest,
-                **options.model_dump(mode="json", include=feasibility_stage.OF_CURVES),
-            },
-            lambda f, _: feasibility_stage.weighed(tools, original.folder, f),
-        )
+        inputs = {
+            **job.identity,
+            "dense": original.digest,
+            **options.model_dump(mode="json", include=feasibility_stage.OF_CURVES),
+        }
+        work = partial(feasibility_stage.weighed, tools, original.folder)
+        curves = run.stage("curves", inputs, lambda f, _: work(f))
         inputs = {
             "curves": curves.digest,
             "widths": options.model_dump(mode="json", include=networks.WIDTHS),
             "asked": feasibility_stage.asks(options),
             "grid": job.target.channel_grid,
         }
-        made = run.stage(
-            "feasibility",
-            inputs,
-            lambda f, _: feasibility_stage.solved(tools, original.folder, curves.folder, f),
-        )
-        return made.folder
+        solve = partial(feasibility_stage.solved, tools, original.folder, curves.folder)
+        return run.alone("feasibility", inputs, lambda f, _: solve(f)).folder
 
 
 def build(options: Options, progress: Progress = silent) -> Build:
@@ -108,11 +107,12 @@ def build(options: Options, progress: Progress = silent) -> Build:
         MissingError: a runtime of the target is not installed.
         GateError: a parity verdict failed; all results so far are kept in the run directory.
     """
+    progress = join().speaking(progress)
     job = load_job(options, progress)
     _check_runtimes(job.target)
-    run = Run(options.out)
+    run = SharedRun(options.out)
     with run.locked():
-        _remember(job.options, run.root)
+        run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
         return _deploy(run, tools, networks.finish(run, tools, networks.prune(run, tools)))
 
@@ -147,19 +147,20 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
             f"{stored} is damaged, or of another version: {first_line(error)}",
             hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
         ) from error
+    progress = join().speaking(progress)
     job = load_job(options, progress)
     _check_runtimes(job.target)
-    run = Run(root)
+    run = SharedRun(root)
     with run.locked():
         tools = Tools(job, progress)
         pruning = networks.prune(run, tools)
         thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
-        own = run.stage("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
+        own = run.alone("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
         return _deploy(run, tools, networks.own(pruning, thin, own, options))
 
 
-def _unfinished(run: Run, tools: Tools, pruning: Pruning) -> Stage:
+def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
     prunings = {method: stage.folder for method, stage in pruning.by_method.items()}
     return run.stage(
         "thin",
@@ -172,15 +173,15 @@ def _unfinished(run: Run, tools: Tools, pruning: Pruning) -> Stage:
     )
 
 
-def _deploy(run: Run, tools: Tools, made: Networks) -> Build:
+def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
     """Export → convert → verify → measure → bundle → report."""
     job, target = tools.job, tools.job.target
     folders = {name: stage.folder for name, stage in made.stages.items()}
     digests = {name: stage.digest for name, stage in made.stages.items()}
     inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
-    onnx = run.stage("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
+    onnx = run.alone("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
     runtimes = host_runtimes(target)
-    engines = run.stage(
+    engines = run.alone(
         "engines",
         {"onnx": onnx.digest, "tools": [registry.converter(r).made_by() for r in runtimes]},
         lambda f, _: stages.engines(tools, onnx.folder, list(folders), runtimes, f),
@@ -189,14 +190,14 @@ def _deploy(run: Run, tools: Tools, made: Networks) -> Build:
         tuple(key.split("/")): engines.folder / entry["path"] for key, entry in engines.json("engines.json").items()
     }
     engine_paths = {(name, runtime): path for (name, runtime), path in paths.items()}
-    parity = run.stage(
+    parity = run.alone(
         "parity",
         {"onnx": onnx.digest, "engines": engines.digest, "data": job.data.digest, "hops": hash_json(str(made.hops))},
         lambda f, _: stages.parity(tools, folders, made.hops, onnx.folder, engine_paths, f),
     )
     hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
     gate(hops, run, parity)
-    measured = run.stage(
+    measured = run.alone(
         "latency",
         {
             "engines": engines.digest,
@@ -209,7 +210,7 @@ def _deploy(run: Run, tools: Tools, made: Networks) -> Build:
     )
     notes = tuple(device_notes(target, INPUT, job.input_shape))
     ship = stages.Shipped(made.ship, made.labels[made.ship], folders[made.ship])
-    bundle = run.stage(
+    bundle = run.alone(
         "bundle",
         {
             "onnx": onnx.digest,
@@ -223,7 +224,7 @@ def _deploy(run: Run, tools: Tools, made: Networks) -> Build:
         lambda f, _: stages.bundled(tools, ship, onnx.folder, engine_paths, parity.folder, notes, f),
     )
     table = _table(job, made, onnx, measured)
-    run.stage(
+    run.alone(
         "report",
         {"table": hash_json(table.to_json())},
         lambda f, _: write_json(f / "table.json", table.to_json()),

@@ -80,6 +80,9 @@ class Stage:
         return read_json(self.folder / name)
 
 
+Make = Callable[[Path, Checkpoint], None]
+
+
 class Run:
     """A run directory, held by one process at a time.
 
@@ -126,7 +129,15 @@ class Run:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
 
-    def stage(self, name: str, inputs: dict[str, Any], make: Callable[[Path, Checkpoint], None]) -> Stage:
+    def find(self, name: str, inputs: dict[str, Any]) -> Stage | None:
+        """A stage that is there already, made from the same inputs."""
+        folder, record = self.root / name, self.root / ".records" / f"{name}.json"
+        if (digest := _recorded(folder, record, hash_json([name, inputs]))) is None:
+            return None
+        self._partial(name).unlink(missing_ok=True)  # left by a process killed right after it wrote the record
+        return Stage(folder, digest, reused=True)
+
+    def stage(self, name: str, inputs: dict[str, Any], make: Make) -> Stage:
         """Make a stage unless it is there already, made from the same inputs.
 
         Args:
@@ -134,18 +145,16 @@ class Run:
             inputs: JSON-ready; everything the result depends on: options, digests of earlier stages.
             make: fills an empty folder; may keep a checkpoint to resume from when it is killed.
         """
+        if found := self.find(name, inputs):
+            return found
         key = hash_json([name, inputs])
         folder, record = self.root / name, self.root / ".records" / f"{name}.json"
-        partial = self.root / ".partial" / f"{name}.safetensors"
-        if (digest := _recorded(folder, record, key)) is not None:
-            partial.unlink(missing_ok=True)  # left when the process was killed right after the record was written
-            return Stage(folder, digest, reused=True)
         with explain_os_errors(self.root):
             made = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=self.root))
             made.chmod(0o755)
             try:
                 with self._explain_failures():
-                    make(made, Checkpoint(partial, key))
+                    make(made, self.checkpoint(name, inputs))
                 files = {p.relative_to(made).as_posix(): sha256_of(p) for p in sorted(made.rglob("*")) if p.is_file()}
                 if folder.exists():
                     rename(folder, made.with_name(f"{made.name}-old"))
@@ -154,8 +163,15 @@ class Run:
                 for leftover in (made, made.with_name(f"{made.name}-old")):
                     shutil.rmtree(leftover, ignore_errors=True)
             write_json(record, {**_FORMAT, "stage": name, "key": key, "inputs": inputs, "files": files})
-            partial.unlink(missing_ok=True)
+            self._partial(name).unlink(missing_ok=True)
         return Stage(folder, hash_json(files), reused=False)
+
+    def checkpoint(self, name: str, inputs: dict[str, Any]) -> Checkpoint:
+        """Where a stage keeps its state until it is finished."""
+        return Checkpoint(self._partial(name), hash_json([name, inputs]))
+
+    def _partial(self, name: str) -> Path:
+        return self.root / ".partial" / f"{name}.safetensors"
 
     def discard(self, name: str) -> None:
         """Remove a stage that no longer holds, if it is there."""

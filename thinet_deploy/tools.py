@@ -20,6 +20,7 @@ from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
 from .options import Options, Selection
+from .parallel import join
 from .pruning.plan import Plan, load_plan
 from .pruning.surgery import load_thin
 from .seeds import derive
@@ -103,7 +104,7 @@ class Tools:
             fit(model, images, **{name: value for name, value in offered.items() if takes_all or name in taken})
         except Exception as error:  # the user's own code may raise anything
             raise ModelError(f"{options.trainer} failed in {stage}: {type(error).__name__}: {error}") from error
-        model.cpu().eval()
+        join().align(model.cpu().eval())
 
     def test(self, model: nn.Module, name: str) -> Accuracy:
         """Accuracy on the test images."""

@@ -13,6 +13,7 @@ from torch import fx
 
 from ..data import ImageSet
 from ..interfaces import Progress, silent
+from ..parallel import join
 from ..seeds import generator
 from .geometry import map_size
 from .moments import Moments, Positions, at_positions, output_size, patches, positions
@@ -52,9 +53,10 @@ class Sample:
         return replace(self, chosen=generator(self.seed, "calibration", "order").permutation(self.chosen))
 
     def batches(self) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-        """Their place among all images, and indices."""
-        for start in range(0, len(self.chosen), self.batch):
-            part = self.chosen[start : start + self.batch]
+        """Of the images of this process: their place among these, and indices."""
+        mine = join().mine(self.chosen)
+        for start in range(0, len(mine), self.batch):
+            part = mine[start : start + self.batch]
             yield slice(start, start + len(part)), part
 
     def inputs(self, part: NDArray[np.int64]) -> torch.Tensor:
@@ -116,7 +118,9 @@ class Sampling:
 
     def share(self, reader: Reader, images: slice) -> int:
         """How many images of a batch are looked at in a layer: the first ones of it."""
-        return max(0, min(self.images[reader.weight], images.stop) - images.start)
+        team = join()
+        mine = len(range(team.rank, self.images[reader.weight], team.size))
+        return int(max(0, min(mine, images.stop) - images.start))
 
     def places(self, call: Call, size: tuple[int, int], part: NDArray[np.int64]) -> list[Positions]:
         """Output positions of a layer's call, whose map is of that size, for each of some images."""
@@ -135,13 +139,16 @@ def _rows(wide: Wide, reader: Reader) -> int:
 
 @dataclass
 class Original:
-    """What the original says: (weight, call) → rows (images · positions, filters), behind BatchNorm and addition."""
+    """What the original says: (weight, call) → rows (images · positions, filters), behind BatchNorm and addition.
+
+    The rows are of this process's images; in all processes the keys are the same, in the same order.
+    """
 
     rows: dict[Key, torch.Tensor]
 
     def variance(self) -> dict[str, float]:
         """Weight → variance of what that layer says, summed over its filters."""
-        return {weight: max(float(rows.var(0).sum()), 1e-12) for (weight, _), rows in self.rows.items()}
+        return {weight: max(_variance(rows), 1e-12) for (weight, _), rows in self.rows.items()}
 
     def worth(self) -> dict[str, float]:
         """Weight → what a unit of squared error of that layer counts for, beside those of other layers.
@@ -219,7 +226,7 @@ def look(
 
 def together(moments: dict[str, Moments]) -> dict[str, Moments]:
     """Sums over the images of this process become sums over all; the same in each."""
-    for each in moments.values():
+    for _, each in sorted(moments.items()):  # in all processes in the same order
         each.count = int(total(torch.tensor(each.count)))
         for sums in (each.patches, each.squares, each.targets, each.cross):
             total(sums)
@@ -227,5 +234,12 @@ def together(moments: dict[str, Moments]) -> dict[str, Moments]:
 
 
 def total(sums: torch.Tensor) -> torch.Tensor:
-    """A sum over the rows of this process becomes, in place, the sum over those of all processes: of the only one."""
-    return sums
+    """A sum over the rows of this process becomes, in place, the sum over those of all processes."""
+    return join().sum_(sums)
+
+
+def _variance(rows: torch.Tensor) -> float:
+    """Summed over columns, of the rows of all processes."""
+    count = float(total(torch.tensor(float(len(rows)))))
+    mean = total(rows.sum(0, dtype=torch.float64)) / count
+    return float(total((rows - mean.float()).square().sum(dtype=torch.float64))) / max(count - 1, 1)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..interfaces import Progress, silent
-from .calibration import Sample
+from .calibration import Sample, total
 
 RIDGE = 1e-3
 
@@ -29,14 +29,16 @@ def fit_head(
     squares, cross = torch.zeros(size, size).double(), torch.zeros(size, head.out_features).double()
     try:
         with torch.inference_mode():
-            for rows, _, inputs in sample:
-                progress("Fitting the new head", rows.start, len(sample.chosen))
+            for images, part in sample.batches():
+                progress("Fitting the new head", images.start, len(sample.chosen))
+                inputs = sample.inputs(part)
                 model(inputs)
                 read = torch.cat([seen.pop(), torch.ones(len(inputs), 1).double()], 1)
                 squares.addmm_(read.T, read)
                 cross.addmm_(read.T, teacher(inputs).double())
     finally:
         hook.remove()
+    total(squares), total(cross)
     squares.diagonal()[:-1] += RIDGE * squares.diagonal()[:-1].mean()
     solved = torch.linalg.lstsq(squares, cross, driver="gelsd").solution  # dead inputs do not make it fail
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import nn
 from ..data import Dataset
 from ..errors import ModelError
 from ..interfaces import Progress, silent
+from ..parallel import join
 from ..store import Checkpoint
 from ..training import evaluate
 from .budget import Widths, possible
@@ -161,7 +162,8 @@ def prune_layerwise(
             "removed": np.flatnonzero(~thin.kept).tolist(),
             "layers": [asdict(layer) for layer in layers],
         }
-        checkpoint.save(thin.model.state_dict(), state)
+        if not join().rank:  # the others have loaded the one before: they took part in the statistics since
+            checkpoint.save(thin.model.state_dict(), state)
     progress("Pruning", len(todo), len(todo))
     return (thin.model if layers else apply(thin.plan, model)), thin.plan, layers
 
@@ -172,7 +174,7 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     chosen = data.train.calibration(per_class, seed=seed, stage=group.name)
     gram, rows = sampled_gram(thin.model, group, thin.plan, data.train, chosen, draws=DRAWS, seed=seed)
     rule = _rule(schedule, thin, group, gram, chosen)
-    stays, kept = _select(schedule.graph, thin.kept, group, rule, width)
+    stays, kept = join().tell(_select(schedule.graph, thin.kept, group, rule, width))
     weights = scale(gram, stays) if schedule.scaled else np.ones(len(stays))
     try:
         plan = settled_plan(schedule.original, schedule.graph, kept, schedule.inputs)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..interfaces import Progress, silent
+from ..parallel import join
 from .allocation import Curve
 from .budget import Widths, possible
 from .calibration import Original, Sample, Sampling, observe
@@ -66,7 +67,7 @@ class Weighed:
 
     wide: Wide
     sampling: Sampling
-    moments: Mapping[str, Moments]
+    moments: dict[str, Moments]
     said: Original
     curves: dict[str, Curve]
 
@@ -113,7 +114,7 @@ def prune_once(
     seen = weigh(original, graph, groups, sample, input_shape, method, progress)
     if method.targets != "symmetric":
         seen.moments.clear()  # they are gathered anew, layer by layer
-    chosen = widths(seen.curves)
+    chosen = join().once(lambda: widths(seen.curves))
     wide = seen.wide
     work = _Work(wide, graph, seen.sampling, seen.said, seen.moments, method, chosen, list(groups))
     for number, name in enumerate(wide.readers):
@@ -220,7 +221,7 @@ class _Work:
                 self.wide.refit(reader, rows.rectified(stats), solver)
 
     def _prune(self, group: ChannelGroup, moments: Mapping[str, Moments]) -> None:
-        stays = self._select(group, moments)
+        stays = join().tell(self._select(group, moments))
         gone = np.setdiff1d(np.arange(len(group.channels)), stays)
         if self.method.reconstruction == "scale":
             factors = np.ones(len(group.channels))

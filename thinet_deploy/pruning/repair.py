@@ -127,7 +127,8 @@ class Rows:
     def __init__(self, wide: Wide, reader: Reader, gathered: Gathering) -> None:
         """Without targets yet; these come in the order of the rows gathered."""
         self.wide, self.reader, self._gathered = wide, reader, gathered
-        self._targets, self._others = list[Tensor](), list[Tensor]()
+        nothing = torch.empty(0, reader.filters)  # a process may have no image
+        self._targets, self._others = [nothing], [nothing]
 
     def add(self, target: Tensor, other: Tensor) -> None:
         """What the original said (n, filters), and what is added to what this layer says, (n, filters)."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..data import ImageSet
 from ..errors import ModelError
+from ..parallel import join
 from ..seeds import generator
 from .graph import STAYS, ChannelGraph, ChannelGroup, Consumer
 from .plan import Plan, members
@@ -79,7 +80,8 @@ def apoz(
     places = [torch.from_numpy(members(group, each, plan)) for each in group.consumers]
     nonzero = torch.zeros(len(places), len(group.channels), dtype=torch.float64)
     values = torch.zeros_like(nonzero)
-    for part in _batches(chosen, batch):
+    team = join()
+    for part in _batches(team.mine(chosen), batch):
         calls = consumer_calls(model, group.consumers, torch.from_numpy(images.inputs(part)))
         for row, (call, place) in enumerate(zip(calls, places, strict=True)):
             data = _channels_second(call, call.given["input"])
@@ -87,6 +89,7 @@ def apoz(
             there, sizes = (data != 0).double().sum((0, 2)), data.new_full(data.shape[1:2], data[:, 0].numel())
             nonzero[row] += _by_channel(there[None], place, len(group.channels))[0]
             values[row] += _by_channel(sizes[None].double(), place, len(group.channels))[0]
+    nonzero, values = team.sum_(nonzero), team.sum_(values)
     readers = (values > 0).sum(0).clamp(min=1)
     return ((nonzero / values.clamp(min=1)).sum(0) / readers).numpy()
 
@@ -122,12 +125,13 @@ def taylor(
     model.eval()
     places = [torch.from_numpy(members(group, each, plan)) for each in group.consumers]
     total = torch.zeros(len(group.channels), dtype=torch.float64)
-    for part in _batches(chosen, batch):
+    team = join()
+    for part in _batches(team.mine(chosen), batch):
         inputs, labels = torch.from_numpy(images.inputs(part)), torch.from_numpy(images.labels[part])
         for call, place, gradient in _gradients(model, group, places, inputs, labels):
             product = call.given["input"].detach().double() * gradient.double()
             total += _by_channel(_channels_second(call, product).mean(2), place, len(total)).abs().sum(0)
-    _check_finite(total, group)
+    _check_finite(team.sum_(total), group)
     return (total / len(chosen)).numpy()
 
 
@@ -168,7 +172,7 @@ def _gradients(
 
 
 def _batches(indices: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    return np.split(indices, range(size, len(indices), size))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def _channels_second(call: Call, data: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data import ImageSet
 from ..errors import ModelError
+from ..parallel import join
 from ..seeds import derive, generator
 from .geometry import Geometry, as_convolution, map_size
 from .graph import STAYS, ChannelGroup, Consumer
@@ -101,7 +102,7 @@ def sampled_gram(
 ) -> tuple[NDArray[np.float64], int]:
     """G = X̂ᵀX̂ over sampled rows of a group's consumers, as the papers sample them; several consumers are summed.
 
-    The rows depend on (seed, layer, image) only: not on batch size or order.
+    The rows depend on (seed, layer, image) only: not on batch size, order, or how many processes share the images.
 
     Args:
         model: the network as it stands, in eval mode.
@@ -122,7 +123,8 @@ def sampled_gram(
     model.eval()
     gram = torch.zeros(len(group.channels), len(group.channels), dtype=torch.float64)
     places = [torch.from_numpy(members(group, each, plan)) for each in group.consumers]
-    for part in _chunks(chosen, batch):
+    team = join()
+    for part in _chunks(team.mine(chosen), batch):
         calls = consumer_calls(model, group.consumers, torch.from_numpy(images.inputs(part)))
         for number, (call, place) in enumerate(zip(calls, places, strict=True)):
             consumer, inputs = as_convolution(call.given)
@@ -132,6 +134,7 @@ def sampled_gram(
             shares, mine = contributions(consumer, inputs, sampled), place != STAYS
             rows = shares.new_zeros(len(shares), len(gram)).index_add_(1, place[mine], shares[:, mine])
             gram += rows.T @ rows
+    team.sum_(gram)
     if not bool(gram.isfinite().all()):
         raise ModelError(
             f"What enters {group.consumers[0].weight.removesuffix('.weight')} is not finite (NaN or infinite), "
