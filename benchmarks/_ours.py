@@ -1,10 +1,11 @@
-"""Our pruning without training as one function, for the benchmarks."""
+"""Our pruning without training, and the fine-tuning that everybody gets, as functions for the benchmarks."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import nn
 
 from thinet_deploy.data import Dataset
@@ -12,11 +13,21 @@ from thinet_deploy.pruning.allocation import Costs, allocate
 from thinet_deploy.pruning.budget import Wish, choose_widths
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
-from thinet_deploy.pruning.layerwise import prunable
 from thinet_deploy.pruning.oneshot import Method, prune_once
 from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
+from thinet_deploy.training import Recipe, train
+
+# Chosen on held-out training images of ResNet-20, best at 2x fewer multiply-accumulates.
+TUNING = Recipe(epochs=1, lr=0.01, batch=128, precision="bf16")
+
+
+def tuned(model: nn.Module, data: Dataset, teacher: nn.Module | None, epochs: int, seed: int = 0) -> nn.Module:
+    """The network, fine-tuned in place."""
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train(model, data.train, replace(TUNING, epochs=epochs), seed=seed, stage="benchmark", teacher=teacher)
+    return model.eval()
 
 
 def pruned(
@@ -30,11 +41,12 @@ def pruned(
     batch: int = 100,
     seed: int = 0,
 ) -> nn.Module:
-    """A thin network, pruned inside its blocks; allocated widths cost what the uniform ones would."""
+    """A thin network, pruned but for its residual streams; allocated widths cost what the uniform ones would."""
     shape = data.preprocess.input_shape
     inputs = example_inputs(model, shape)
     graph = channel_graph(model, inputs)
-    groups, tensors = prunable(graph), dict(named_tensors(model))
+    groups = tuple(group for group in graph.groups if not group.shortcut)
+    tensors = dict(named_tensors(model))
     uniform = choose_widths(tensors, graph, groups, wish)
     costs = Costs(tensors, graph, groups)
     if wish.macs is None and wish.size is None:

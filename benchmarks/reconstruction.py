@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from _judge import judged, percent
 from _ours import pruned
 from _record import RESULTS, keep
 from _trained import cifar10, missing, trained_resnet20
-from peers import judged
 from rich.console import Console
 from rich.table import Table
 
@@ -66,9 +66,7 @@ def show(rows: dict[str, Any]) -> None:
     """A table in the order of the measurement."""
     table = Table("what", "MMAC", "top-1 (95 %)", "s")
     for name, row in rows.items():
-        top1 = row["top1"]
-        text = f"{top1['value']:.2f} ({top1['low']:.2f}–{top1['high']:.2f})"
-        table.add_row(name, f"{row['macs'] / 1e6:.2f}", text, f"{row.get('seconds', 0):.0f}")
+        table.add_row(name, f"{row['macs'] / 1e6:.2f}", percent(row), f"{row.get('seconds', 0):.0f}")
     Console(width=120).print(table)
 
 

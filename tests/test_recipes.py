@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,3 +106,69 @@ def test_what_a_layer_too_wide_to_refit_reads_stays_whole_and_says_so(
     assert names[0] > names[1]
     for name in names[0] - names[1]:
         assert "too many inputs" in some["whole"][name]
+
+
+def test_several_methods_get_a_row_each_and_the_first_ships(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    options = tiny_options(tmp_path / "run", method="elimination,random", preset="thinet-conv", target="ios")
+    done = pipeline.build(options)
+    assert [row.label for row in done.table.rows] == [
+        "Original",
+        "Original, 1 epoch more",
+        "ThiNet-Conv (r=0.5, elimination)",
+        "ThiNet-Conv (r=0.5, random)",
+        "Train from scratch",
+    ]
+    assert [hop.passed for hop in done.hops if hop.hop == "masked → pruned"] == [True, True]
+    plans = [(done.run / stage / "plan.json").read_text() for stage in ("conv", "conv-random")]
+    assert plans[0] != plans[1]
+    ledger = [(entry.network, entry.step) for entry in done.table.ledger]
+    assert ("ThiNet-Conv (r=0.5, random)", "reconstructed") in ledger
+    assert ledger[0] == ("Original", "trained here")
+    assert ledger[-1] == ("Train from scratch", "3 epochs")
+    report = read_json(pipeline.prune(options) / "report.json")
+    assert list(report["methods"]) == ["elimination", "random"]
+    assert report["methods"]["elimination"]["accuracy"] == report["accuracy"]
+
+
+@pytest.mark.parametrize(("with_it", "teacher"), [(True, True), (False, False)])
+def test_the_original_teaches_unless_held_out_images_say_otherwise(
+    with_it: bool, teacher: bool, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hits` is asked twice: of the network trained with the original as teacher, and of the one without."""
+    answers = iter([np.full(100, with_it), np.full(100, not with_it)])
+    monkeypatch.setattr("thinet_deploy.stages.hits", lambda *_: next(answers))
+    done = pipeline.build(tiny_options(tmp_path / "run", finetune_epochs=5, controls="none", target="ios"))
+    assert read_json(done.run / "teacher" / "teacher.json")["teacher"] is teacher
+    steps = [entry.step for entry in done.table.ledger if entry.step.startswith("fine-tuned")]
+    assert all(("as teacher" in step) is teacher for step in steps)
+    assert steps
+
+
+def test_the_papers_train_an_epoch_per_layer_and_two_in_front_of_a_pool(
+    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, float, str]] = []
+
+    def watch(model: Any, images: Any, recipe: Any, **given: Any) -> None:
+        seen.append((given["stage"], recipe.epochs, recipe.lr, recipe.schedule))
+
+    monkeypatch.setattr("thinet_deploy.tools.train", watch)
+    usual = {"model": f"{Path(__file__).with_name('tiny_nets.py')}:plain", "recipe": "iccv2017", "controls": "none"}
+    given = tiny_options(tmp_path / "run").model_dump(include={"data", "out"})
+    papers = make_options({**usual, **given, "target": "ios"})
+    assert (papers.batch_size, papers.finetune_lr) == (128, 1e-3)
+    pipeline.build(papers)
+    stages = {stage: rest for stage, *rest in seen}
+    assert stages["Fine-tuning, layer features.0"] == [1, 1e-3, "constant"]
+    assert stages["Fine-tuning ThiNet-Conv (r=0.5)"] == [12, 1e-3, "steps"]
+    assert not any("features.2" in stage for stage in stages), "the last one is followed by the fine-tuning at the end"
+
+
+def test_settings_of_training(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    load_job(tiny_options(tmp_path / "run", train={"precision": "bf16", "ema": "0.99", "optimizer": "adamw"}))
+    with pytest.raises(UnknownNameError, match="momentum"):
+        load_job(tiny_options(tmp_path / "run", train={"momentun": 0.5}))
+    with pytest.raises(UnknownNameError, match="setting of --train"):
+        load_job(tiny_options(tmp_path / "run", train={"lr": 0.5}))
+    with pytest.raises(InputError, match="precision=int3"):
+        load_job(tiny_options(tmp_path / "run", train={"precision": "int3"}))

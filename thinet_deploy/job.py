@@ -56,6 +56,11 @@ class Job:
         )
 
     @property
+    def replaces_head(self) -> bool:
+        """Whether the fully connected head becomes global average pooling (ThiNet-GAP)."""
+        return self.options.preset == "thinet-gap" or (not self.options.preset and gap_head(self.fresh()) is not None)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What every stage's result depends on: network, images, seed."""
         source, _, factory = self.options.model.rpartition(":")

@@ -14,7 +14,6 @@ from .ledger import Entry
 from .options import Options
 from .prune_stage import pruned as pruned_stage
 from .pruning.proof import Proof
-from .pruning.surgery import gap_head
 from .shared_run import SharedRun
 from .stages import FineTuning
 from .store import Stage
@@ -115,8 +114,7 @@ def prune(run: SharedRun, tools: Tools) -> Pruning:
         name = _named("prune", method, options)
         by_method[method] = run.stage(name, inputs, work)
         gate((_pruning_hop(_named("conv", method, options), by_method[method]),), run, by_method[method])
-    head = options.preset == "thinet-gap" or (not options.preset and bool(gap_head(job.fresh())))
-    return Pruning(dense, by_method, head)
+    return Pruning(dense, by_method, job.replaces_head)
 
 
 def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:

@@ -60,8 +60,7 @@ def groups_of(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
     Raises:
         ModelError: nothing can be.
     """
-    options = tools.job.options
-    groups = prunable(graph, shortcuts=options.prune_shortcuts)
+    options, groups = tools.job.options, _candidates(tools, graph)
     if not options.layerwise:
         within = within_reach(graph)
         groups = tuple(group for group in groups if within.issuperset(each.weight for each in group.consumers))
@@ -75,6 +74,14 @@ def groups_of(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
             else "See which operations are named.",
         )
     return groups
+
+
+def _candidates(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
+    """The papers' groups; in the recipe best all others too, unless a head that is going to be replaced reads them."""
+    options = tools.job.options
+    if options.layerwise or tools.job.replaces_head:
+        return prunable(graph, shortcuts=options.prune_shortcuts)
+    return tuple(group for group in graph.groups if options.prune_shortcuts or not group.shortcut)
 
 
 def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
@@ -243,7 +250,7 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
         ledger.append(_entry(tools, "BatchNorm statistics re-estimated", thin))
     layers = [_row(group, done) for group in groups if done.widths[group.name] < len(group.channels)]
     whole = _left_whole(graph, groups, done.widths)
-    for group in prunable(graph, shortcuts=options.prune_shortcuts):
+    for group in _candidates(tools, graph):
         if group not in groups:
             why = "a reader of it has too many inputs to be refitted (--recipe iccv2017 prunes it)"
             whole.update(dict.fromkeys(group.producers, why))
