@@ -106,7 +106,14 @@ def measure(count: int, size: int) -> dict[str, Any]:
     sampler.start()
     start = time.perf_counter()
     done = prune_once(
-        model, graph, groups, lambda curves: allocate(costs, groups, curves, wish), sample, shape, Method(), watch.progress
+        model,
+        graph,
+        groups,
+        lambda curves: allocate(costs, groups, curves, wish),
+        sample,
+        shape,
+        Method(),
+        watch.progress,
     )
     whole = time.perf_counter() - start
     watch.stop()

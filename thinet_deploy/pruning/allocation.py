@@ -44,26 +44,38 @@ class Costs:
             share = np.bincount(owners[owners >= 0], minlength=len(groups)) / sizes / axis.groups
             fixed = float((owners < 0).sum()) / axis.groups
             axes.setdefault(axis.site.parameter, []).append((fixed, share, axis.site.dim))
-        self._rows: list[tuple[float, float, list[tuple[float, NDArray[np.float64]]]]] = []
+        most = max(map(len, axes.values()), default=0)
+        lengths: list[tuple[list[float], list[NDArray[np.float64]]]] = []
+        units = []
         for name, tensor in tensors.items():
             mine = axes.get(name, [])
             rest = float(np.prod([size for dim, size in enumerate(tensor.shape) if dim not in {a[2] for a in mine}]))
             counted = tensor.dim() > 1 or name.endswith((".weight", ".running_mean"))
             work = graph.work.get(name, 0)
             if work or counted:
-                self._rows.append((work * rest, 4 * rest * counted, [(fixed, share) for fixed, share, _ in mine]))
+                mine += [(1.0, np.zeros(len(groups)), -1)] * (most - len(mine))
+                units.append((work * rest, 4 * rest * counted))
+                lengths.append(([each for each, _, _ in mine], [each for _, each, _ in mine]))
+        # Of each tensor: multiply-accumulates and bytes per product of its axes' lengths, which are linear in widths.
+        self._units_r2 = np.array(units)
+        self._fixed_ra, self._shares_rag = (np.array(each) for each in zip(*lengths, strict=True))
         self._names = [group.name for group in groups]
 
     def __call__(self, widths: Widths) -> tuple[float, float]:
         """(multiply-accumulates, bytes)."""
-        vector = np.array([widths[name] for name in self._names], dtype=np.float64)
-        macs = size = 0.0
-        for work, weigh, factors in self._rows:
-            product = 1.0
-            for fixed, share in factors:
-                product *= fixed + float(share @ vector)
-            macs += work * product
-            size += weigh * product
+        name = self._names[0]
+        macs, size = self.along(widths, name, np.array([widths[name]]))
+        return float(macs[0]), float(size[0])
+
+    def along(
+        self, widths: Widths, name: str, choices_k: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The same where one group has other widths, each (k,)."""
+        vector, group = np.array([widths[each] for each in self._names], dtype=np.float64), self._names.index(name)
+        vector[group] = 0
+        lengths_rak = (self._fixed_ra + self._shares_rag @ vector)[..., None]
+        lengths_rak = lengths_rak + self._shares_rag[..., group, None] * choices_k
+        macs, size = self._units_r2.T @ lengths_rak.prod(1)
         return macs, size
 
 
@@ -82,47 +94,74 @@ def allocate(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, 
     Raises:
         GateError: the budget cannot be reached with these groups.
     """
-    choices = {group.name: sorted(possible(group, wish.grid), reverse=True) for group in groups}
-    fixed = {group.name: ratio for group in groups if (ratio := matching(group, wish)) is not None}
-    widths = {group.name: len(group.channels) for group in groups}
-    error = {
-        name: dict(zip(curve.widths.tolist(), curve.error.tolist(), strict=True)) for name, curve in curves.items()
-    }
-    for group in groups:
-        if group.name in fixed:
-            goal = len(group.channels) * fixed[group.name]
-            widths[group.name] = min(choices[group.name], key=lambda width: (abs(width - goal), width))
-    free = [group.name for group in groups if group.name not in fixed]
-
-    def over(at: Widths) -> float:
-        """How far beyond the budget, in units of it; saving is what this falls by."""
-        macs, size = costs(at)
-        return max(macs / wish.macs if wish.macs else 0.0, size / wish.size if wish.size else 0.0)
-
-    now = over(widths)
-    while now > 1:
-        steps = [
-            ((error[name][width] - error[name][widths[name]]) / saved, name, width)
-            for name in free
-            for width in choices[name]
-            if width < widths[name] and (saved := now - over({**widths, name: width})) > 0
-        ]
-        if not steps:
-            macs, size = costs(widths)
+    search = _Search(costs, groups, curves, wish)
+    while search.beyond() > 1:
+        if not search.narrow():
+            macs, size = costs(search.widths)
             raise unreachable(Cost(int(macs), int(size)))
-        _, name, width = min(steps)
-        # Not further than needed: the least narrow width on the way that reaches the budget.
-        enough = [each for each in choices[name] if width <= each < widths[name] and over({**widths, name: each}) <= 1]
-        widths[name] = max([width, *enough])
-        now = over(widths)
-    while True:  # what is left of the budget
-        wider = [
-            (error[name][widths[name]] - error[name][width], name, width)
-            for name in free
-            for width in choices[name]
-            if width > widths[name] and over({**widths, name: width}) <= 1
-        ]
-        if not wider or max(wider)[0] <= 0:
-            return widths
-        _, name, width = max(wider)
-        widths[name] = width
+    while search.widen():
+        pass
+    return search.widths
+
+
+class _Search:
+    """Widths on their way into a budget."""
+
+    def __init__(self, costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> None:
+        self.costs, self.curves, self.wish = costs, curves, wish
+        self.choices = {group.name: np.array(sorted(possible(group, wish.grid))) for group in groups}
+        self.widths = {group.name: len(group.channels) for group in groups}
+        self.free = []
+        for group in groups:
+            ratio, name = matching(group, wish), group.name
+            if ratio is None:
+                self.free.append(name)
+            else:
+                goal = len(group.channels) * ratio
+                self.widths[name] = min(self.choices[name].tolist(), key=lambda width: (abs(width - goal), width))
+
+    def beyond(self) -> float:
+        """How far beyond the budget, in units of it; saving is what this falls by."""
+        macs, size = self.costs(self.widths)
+        return max(macs / (self.wish.macs or np.inf), size / (self.wish.size or np.inf))
+
+    def narrow(self) -> bool:
+        """One group becomes narrower, if any can."""
+        beyond, steps = self.beyond(), []
+        for name in self.free:
+            choices = self.choices[name][self.choices[name] < self.widths[name]]
+            saved = beyond - self._beyond_with(name, choices)
+            choices, saved = choices[saved > 0], saved[saved > 0]
+            if len(choices):
+                ratios = self._error_with(name, choices) / saved
+                steps.append((float(ratios.min()), name, int(choices[ratios.argmin()])))
+        if steps:
+            _, name, width = min(steps)
+            # Not further than needed: the least narrow width on the way that reaches the budget.
+            way = self.choices[name][(width <= self.choices[name]) & (self.choices[name] < self.widths[name])]
+            self.widths[name] = int(max(way[self._beyond_with(name, way) <= 1], default=width))
+        return bool(steps)
+
+    def widen(self) -> bool:
+        """One group becomes wider, if that is still within the budget and helps."""
+        steps = [(0.0, "", 0)]
+        for name in self.free:
+            choices = self.choices[name][self.choices[name] > self.widths[name]]
+            choices = choices[self._beyond_with(name, choices) <= 1]
+            gains = -self._error_with(name, choices)
+            steps += zip(gains.tolist(), [name] * len(gains), choices.tolist(), strict=True)
+        gain, name, width = max(steps)
+        if gain > 0:
+            self.widths[name] = width
+        return gain > 0
+
+    def _beyond_with(self, name: str, choices: NDArray[np.int64]) -> NDArray[np.float64]:
+        macs, size = self.costs.along(self.widths, name, choices)
+        return np.maximum(macs / (self.wish.macs or np.inf), size / (self.wish.size or np.inf))
+
+    def _error_with(self, name: str, choices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Beyond that with the present width."""
+        curve = self.curves[name]
+        at = np.searchsorted(-curve.widths, -np.append(choices, self.widths[name]))  # widths are descending
+        error: NDArray[np.float64] = curve.error[at]
+        return error[:-1] - error[-1]

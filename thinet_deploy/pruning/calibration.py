@@ -116,7 +116,7 @@ class Sampling:
 
     def share(self, reader: Reader, images: slice) -> int:
         """How many images of a batch are looked at in a layer: the first ones of it."""
-        return max(0, min(self.images[reader.weight], images.stop) - images.start)
+        return max(0, min(self.images[reader.weight], int(images.stop)) - int(images.start))
 
     def places(self, call: Call, size: tuple[int, int], part: NDArray[np.int64]) -> list[Positions]:
         """Output positions of a layer's call, whose map is of that size, for each of some images."""
@@ -166,8 +166,7 @@ def observe(
         progress: to report to.
 
     Returns:
-        Moments by weight, whose targets are the layer's own outputs behind its BatchNorm, without what it is added to;
-        and the outputs of all layers.
+        Moments by weight, without targets (`Wide.own` gives them); and the outputs of all layers.
     """
     gathered = {name: wide.gathering(wide.readers[name], targets=False) for name in consumers}
     calls = Call.all(wide.readers.values())
@@ -200,15 +199,14 @@ def observe(
             wide.replay.run(values, 0, len(index), looking(images, part))
     progress("Calibrating", last, last)
     moments = together({name: each.moments() for name, each in gathered.items()})
-    found = {name: wide.own(wide.readers[name], each) for name, each in moments.items()}
-    return found, Original({key: torch.cat(each) for key, each in rows.items()})
+    return moments, Original({key: torch.cat(each) for key, each in rows.items()})
 
 
 def look(
     wide: Wide, sampling: Sampling, call: Call, values: Values, part: NDArray[np.int64]
 ) -> tuple[list[Positions], torch.Tensor]:
     """Where a layer is sampled for the images `part`, the first of a batch, and what it reads there."""
-    layer, inputs = wide.layer(call.use, values)
+    layer, inputs = wide.layer(call.reader, call.use, values)
     places = sampling.places(call, map_size(layer, inputs), part)
     return places, patches(layer, inputs[: len(part)], places)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
 from .moments import Moments
 
@@ -111,9 +110,9 @@ class Sums:
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """A Bᵀ of float32 matrices, through oneDNN where torch has it: on AMD's processors twice as fast as MKL."""
-    if min(left.shape + right.shape) < 64 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if min(left.shape + right.shape) < 64 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return left @ right.T
-    return F.linear(left.to_mkldnn(), right.to_mkldnn()).to_dense()
+    return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]  # noqa: SLF001
 
 
 def add_gram(squares: torch.Tensor, columns: torch.Tensor) -> None:
