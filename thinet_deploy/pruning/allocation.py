@@ -163,5 +163,5 @@ class _Search:
         """Beyond that with the present width."""
         curve = self.curves[name]
         at = np.searchsorted(-curve.widths, -np.append(choices, self.widths[name]))  # widths are descending
-        error: NDArray[np.float64] = curve.error[at]
-        return error[:-1] - error[-1]
+        error: NDArray[np.float64] = curve.error[at] - curve.error[at[-1]]
+        return error[:-1]

@@ -182,7 +182,7 @@ def observe(
             call = begins.get(index[node])
             if call and (count := sampling.share(call.reader, images)):
                 _, read = look(wide, sampling, call, values, part[:count])
-                gathered[call.reader.weight].add(read, torch.empty(len(read), 0))
+                gathered[call.reader.weight].add(read)
             for call in ends.get(index[node], ()):
                 if count := sampling.share(call.reader, images):
                     value = values[node.name][:count]

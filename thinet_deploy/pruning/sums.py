@@ -22,8 +22,8 @@ class Gathering(Protocol):
 
     pieces: list[torch.Tensor]
 
-    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take rows: patches (n, G, D) and targets (n, G · O), in float32."""
+    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Take rows: patches (n, G, D) and targets (n, G · O), if they are wanted, in float32."""
 
     def moments(self) -> Moments:
         """Of all rows; this ends the gathering."""
@@ -58,9 +58,10 @@ class Sums:
         self._filled = 0
         self._origin: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take rows: patches (n, G, D) and targets (n, G · O), in float32."""
-        wanted = targets.reshape(len(targets), *self._targets.shape[1:])
+    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Take rows: patches (n, G, D) and targets (n, G · O), if they are wanted, in float32."""
+        wanted = patches_ngd[:, 0, :0] if targets is None else targets
+        wanted = wanted.reshape(len(patches_ngd), *self._targets.shape[1:])
         while len(patches_ngd):
             if not len(self._patches):
                 self._patches = torch.empty(self._rows, *self._patches.shape[1:])
