@@ -22,7 +22,7 @@ from .wide import Wide
 
 # A layer is sampled at so many positions in all, if time (rows × width² multiplications) and memory (rows × width
 # numbers) allow it, but at five or more for each input; refitted by channel, it has many outputs to go by at each.
-_ROWS, _WORK, _NUMBERS = 130_000, 100_000_000_000, 75_000_000
+_ROWS, _WORK, _NUMBERS = 130_000, 20_000_000_000, 75_000_000
 _ROWS_PER_INPUT, _ROWS_BY_CHANNEL = 5, 1024
 _WORTH = 1 / 3
 # Bytes of what the original says, and of the values that the second pass keeps between two layers.

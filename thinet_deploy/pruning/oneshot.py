@@ -169,7 +169,7 @@ class _Work:
         found, rows = self.front.collect([reader], keep=again)
         stats, solver = self._solve(reader, found[reader.weight])
         # With fewer rows than inputs the layer already says what it should on all of them.
-        for _ in range(ROUNDS if again and found[reader.weight].count >= reader.inputs else 0):
+        for _ in range(ROUNDS if again and found[reader.weight].count >= stats.mean.shape[1] else 0):
             self.wide.refit(reader, rows.rectified(stats), solver)
 
     def _solve(self, reader: Reader, moments: Moments) -> tuple[Centred, Solver]:

@@ -52,7 +52,7 @@ class Sums:
             return torch.zeros(blocks, *size, dtype=torch.float64)
 
         self._sums = Moments(0, zeros(inputs), zeros(inputs, inputs), zeros(filters), zeros(filters, inputs))
-        self._rows = max(1, min(_MOST_ROWS, _PIECE // (blocks * inputs)))
+        self._rows = max(1, min(_MOST_ROWS, _PIECE // max(1, blocks * inputs)))
         self._keep, self.pieces = keep, list[torch.Tensor]()
         self._patches, self._targets = torch.empty(0, blocks, inputs), torch.empty(0, blocks, filters)
         self._filled = 0
@@ -100,9 +100,9 @@ class Sums:
         origin, aim = (each.float() for each in self._origin)
         sums = self._sums
         sums.count += len(patches)
-        columns, wanted = ((each.movedim(0, -1)).contiguous() for each in (patches - origin, targets - aim))
-        sums.patches += columns.sum(2, dtype=torch.float64)
-        sums.targets += wanted.sum(2, dtype=torch.float64)
+        columns, wanted = (each.movedim(0, -1).contiguous() for each in (patches - origin, targets - aim))
+        sums.patches += columns.sum(2)
+        sums.targets += wanted.sum(2)
         for block, (mine, aims) in enumerate(zip(columns, wanted, strict=True)):
             add_gram(sums.squares[block], mine)
             if len(aims):
