@@ -257,5 +257,5 @@ def test_the_original_is_left_untouched() -> None:
     before = copy.deepcopy(model.state_dict())
     wide = Wide.of(model, graph_of(model), SHAPE, 16)
     moments, _ = observe(wide, Sampling.of(wide, sample()), ["b.weight"])
-    refit(wide, "b.weight", moments["b.weight"], 0.5)
+    refit(wide, "b.weight", wide.own(wide.readers["b.weight"], moments["b.weight"]), 0.5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

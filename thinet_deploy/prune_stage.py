@@ -252,7 +252,7 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     whole = _left_whole(graph, groups, done.widths)
     for group in _candidates(tools, graph):
         if group not in groups:
-            why = "a reader of it has too many inputs to be refitted (--recipe iccv2017 prunes it)"
+            why = "a reader of it cannot be refitted: too many inputs, not channel by channel, or a 3-D convolution"
             whole.update(dict.fromkeys(group.producers, why))
     return _Done(thin, plan, layers, ledger, 0, whole)
 

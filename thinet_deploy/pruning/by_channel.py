@@ -31,19 +31,20 @@ class ChannelSums:
         self._weight = weight_cso
         self._sums = Moments(0, zeros(channels * size), zeros(channels, channels), zeros(filters), zeros(1, channels))
 
-    def add(self, patches_n1d: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take rows: patches (n, 1, D) and targets (n, O), in float32."""
+    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Take rows: patches (n, 1, D) and targets (n, O), if they are wanted, in float32."""
         channels, size, filters = self._weight.shape
         sums, step = self._sums, max(1, _NUMBERS // (channels * filters))
-        sums.count += len(patches_n1d)
-        sums.patches += patches_n1d.sum(0, dtype=torch.float64)
-        sums.targets += targets.sum(0, dtype=torch.float64)
-        for start in range(0, len(patches_n1d), step):
-            some, wanted = patches_n1d[start : start + step], targets[start : start + step]
-            inputs_cns = some.reshape(-1, channels, size).transpose(0, 1)
+        sums.count += len(patches_ngd)
+        sums.patches += patches_ngd.sum(0, dtype=torch.float64)
+        for start in range(0, len(patches_ngd), step):
+            inputs_cns = patches_ngd[start : start + step].reshape(-1, channels, size).transpose(0, 1)
             said = torch.bmm(inputs_cns, self._weight).flatten(1)  # (C, n · O)
             add_gram(sums.squares[0], said)
-            sums.cross[0, 0] += said @ wanted.flatten()
+            if targets is not None:
+                wanted = targets[start : start + step]
+                sums.targets += wanted.sum(0, dtype=torch.float64)
+                sums.cross[0, 0] += said @ wanted.flatten()
 
     def moments(self) -> Moments:
         """Of all rows; this ends the gathering."""

@@ -23,7 +23,7 @@ from .wide import Wide
 
 # A layer is sampled at so many positions in all, if time (rows × width² multiplications) and memory (rows × width
 # numbers) allow it, but at five or more for each input; refitted by channel, it has many outputs to go by at each.
-_ROWS, _WORK, _NUMBERS = 130_000, 100_000_000_000, 75_000_000
+_ROWS, _WORK, _NUMBERS = 130_000, 20_000_000_000, 75_000_000
 _ROWS_PER_INPUT, _ROWS_BY_CHANNEL = 5, 1024
 _WORTH = 1 / 3
 # Bytes of what the original says, and of the values that the second pass keeps between two layers.
@@ -177,8 +177,7 @@ def observe(
         progress: to report to.
 
     Returns:
-        Moments by weight, whose targets are the layer's own outputs behind its BatchNorm, without what it is added to;
-        and the outputs of all layers.
+        Moments by weight, without targets (`Wide.own` gives them); and the outputs of all layers.
     """
     gathered = {name: wide.gathering(wide.readers[name], targets=False) for name in consumers}
     calls = Call.all(wide.readers.values())
@@ -194,7 +193,7 @@ def observe(
             call = begins.get(index[node])
             if call and (count := sampling.share(call.reader, images)):
                 _, read = look(wide, sampling, call, values, part[:count])
-                gathered[call.reader.weight].add(read, torch.empty(len(read), 0))
+                gathered[call.reader.weight].add(read)
             for call in ends.get(index[node], ()):
                 if count := sampling.share(call.reader, images):
                     value = values[node.name][:count]
@@ -211,15 +210,14 @@ def observe(
             wide.replay.run(values, 0, len(index), looking(images, part))
     progress("Calibrating", last, last)
     moments = together({name: each.moments() for name, each in gathered.items()})
-    found = {name: wide.own(wide.readers[name], each) for name, each in moments.items()}
-    return found, Original({key: torch.cat(each) for key, each in rows.items()})
+    return moments, Original({key: torch.cat(each) for key, each in rows.items()})
 
 
 def look(
     wide: Wide, sampling: Sampling, call: Call, values: Values, part: NDArray[np.int64]
 ) -> tuple[list[Positions], torch.Tensor]:
     """Where a layer is sampled for the images `part`, the first of a batch, and what it reads there."""
-    layer, inputs = wide.layer(call.use, values)
+    layer, inputs = wide.layer(call.reader, call.use, values)
     places = sampling.places(call, map_size(layer, inputs), part)
     return places, patches(layer, inputs[: len(part)], places)
 

@@ -6,7 +6,7 @@ on how many images there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,15 @@ class Moments:
     squares: torch.Tensor
     targets: torch.Tensor
     cross: torch.Tensor
+
+    def among(self, inputs: torch.Tensor) -> Moments:
+        """Of some of the inputs only, by index."""
+        return replace(
+            self,
+            patches=self.patches[:, inputs],
+            squares=self.squares[:, inputs][:, :, inputs],
+            cross=self.cross[:, :, inputs],
+        )
 
     def saying(self, weight_god: torch.Tensor, shift_go: torch.Tensor) -> Moments:
         """The same rows with t = W p + b as targets: then all sums over t follow from those over p."""

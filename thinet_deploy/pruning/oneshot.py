@@ -17,11 +17,11 @@ from .budget import Widths, possible
 from .calibration import Original, Sample, Sampling, observe
 from .elimination import Removal, eliminate
 from .graph import ChannelGraph, ChannelGroup
-from .moments import Moments
+from .moments import Centred, Moments
 from .plan import empty_plan
 from .readers import Reader
 from .reconstruction import Solver, scale
-from .repair import Front, Rows
+from .repair import Front
 from .scores import apoz, random_scores, taylor, weight_sum
 from .selection import by_score, thinet, thinet_omp
 from .weighing import exact_gram, parts
@@ -62,13 +62,15 @@ class Weighed:
         sampling: where its layers were looked at.
         moments: weight → second moments of what a consumer reads.
         said: what all layers say.
-        curves: group's name → what narrower widths would cost; only of the elimination.
+        removals: group's name → the order in which its channels would go; only of the elimination.
+        curves: group's name → what narrower widths would cost; as well.
     """
 
     wide: Wide
     sampling: Sampling
     moments: dict[str, Moments]
     said: Original
+    removals: dict[str, Removal]
     curves: dict[str, Curve]
 
 
@@ -112,14 +114,21 @@ def prune_once(
         progress: to report to.
     """
     seen = weigh(original, graph, groups, sample, input_shape, method, progress)
-    if method.targets != "symmetric":
-        seen.moments.clear()  # they are gathered anew, layer by layer
+    wide, moments = seen.wide, seen.moments
+    if method.targets == "symmetric":
+        moments = {name: wide.own(wide.readers[name], each) for name, each in moments.items()}
+    else:
+        moments.clear()  # they are gathered anew, layer by layer
     chosen = join().once(lambda: widths(seen.curves))
-    wide = seen.wide
-    work = _Work(wide, graph, seen.sampling, seen.said, seen.moments, method, chosen, list(groups))
+    work = _Work(wide, graph, Front(wide, seen.sampling, seen.said), moments, method, chosen, seen.removals)
+    todo = list(groups)
     for number, name in enumerate(wide.readers):
         progress("Pruning", number, len(wide.readers), name.removesuffix(".weight"))
-        work.go_on(name)
+        mine = [group for group in todo if any(each.weight == name for each in group.consumers)]
+        work.prune(mine)
+        todo = [group for group in todo if group not in mine]
+        if not work.kept.all() and method.reconstruction == "full":
+            work.refit(wide.readers[name])
     progress("Pruning", len(wide.readers), len(wide.readers))
     return Pruned(wide.model, work.kept, chosen, seen.curves)
 
@@ -142,28 +151,16 @@ def weigh(
     sampling = Sampling.of(wide, sample.shuffled())
     consumers = {each.weight for group in groups for each in group.consumers}
     moments, said = observe(wide, sampling, consumers, progress)
+    removals: dict[str, Removal] = {}
     curves: dict[str, Curve] = {}
     worth, variance = said.worth(), said.variance()
     whole = sum(worth[name] * variance[name] for name in sorted(consumers))
     for number, group in enumerate(groups if method.selection == "elimination" else ()):
         progress("Weighing", number, len(groups), group.name)
-        curves[group.name] = _curve(group, _elimination(wide, group, moments, worth, method.ridge, 0), whole)
+        removal = eliminate(parts(wide, group, moments, worth, method.ridge), group.cells, group.steps)
+        removals[group.name], curves[group.name] = removal, _curve(group, removal, whole)
     progress("Weighing", len(groups), len(groups))
-    return Weighed(wide, sampling, moments, said, curves)
-
-
-def _elimination(
-    wide: Wide,
-    group: ChannelGroup,
-    moments: Mapping[str, Moments],
-    worth: Mapping[str, float],
-    ridge: float,
-    keep: int,
-) -> Removal:
-    stats = {}
-    for each in group.consumers:
-        stats[each.weight] = wide.centred(wide.readers[each.weight], moments[each.weight])
-    return eliminate(parts(wide, group, stats, worth, ridge), group.cells, group.steps, keep)
+    return Weighed(wide, sampling, moments, said, removals, curves)
 
 
 def _curve(group: ChannelGroup, removal: Removal, whole: float) -> Curve:
@@ -172,74 +169,72 @@ def _curve(group: ChannelGroup, removal: Removal, whole: float) -> Curve:
 
 
 class _Work:
-    """The second pass, layer by layer."""
+    """The second pass: filters go, and layers are refitted, from front to back."""
 
     def __init__(
         self,
         wide: Wide,
         graph: ChannelGraph,
-        sampling: Sampling,
-        said: Original,
+        front: Front,
         moments: Mapping[str, Moments],
         method: Method,
         widths: Widths,
-        todo: list[ChannelGroup],
+        removals: Mapping[str, Removal],
     ) -> None:
-        self.wide, self.sampling, self.moments = wide, sampling, moments
-        self.method, self.widths, self.todo = method, widths, todo
+        self.wide, self.graph, self.front, self.moments = wide, graph, front, moments
+        self.method, self.widths, self.removals = method, widths, removals
         self.kept = np.ones(graph.channels, dtype=bool)
-        self.front, self.worth = Front(wide, sampling, said), said.worth()
-        self.graph = graph
 
-    def go_on(self, name: str) -> None:
-        """Choose the filters that this layer is the first to read, and refit it."""
-        mine = [group for group in self.todo if any(each.weight == name for each in group.consumers)]
-        drifted = not self.kept.all()
-        if not mine and not drifted:
+    def prune(self, groups: Sequence[ChannelGroup]) -> None:
+        """Choose the filters of some groups, which have the next layer as their first reader, and let the others go."""
+        moments: Mapping[str, Moments] = {}
+        if groups and (self.method.selection in {"thinet", "thinet-omp"} or self.method.reconstruction == "scale"):
+            names = {each.weight for group in groups for each in group.consumers}
+            moments = self._moments([reader for name, reader in self.wide.readers.items() if name in names])
+        stays = [join().tell(self._select(group, moments)) for group in groups]
+        for group, mine in zip(groups, stays, strict=True):
+            if self.method.reconstruction == "scale":
+                factors = np.ones(len(group.channels))
+                factors[mine] = scale(exact_gram(self.wide, group, moments), mine)
+                self.wide.scale(group, factors)
+        for group, mine in zip(groups, stays, strict=True):
+            gone = np.setdiff1d(np.arange(len(group.channels)), mine)
+            self.kept[group.channels[gone]] = False
+            self.wide.remove(group, gone)
+
+    def refit(self, reader: Reader) -> None:
+        """Let a layer say again what the original says; with symmetric targets, if filters that it reads went."""
+        if self.method.targets == "symmetric":
+            if reader.weight in self.moments:
+                self._solve(reader, self._moments([reader])[reader.weight])
             return
-        full, fresh = self.method.reconstruction == "full", self.method.targets != "symmetric"
-        others = {each.weight for group in mine for each in group.consumers} - {name}
-        reader, found = self.wide.readers[name], self.moments
-        again = full and fresh and reader.uses[0].rectified and name not in self.wide.spans
-        rows: Rows | None = None
-        if fresh and (mine or full):
-            wanted = [reader, *(self.wide.readers[each] for each in sorted(others))]
-            found, rows = self.front.collect(wanted, keep=again)
-        for group in mine:
-            self.todo.remove(group)
-            self._prune(group, found)
-        if full and name in found:
-            self._refit(reader, found[name], rows if again else None)
+        again = reader.uses[0].rectified and reader.weight not in self.wide.spans
+        found, rows = self.front.collect([reader], keep=again)
+        stats, solver = self._solve(reader, found[reader.weight])
+        # With fewer rows than inputs the layer already says what it should on all of them.
+        for _ in range(ROUNDS if again and found[reader.weight].count >= stats.mean.shape[1] else 0):
+            self.wide.refit(reader, rows.rectified(stats), solver)
 
-    def _refit(self, reader: Reader, moments: Moments, rows: Rows | None) -> None:
+    def _solve(self, reader: Reader, moments: Moments) -> tuple[Centred, Solver]:
         stats = self.wide.centred(reader, moments)
         solver = Solver(stats.covariance, self.wide.counting(reader), self.method.ridge)
         self.wide.refit(reader, stats, solver)
-        # With fewer rows than inputs the layer already says what it should on all of them.
-        if rows and moments.count >= reader.inputs:
-            for _ in range(ROUNDS):
-                self.wide.refit(reader, rows.rectified(stats), solver)
+        return stats, solver
 
-    def _prune(self, group: ChannelGroup, moments: Mapping[str, Moments]) -> None:
-        stays = join().tell(self._select(group, moments))
-        gone = np.setdiff1d(np.arange(len(group.channels)), stays)
-        if self.method.reconstruction == "scale":
-            factors = np.ones(len(group.channels))
-            factors[stays] = scale(exact_gram(self.wide, group, moments), stays)
-            self.wide.scale(group, factors)
-        self.kept[group.channels[gone]] = False
-        self.wide.remove(group, gone)
+    def _moments(self, readers: Sequence[Reader]) -> Mapping[str, Moments]:
+        if self.method.targets != "symmetric":
+            return self.front.collect(readers)[0]
+        return {each.weight: self.moments[each.weight].among(self.wide.reads(each)) for each in readers}
 
     def _select(self, group: ChannelGroup, moments: Mapping[str, Moments]) -> NDArray[np.int64]:
         """Indices into the group's channels."""
         width, cells, kind = self.widths[group.name], group.cells, self.method.selection
         if kind == "elimination":
-            gone = _elimination(self.wide, group, moments, self.worth, self.method.ridge, width).order
-            return np.setdiff1d(np.arange(len(cells)), gone)
+            return np.sort(self.removals[group.name].order[len(cells) - width :])
         if kind in {"thinet", "thinet-omp"}:
             rule = thinet if kind == "thinet" else thinet_omp
             return rule(exact_gram(self.wide, group, moments), width, cells)
-        model, sample = self.wide.model, self.sampling.sample
+        model, sample = self.wide.model, self.front.sampling.sample
         plan = empty_plan(model)
         if kind == "weight-sum":
             scores = weight_sum(model, self.graph, group, plan)

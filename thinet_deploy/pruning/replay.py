@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -22,12 +23,15 @@ class Replay:
     Attributes:
         trace: of the network at that batch size.
         batch: images that run together; a smaller last batch is filled up.
+        read: convolution's node → channels of its input that count, once others no longer do: only these are computed
+            with.
     """
 
     def __init__(self, model: nn.Module, input_shape: tuple[int, ...], batch: int) -> None:
         parameter = next(model.parameters())
         inputs: Inputs = (torch.zeros(batch, *input_shape, dtype=parameter.dtype, device=parameter.device),)
         self.trace, self.batch, self._like = trace(model, inputs), batch, parameter
+        self.read: dict[fx.Node, torch.Tensor] = {}
         tensors = dict(named_tensors(model))
         self._fixed = {name: tensors[each] for name, each in self.trace.parameters.items() if each in tensors}
         self._fixed.update(self.trace.constants)
@@ -76,7 +80,10 @@ class Replay:
     def _execute(self, node: fx.Node, values: Values) -> torch.Tensor:
         if node.op == "get_attr":
             return getattr(node.graph.owning_module, str(node.target))  # type: ignore[no-any-return]
+        args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self.value(source, values))
+        if (channels := self.read.get(node)) is not None:
+            args = args[0][:, channels], args[1][:, channels], *args[2:]
         return node.target(*args, **kwargs)  # type: ignore[no-any-return, operator]
 
     def value(self, node: fx.Node, values: Values) -> torch.Tensor:

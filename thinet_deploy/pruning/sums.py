@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
 from .moments import Moments
 
@@ -23,8 +22,8 @@ class Gathering(Protocol):
 
     pieces: list[torch.Tensor]
 
-    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take rows: patches (n, G, D) and targets (n, G · O), in float32."""
+    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Take rows: patches (n, G, D) and targets (n, G · O), if they are wanted, in float32."""
 
     def moments(self) -> Moments:
         """Of all rows; this ends the gathering."""
@@ -53,15 +52,16 @@ class Sums:
             return torch.zeros(blocks, *size, dtype=torch.float64)
 
         self._sums = Moments(0, zeros(inputs), zeros(inputs, inputs), zeros(filters), zeros(filters, inputs))
-        self._rows = max(1, min(_MOST_ROWS, _PIECE // (blocks * inputs)))
+        self._rows = max(1, min(_MOST_ROWS, _PIECE // max(1, blocks * inputs)))
         self._keep, self.pieces = keep, list[torch.Tensor]()
         self._patches, self._targets = torch.empty(0, blocks, inputs), torch.empty(0, blocks, filters)
         self._filled = 0
         self._origin: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take rows: patches (n, G, D) and targets (n, G · O), in float32."""
-        wanted = targets.reshape(len(targets), *self._targets.shape[1:])
+    def add(self, patches_ngd: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Take rows: patches (n, G, D) and targets (n, G · O), if they are wanted, in float32."""
+        wanted = patches_ngd[:, 0, :0] if targets is None else targets
+        wanted = wanted.reshape(len(patches_ngd), *self._targets.shape[1:])
         while len(patches_ngd):
             if not len(self._patches):
                 self._patches = torch.empty(self._rows, *self._patches.shape[1:])
@@ -100,9 +100,9 @@ class Sums:
         origin, aim = (each.float() for each in self._origin)
         sums = self._sums
         sums.count += len(patches)
-        columns, wanted = ((each.movedim(0, -1)).contiguous() for each in (patches - origin, targets - aim))
-        sums.patches += columns.sum(2, dtype=torch.float64)
-        sums.targets += wanted.sum(2, dtype=torch.float64)
+        columns, wanted = (each.movedim(0, -1).contiguous() for each in (patches - origin, targets - aim))
+        sums.patches += columns.sum(2)
+        sums.targets += wanted.sum(2)
         for block, (mine, aims) in enumerate(zip(columns, wanted, strict=True)):
             add_gram(sums.squares[block], mine)
             if len(aims):
@@ -111,9 +111,9 @@ class Sums:
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """A Bᵀ of float32 matrices, through oneDNN where torch has it: on AMD's processors twice as fast as MKL."""
-    if min(left.shape + right.shape) < 64 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if min(left.shape + right.shape) < 64 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return left @ right.T
-    return F.linear(left.to_mkldnn(), right.to_mkldnn()).to_dense()
+    return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]  # noqa: SLF001
 
 
 def add_gram(squares: torch.Tensor, columns: torch.Tensor) -> None:

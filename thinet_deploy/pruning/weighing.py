@@ -10,42 +10,37 @@ from numpy.typing import NDArray
 
 from .elimination import Part
 from .graph import ChannelGroup, Consumer
-from .moments import Centred, Moments
+from .moments import Moments
 from .reconstruction import Ridge
 from .wide import Wide
 
 
 def parts(
-    wide: Wide, group: ChannelGroup, stats: Mapping[str, Centred], worth: Mapping[str, float], ridge: float
+    wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments], worth: Mapping[str, float], ridge: float
 ) -> list[Part]:
-    """The consumers of a group as its elimination starts: refitted for the targets in use, in units of these.
+    """The consumers of a group as its elimination starts, in units of what they say, which is to stay.
 
     Args:
-        wide: the network.
+        wide: the network, untouched so far.
         group: whose channels are to go.
-        stats: weight → statistics of the consumer.
+        moments: weight → of what the consumer reads.
         worth: weight → what a unit of its squared error counts for.
-        ridge: see `reconstruction.refit`.
+        ridge: share of the inputs' mean variance.
     """
     place = {channel: index for index, channel in enumerate(group.channels.tolist())}
     found = []
     for consumer in {each.weight: each for each in group.consumers}.values():
-        reader, mine = wide.readers[consumer.weight], stats[consumer.weight]
-        prior, channels = wide.coefficients(reader), _channels(wide, consumer)
-        kernel = prior.shape[2] // channels.shape[1]
+        reader, channels = wide.readers[consumer.weight], _channels(wide, consumer)
+        covariance = wide.centred(reader, moments[consumer.weight]).covariance
+        weight = wide.coefficients(reader) * worth[consumer.weight] ** 0.5
+        kernel = weight.shape[2] // channels.shape[1]
         for block in range(reader.blocks):
-            kept = torch.nonzero(wide.counting(reader)[block])[:, 0]
-            system = Ridge(mine.covariance[block][kept][:, kept], ridge)
-            inverse = system.inverse()
-            weight = (mine.cross[block][:, kept] + system.penalty * prior[block][:, kept]) @ inverse
-            where = {column: index for index, column in enumerate(kept.tolist())}
             columns: dict[int, list[int]] = {}
             for index, channel in enumerate(channels[block].tolist()):
-                if channel in place and index * kernel in where:
-                    span = range(index * kernel, (index + 1) * kernel)
-                    columns.setdefault(place[channel], []).extend(where[column] for column in span)
+                if channel in place:
+                    columns.setdefault(place[channel], []).extend(range(index * kernel, (index + 1) * kernel))
             if columns:
-                found.append(_part(columns, weight * worth[consumer.weight] ** 0.5, inverse))
+                found.append(_part(columns, weight[block], Ridge(covariance[block], ridge).inverse()))
     return found
 
 
@@ -54,7 +49,11 @@ def _channels(wide: Wide, consumer: Consumer) -> NDArray[np.int64]:
     reader = wide.readers[consumer.weight]
     if span := wide.spans.get(consumer.weight):
         return consumer.channels.reshape(reader.inputs // span, -1)[:, 0][None]
-    return consumer.channels.reshape(reader.blocks, -1)
+    channels = consumer.channels.reshape(reader.blocks, -1)
+    if reader.blocks > 1:
+        return channels
+    kernel = reader.inputs // channels.shape[1]
+    return channels[:, (wide.reads(reader)[::kernel] // kernel).numpy()]
 
 
 def _part(columns: Mapping[int, Sequence[int]], weight: torch.Tensor, inverse: torch.Tensor) -> Part:
@@ -81,8 +80,8 @@ def exact_gram(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments]) 
     where[group.channels] = np.arange(len(group.channels))
     for consumer in {each.weight: each for each in group.consumers}.values():
         reader, mine = wide.readers[consumer.weight], moments[consumer.weight]
-        weight = wide.coefficients(reader) if consumer.weight in wide.spans else wide.weight(reader)
-        channels = _channels(wide, consumer)
+        by_channel, channels = consumer.weight in wide.spans, _channels(wide, consumer)
+        weight = wide.coefficients(reader) if by_channel else wide.weight(reader)[:, :, wide.reads(reader)]
         kernel = weight.shape[2] // channels.shape[1]
         for block in range(reader.blocks):
             products = mine.squares[block] / mine.count * (weight[block].T @ weight[block])

@@ -64,13 +64,17 @@ class Wide:
         kept = {name: torch.ones(each.blocks, each.inputs, dtype=torch.bool) for name, each in found.items()}
         return Wide(model, replay, found, spans, dict(named_tensors(model)), kept)
 
-    def layer(self, use: Use, values: Values) -> tuple[Geometry, torch.Tensor]:
-        """A call as a plain convolution, and its padded inputs."""
+    def layer(self, reader: Reader, use: Use, values: Values) -> tuple[Geometry, torch.Tensor]:
+        """A call as a plain convolution, and its padded inputs; without those that do not count, of a plain layer."""
         given = {
             name: self.replay.value(each, values) if isinstance(each, fx.Node) else each
             for name, each in use.given.items()
         }
-        return as_convolution(given)
+        layer, inputs = as_convolution(given)
+        if reader.blocks == 1 and reader.weight not in self.spans:
+            counting = self.kept[reader.weight].view(inputs.shape[1], -1)[:, 0]
+            inputs = inputs if bool(counting.all()) else inputs[:, counting]
+        return layer, inputs
 
     def weight(self, reader: Reader) -> torch.Tensor:
         """As of a plain convolution, (G, O, D), in float64."""
@@ -103,8 +107,8 @@ class Wide:
         return beta + self.unit(reader).flatten() * (bias - mean)
 
     def say(self, reader: Reader, patches_ngd: torch.Tensor) -> torch.Tensor:
-        """A layer's outputs for patches, (n, filters), behind its BatchNorm, in float32."""
-        weight = (self.weight(reader) * self.unit(reader)).float()
+        """A layer's outputs for patches of what it `reads`, (n, filters), behind its BatchNorm, in float32."""
+        weight = self.coefficients(reader).float()
         said = [product(patches_ngd[:, block], each) for block, each in enumerate(weight)]
         return torch.cat(said, 1) + self.shift(reader).float()
 
@@ -112,7 +116,7 @@ class Wide:
         """What takes the rows of a layer; see `Sums`."""
         if reader.weight in self.spans:
             return ChannelSums(self._by_channel(reader))
-        return Sums(reader.blocks, reader.inputs, reader.filters // reader.blocks * targets, keep=keep)
+        return Sums(reader.blocks, len(self.reads(reader)), reader.filters // reader.blocks * targets, keep=keep)
 
     def own(self, reader: Reader, moments: Moments) -> Moments:
         """The same rows with what the layer says itself as targets."""
@@ -128,15 +132,22 @@ class Wide:
             return centred_by_channel(moments, self._by_channel(reader), intercept=intercept)
         return centred(moments, intercept=intercept)
 
+    def reads(self, reader: Reader) -> torch.Tensor:
+        """Indices of the inputs that its moments are of: of a plain layer, those that count."""
+        if reader.blocks > 1 or reader.weight in self.spans:
+            return torch.arange(reader.inputs)
+        return torch.nonzero(self.kept[reader.weight][0])[:, 0]
+
     def coefficients(self, reader: Reader) -> torch.Tensor:
         """What its regression finds, as it stands, (G, O, I): weights in units of `unit`, or a factor per channel."""
         if span := self.spans.get(reader.weight):
             return torch.ones(1, 1, reader.inputs // span, dtype=torch.float64)
-        return self.weight(reader) * self.unit(reader)
+        return self.weight(reader)[:, :, self.reads(reader)] * self.unit(reader)
 
     def counting(self, reader: Reader) -> torch.Tensor:
         """Which coefficients count, (G, I)."""
-        return self.kept[reader.weight][:, :: self.spans.get(reader.weight, 1)]
+        span = self.spans.get(reader.weight)
+        return self.kept[reader.weight][:, ::span] if span else self.kept[reader.weight][:, self.reads(reader)]
 
     def remove(self, group: ChannelGroup, gone: NDArray[np.int64]) -> None:
         """Let all consumers of a group ignore some of its channels (indices into the group's)."""
@@ -146,6 +157,9 @@ class Wide:
             kept = self.kept[consumer.weight]
             kept &= ~ignored.repeat_interleave(reader.inputs // ignored.shape[1], 1)
             self._multiply(reader, kept)
+            if reader.blocks == 1 and not reader.linear and not reader.transposed:
+                channels = torch.nonzero(kept.view(ignored.shape[1], -1).any(1))[:, 0]
+                self.replay.read.update({self.replay.trace.nodes[use.at]: channels for use in reader.uses})
 
     def refit(self, reader: Reader, stats: Centred, solver: Solver) -> None:
         """Least squares for a layer together with the BatchNorm behind it, or its bias.
@@ -156,16 +170,15 @@ class Wide:
         found = solver(stats.cross, self.coefficients(reader))
         if span := self.spans.get(reader.weight):
             self._multiply(reader, found[0].repeat_interleave(span, 1))
-            self._recentre(reader, stats)
         elif reader.norm:
             self._set_with_norm(reader, reader.norm, stats, found)
         else:
             self._set_weight(reader, found)
-            self._recentre(reader, stats)
+        self._recentre(reader, stats)
 
     def _recentre(self, reader: Reader, stats: Centred) -> None:
         """Let a layer say the mean of its targets to the mean of its inputs."""
-        plain = self._plain(reader)
+        plain = self._plain(reader)[:, :, self.reads(reader)]
         said = (plain @ stats.mean[..., None].to(plain.dtype))[..., 0].double()
         if reader.norm:
             bias = self.tensors[reader.bias].detach().double().reshape(said.shape) if reader.bias else 0.0
@@ -175,7 +188,7 @@ class Wide:
             self._set(reader.bias, stats.target - said)
 
     def _set_with_norm(self, reader: Reader, norm: Norm, stats: Centred, new: torch.Tensor) -> None:
-        before, kept = self.weight(reader), self.kept[reader.weight]
+        before, kept = self.weight(reader)[:, :, self.reads(reader)], self.counting(reader)
         sizes, old = new.norm(dim=2, keepdim=True), before.norm(dim=2, keepdim=True)
         dead = (sizes < torch.finfo(torch.float32).tiny) | (old == 0)  # such a filter says nothing but its mean
         scale = torch.where(dead, 1.0, old / sizes)
@@ -185,7 +198,6 @@ class Wide:
         self._set_weight(reader, weight)
         self._set(norm.var, var)
         self._set(norm.weight, gamma)
-        self._recentre(reader, stats)
 
     def scale(self, group: ChannelGroup, factors: NDArray[np.float64]) -> None:
         """Multiply the consumers' weights by one scalar per channel of a group (the papers' ŵ)."""
@@ -203,6 +215,10 @@ class Wide:
         self._set_weight(reader, plain * by_input_gd[:, None].to(plain.dtype))
 
     def _set_weight(self, reader: Reader, weight: torch.Tensor) -> None:
+        """Of all inputs or of those that it `reads`; the others' become zero."""
+        if weight.shape[2] < reader.inputs:
+            index = self.reads(reader)
+            weight = weight.new_zeros(*weight.shape[:2], reader.inputs).index_copy(2, index, weight)
         matrix, like = weight.reshape(reader.filters, reader.inputs), self.tensors[reader.weight].shape
         self._set(reader.weight, layer_weight(matrix, like, transposed=reader.transposed, groups=reader.blocks))
 
