@@ -17,7 +17,9 @@ import shutil
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -244,6 +246,14 @@ def trained_vgg(*, norm: bool, progress: Progress = silent) -> nn.Module:
         path.with_suffix(".checkpoint").unlink()
     load_weights(model, path)
     return model.eval()  # type: ignore[no-any-return]
+
+
+# Networks for CIFAR-10, trained.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": trained_resnet20,
+    "vgg_bn": partial(trained_vgg, norm=True),
+    "vgg": partial(trained_vgg, norm=False),
+}
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

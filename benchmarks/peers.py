@@ -14,8 +14,6 @@ import copy
 import importlib.util
 import json
 import time
-from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -24,7 +22,7 @@ from _judge import judged, percent
 from _ours import TUNING, pruned, tuned
 from _record import RESULTS, keep
 from _torch_pruning import CRITERIA, Contender, fault, torch_pruning, with_convolutions
-from _trained import cifar10, missing, trained_resnet20, trained_vgg
+from _trained import NETWORKS, cifar10, missing
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -34,11 +32,6 @@ from thinet_deploy.data import Dataset
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "resnet20": trained_resnet20,
-    "vgg_bn": partial(trained_vgg, norm=True),
-    "vgg": partial(trained_vgg, norm=False),
-}
 # ResNet-20: what half of the filters of every block's first convolution leaves (20.497 of 40.55 M), so that a uniform
 # ratio of one half is within it and the next step of all layers at once (19.0 M) is not forced on anyone.
 BUDGETS = {"resnet20": 20_500_000}

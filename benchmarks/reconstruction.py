@@ -1,25 +1,30 @@
-"""All selections × reconstructions without any training: the trained ResNet-20, 10,000 test images.
+"""All selections × reconstructions without any training, and some of them after one epoch; 10,000 test images.
 
-The first convolution of every block keeps r = 0.3, 0.5, 0.7 of its filters; then the elimination once more with widths
-allocated for the same multiply-accumulates, and at 2x fewer with several calibration samples. 2,000 calibration images.
+On the trained ResNet-20 the first convolution of every block keeps r = 0.3, 0.5, 0.7 of its filters; then the
+elimination once more with widths allocated for the same multiply-accumulates, and at 2x fewer with several calibration
+samples. On the CIFAR VGG with and without BatchNorm all is done at 2x fewer multiply-accumulates. 2,000 calibration
+images. Telling rows are fine-tuned for an epoch (`_ours.tuned`), each with several seeds of the order and augmentation.
 Rows are kept as they come, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from _judge import judged, percent
-from _ours import pruned
+from _ours import TUNING, pruned, tuned
 from _record import RESULTS, keep
-from _trained import cifar10, missing, trained_resnet20
+from _trained import NETWORKS, cifar10, missing
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from thinet_deploy.counting import count
 from thinet_deploy.data import Dataset
@@ -31,49 +36,113 @@ SELECTIONS: tuple[Selection, ...] = ("elimination", "thinet", "thinet-omp", "wei
 RECONSTRUCTIONS: tuple[Reconstruction, ...] = ("none", "scale", "full")
 TARGETS: tuple[Targets, ...] = ("symmetric", "asymmetric")
 SEEDS = (0, 1, 2)
+TELLING = {
+    "resnet20": (
+        "r=0.5, elimination, full, allocated",
+        "r=0.5, elimination, full",
+        "r=0.5, thinet, scale",
+        "r=0.5, thinet-omp, scale",
+        "r=0.5, weight-sum, none",
+        "r=0.5, random, none",
+    ),
+    "vgg_bn": ("2x, elimination, full, allocated", "2x, thinet, scale", "2x, weight-sum, none"),
+    "vgg": ("2x, elimination, full, allocated", "2x, thinet, scale", "2x, weight-sum, none"),
+}
+Case = tuple[str, Wish, Method, bool, int]
 
 
-def cases() -> Iterator[tuple[str, Wish, Method, bool, int]]:
-    """(name, budget, method, allocated, seed), the most telling first."""
+def cases(network: str, macs: int) -> Iterator[Case]:
+    """(name, budget, method, allocated, seed), the most telling first; of `macs` before."""
+    half = Wish(macs=macs / 2)
+    if network != "resnet20":
+        yield "2x, elimination, full, allocated", half, Method(), True, 0
+        yield from _table("2x", half)
+        return
     for seed in SEEDS:
-        name = f"2x, elimination, full, allocated, sample {seed}"
-        yield name, Wish(macs=trained_macs() / 2), Method(), True, seed
+        yield f"2x, elimination, full, allocated, sample {seed}", half, Method(), True, seed
     for ratio in RATIOS:
         yield f"r={ratio}, elimination, full, allocated", Wish(keep=ratio), Method(), True, 0
-        for reconstruction in RECONSTRUCTIONS:
-            for selection in SELECTIONS:
-                name = f"r={ratio}, {selection}, {reconstruction}"
-                yield name, Wish(keep=ratio), Method(selection, reconstruction), False, 0
+        yield from _table(f"r={ratio}", Wish(keep=ratio))
     for targets in TARGETS:
         yield f"r=0.5, elimination, full, {targets}", Wish(keep=0.5), Method(targets=targets), False, 0
 
 
-def trained_macs() -> int:
-    """Of the network before."""
-    return count(trained_resnet20(), (3, 32, 32)).macs
+def _table(name: str, wish: Wish) -> Iterator[Case]:
+    for reconstruction in RECONSTRUCTIONS:
+        for selection in SELECTIONS:
+            yield f"{name}, {selection}, {reconstruction}", wish, Method(selection, reconstruction), False, 0
 
 
-def measure(data: Dataset, wish: Wish, method: Method, allocated: bool, seed: int) -> dict[str, Any]:
+def measure(model: nn.Module, data: Dataset, case: Case, unpruned: dict[str, Any], *, telling: bool) -> dict[str, Any]:
     """A row."""
+    _, wish, method, allocated, seed = case
     start = time.perf_counter()
-    thin = pruned(trained_resnet20(), data, wish, method, allocated=allocated, seed=seed)
+    thin = pruned(model, data, wish, method, allocated=allocated, seed=seed)
     seconds = time.perf_counter() - start
-    counted = count(thin, (3, 32, 32))
-    return {"macs": counted.macs, "parameters": counted.parameters, "seconds": seconds, **judged(thin, data)}
+    counted = count(thin, data.preprocess.input_shape)
+    row = {"macs": counted.macs, "parameters": counted.parameters, "seconds": seconds, **judged(thin, data, unpruned)}
+    if telling:
+        row["tuned"] = [judged(tuned(copy.deepcopy(thin), data, model, 1, each), data) for each in SEEDS]
+    return row
 
 
 def show(rows: dict[str, Any]) -> None:
     """A table in the order of the measurement."""
-    table = Table("what", "MMAC", "top-1 (95 %)", "s")
+    table = Table("what", "MMAC", "top-1 (95 %)", "after an epoch, each seed", "s")
     for name, row in rows.items():
-        table.add_row(name, f"{row['macs'] / 1e6:.2f}", percent(row), f"{row.get('seconds', 0):.0f}")
-    Console(width=120).print(table)
+        after = ", ".join(f"{each['top1']['value']:.2f}" for each in row.get("tuned", ()))
+        table.add_row(name, f"{row['macs'] / 1e6:.2f}", percent(row), after, f"{row.get('seconds', 0):.0f}")
+    Console(width=140).print(table)
+
+
+def plot(rows: dict[str, Any], path: Path) -> None:
+    """Accuracy against the share of FLOPs left, as in the papers' figure 3, without training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5))
+    axes = figure.subplots()
+    for style, reconstruction in zip(("-", "--", ":"), ("full", "scale", "none"), strict=True):
+        axes.set_prop_cycle(None)
+        for selection in SELECTIONS:
+            names = [f"r={ratio}, {selection}, {reconstruction}" for ratio in sorted(RATIOS)]
+            if all(name in rows for name in names):
+                left = [100 * rows[name]["macs"] / rows["unpruned"]["macs"] for name in names]
+                top1 = [rows[name]["top1"]["value"] for name in names]
+                axes.plot(left, top1, style, marker="o", markersize=3, label=f"{selection}, {reconstruction}")
+    names = [f"r={ratio}, elimination, full, allocated" for ratio in sorted(RATIOS)]
+    left = [100 * rows[name]["macs"] / rows["unpruned"]["macs"] for name in names]
+    axes.plot(left, [rows[name]["top1"]["value"] for name in names], "k-", marker="s", label="elimination, allocated")
+    axes.axhline(rows["unpruned"]["top1"]["value"], color="0.6", linewidth=0.8)
+    axes.set(xlabel="FLOPs left (%)", ylabel="top-1 (%)", title="ResNet-20 on CIFAR-10 (JPEG), no training")
+    axes.legend(fontsize=6, ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def run(network: str, data: Dataset, *, quick: bool) -> None:
+    """Measure what is not there yet, keep each row at once, print the table."""
+    model, name = NETWORKS[network](), f"reconstruction-{network}"
+    macs, path = count(model, data.preprocess.input_shape).macs, RESULTS / f"{name}.json"
+    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() and not quick else {}
+    if "unpruned" not in rows:
+        rows["unpruned"] = {"macs": macs, **judged(model, data)}
+    for case in list(cases(network, macs))[: 2 if quick else None]:
+        telling = case[0] in TELLING[network]
+        if case[0] in rows and (not telling or "tuned" in rows[case[0]]):
+            continue
+        rows[case[0]] = measure(model, data, case, rows["unpruned"], telling=telling and not quick)
+        facts = {"network": network, "calibration_images": 2000, "threads": torch.get_num_threads()}
+        keep(name, {**facts, "tuning": repr(TUNING), "rows": rows}, quick=quick)
+        print(f"{case[0]}: {percent(rows[case[0]])}, {rows[case[0]]['macs'] / 1e6:.2f} M", flush=True)
+    show(rows)
+    if network == "resnet20" and not quick:
+        plot(rows, RESULTS / f"{name}.svg")
 
 
 def main() -> None:
-    """Measure what is not there yet, keep each row at once, print the table."""
-    parser = argparse.ArgumentParser(description="Selections × reconstructions without training, on ResNet-20.")
+    """Every network, or one."""
+    parser = argparse.ArgumentParser(description="Selections × reconstructions without training, on CIFAR-10.")
     parser.add_argument("--quick", action="store_true", help="two rows, 500 test images: shows that it works")
+    parser.add_argument("--network", choices=list(NETWORKS), help="one of them")
     given = parser.parse_args()
     if absent := missing():
         print(f"reconstruction: skipped, {absent}")
@@ -82,18 +151,8 @@ def main() -> None:
     if given.quick:
         few = data.test.view(data.test.sample(500, seed=0, stage="quick"))
         data = Dataset(data.name, data.classes, data.train, few, data.digest)
-    path = RESULTS / "reconstruction.json"
-    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() and not given.quick else {}
-    if "unpruned" not in rows:
-        rows["unpruned"] = {"macs": trained_macs(), **judged(trained_resnet20(), data)}
-    for name, wish, method, allocated, seed in list(cases())[: 2 if given.quick else None]:
-        if name in rows:
-            continue
-        rows[name] = measure(data, wish, method, allocated, seed)
-        facts = {"network": "resnet20", "calibration_images": 2000, "threads": torch.get_num_threads()}
-        keep("reconstruction", {**facts, "rows": rows}, quick=given.quick)
-        print(f"{name}: {rows[name]['top1']['value']:.2f} %, {rows[name]['macs'] / 1e6:.2f} M", flush=True)
-    show(rows)
+    for network in [given.network] if given.network else ["resnet20"] if given.quick else NETWORKS:
+        run(network, data, quick=given.quick)
 
 
 if __name__ == "__main__":
