@@ -50,11 +50,8 @@ def run(data: Dataset, *, quick: bool) -> None:
             continue
         start = time.perf_counter()
         done = tuned(copy.deepcopy(network), data, teacher, epochs, seed)
-        rows[name] = {
-            "seconds": time.perf_counter() - start,
-            "macs": count(done, (3, 32, 32)).macs,
-            **judged(done, data),
-        }
+        seconds, macs = time.perf_counter() - start, count(done, (3, 32, 32)).macs
+        rows[name] = {"seconds": seconds, "macs": macs, **judged(done, data)}
         facts = {"tuning": repr(TUNING), "threads": torch.get_num_threads(), "before": judged(thin, data)}
         keep("finetuning", {**facts, "rows": rows}, quick=quick)
         print(f"{name}: {percent(rows[name])}", flush=True)
