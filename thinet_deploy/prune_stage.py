@@ -249,7 +249,7 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
         thin = with_norms
         ledger.append(_entry(tools, "BatchNorm statistics re-estimated", thin))
     layers = [_row(group, done) for group in groups if done.widths[group.name] < len(group.channels)]
-    whole = _left_whole(graph, groups, done.widths)
+    whole = _left_whole(graph, groups, done.widths, allocated=bool(done.curves))
     for group in _candidates(tools, graph):
         if group not in groups:
             why = "a reader of it cannot be refitted: too many inputs, not channel by channel, or a 3-D convolution"
@@ -276,16 +276,18 @@ def _row(group: ChannelGroup, done: Pruned) -> dict[str, Any]:
     return row
 
 
-def _left_whole(graph: ChannelGraph, groups: tuple[ChannelGroup, ...], widths: Widths) -> dict[str, str]:
+def _left_whole(
+    graph: ChannelGraph, groups: tuple[ChannelGroup, ...], widths: Widths, *, allocated: bool = False
+) -> dict[str, str]:
     """Producer → why it was not pruned, although it could be."""
     reasons = {}
     for group in graph.groups:
         if group not in groups:
             why = "a residual stream (--prune-shortcuts prunes them)" if group.shortcut else "one of the last layers"
         elif widths[group.name] == len(group.channels):
-            why = (
-                f"no narrower width is nearer to what was asked (it has {len(group.channels)} filters; see --round-to)"
-            )
+            width = f"it has {len(group.channels)} filters; see --round-to"
+            why = f"no narrower width is nearer to what was asked ({width})"
+            why = "narrower widths of other layers cost less" if allocated else why
         else:
             continue
         reasons.update(dict.fromkeys(group.producers, why))
