@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thinet_deploy.data import ImageSet
-from thinet_deploy.models.vgg import vgg16
+from thinet_deploy.models.vgg import vgg16, vgg_small
 from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.pruning.allocation import Costs, allocate
 from thinet_deploy.pruning.budget import Wish
@@ -37,6 +37,7 @@ from thinet_deploy.pruning.oneshot import Method, prune_once
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
 
 SIZE, IMAGES, BATCH = 224, (128, 256, 512), 4
+QUICK_SIZE, QUICK_IMAGES = 32, (16, 32)
 
 
 def images(count: int, size: int) -> ImageSet:
@@ -89,7 +90,7 @@ def measure(count: int, size: int) -> dict[str, Any]:
     """One case."""
     torch.manual_seed(0)
     shape = (3, size, size)
-    model = vgg16(shape).eval()
+    model = (vgg_small if size == QUICK_SIZE else vgg16)(shape).eval()
     sample = Sample(images(count, size), np.arange(count), BATCH, 0)
     with torch.inference_mode():
         model(torch.zeros(BATCH, *shape))  # the first pass chooses kernels
@@ -137,18 +138,18 @@ def measure(count: int, size: int) -> dict[str, Any]:
 def main() -> None:
     """Run the cases, print a table, keep the samples."""
     parser = argparse.ArgumentParser(description="The calibration's time and memory on VGG-16, random weights.")
-    parser.add_argument("--quick", action="store_true", help="at 64, two numbers of images: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="a small VGG at 32: shows that it works")
     parser.add_argument("--size", type=int, help="of the images, in pixels")
     parser.add_argument("--images", type=int, nargs="+", help="numbers of them")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    size = given.size or (64 if given.quick else SIZE)
+    size = given.size or (QUICK_SIZE if given.quick else SIZE)
     if given.case:
         print(json.dumps(measure(given.case, size)))
         return
     rows = []
     table = Table("images", "forward, s", "calibration, s", "ratio", "before, GB", "peak, GB")
-    for count in given.images or ((16, 32) if given.quick else IMAGES):
+    for count in given.images or (QUICK_IMAGES if given.quick else IMAGES):
         command = [sys.executable, __file__, "--case", str(count), "--size", str(size)]
         rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
         row = rows[-1]

@@ -35,13 +35,13 @@ class _Batch:
     here: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Seen:
     """What a layer read, until what it is added to is known."""
 
     call: Call
     places: list[Positions]
-    patches: torch.Tensor
+    patches: Tensor
 
 
 class Front:
