@@ -75,7 +75,7 @@ RoundTo = Annotated[
     str | None,
     typer.Option(
         help="Widths are multiples of this number, or of the target profile's (`target`); budgets are reached all the "
-        "same.  \\[default: 1]"
+        "same.  \\[default: the target's, finer in narrow layers; the papers': 1]"
     ),
 ]
 KeepLayer = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,16 @@ def solved(tools: Tools, dense_folder: Path, curves_folder: Path, folder: Path) 
     """The networks that could be had, the one that was asked for, and a picture."""
     job, options, original = tools.job, tools.job.options, tools.load(dense_folder)
     graph = graph_of(tools, original)
-    groups, wish = groups_of(tools, graph), wish_of(tools, original, graph)
+    groups = groups_of(tools, graph)
+    wish = wish_of(tools, original, graph, groups)
     costs, stored = Costs(dict(named_tensors(original)), graph, groups), read_json(curves_folder / CURVES)
     curves = {name: Curve(np.array(each["widths"]), np.array(each["error"])) for name, each in stored["groups"].items()}
     asked = None
     if asks(options):
         widths = allocate(costs, groups, curves, with_budget(costs, groups, wish))
         asked = point(options.widths, costs, groups, curves, widths)
-    points = sweep(costs, groups, curves, wish)
+    # Each budget would get a grid of its own, as coarse as it allows: the sweep shows what a fine one gives.
+    points = sweep(costs, groups, curves, replace(wish, grid=1) if wish.soft else wish)
     # The narrowest widths are often so far off that the rest of a picture would be squashed.
     drawn = len(points) - (points[-1].fewer > FACTORS[-1] and len(points) > 3)
     feasibility_plot(folder / PLOT, points[:drawn], asked, job.model_name)

@@ -56,6 +56,14 @@ class Job:
         )
 
     @property
+    def grid(self) -> int:
+        """What widths are multiples of."""
+        rounding = self.options.round_to
+        if rounding is None:  # the papers know no grid
+            return 1 if self.options.layerwise else self.target.channel_grid
+        return self.target.channel_grid if rounding == "target" else rounding
+
+    @property
     def replaces_head(self) -> bool:
         """Whether the fully connected head becomes global average pooling (ThiNet-GAP)."""
         return self.options.preset == "thinet-gap" or (not self.options.preset and gap_head(self.fresh()) is not None)

@@ -106,7 +106,7 @@ def prune(run: SharedRun, tools: Tools) -> Pruning:
             **_training(options),
             "dense": dense.digest,
             "widths": options.model_dump(mode="json", include=WIDTHS),
-            **({"grid": job.target.channel_grid} if options.round_to == "target" else {}),
+            "grid": job.grid,
             "method": [options.recipe, method, options.rebuilding],
             "epochs": options.layer_epochs,
         }

@@ -44,7 +44,8 @@ class Options(BaseModel):
         macs: budget instead: "2x" for half as many multiply-accumulates, or their number, such as "300M".
         size: budget instead: of the weights, such as "5MB" (4 bytes each, 2^20 bytes in a MB, biases not counted).
         round_to: widths are multiples of this number, or of what the target profile knows to be fast ("target");
-            budgets are reached all the same.
+            budgets are reached all the same. None for the target's, halved in layers too narrow for it; for 1 in the
+            papers' recipes.
         keep_layer: pattern of module names, such as "layer4.*" → keep ratio of these layers.
         ignore: patterns of module names that stay whole.
         prune_shortcuts: prune residual streams too.
@@ -82,7 +83,7 @@ class Options(BaseModel):
     keep: float = Field(default=0.5, gt=0, le=1)
     macs: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(x|k|M|G|B)?$")
     size: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(kB|MB|GB)$")
-    round_to: Annotated[int, Field(ge=1)] | Literal["target"] = 1
+    round_to: Annotated[int, Field(ge=1)] | Literal["target"] | None = None
     keep_layer: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     prune_shortcuts: bool = False

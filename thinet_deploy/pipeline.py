@@ -93,7 +93,7 @@ def feasibility(options: Options, progress: Progress = silent) -> Path:
             "curves": curves.digest,
             "widths": options.model_dump(mode="json", include=networks.WIDTHS),
             "asked": feasibility_stage.asks(options),
-            "grid": job.target.channel_grid,
+            "grid": job.grid,
         }
         solve = partial(feasibility_stage.solved, tools, original.folder, curves.folder)
         return run.alone("feasibility", inputs, lambda f, _: solve(f)).folder

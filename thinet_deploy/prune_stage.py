@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .ledger import Entry
 from .norms import reestimate_norms
 from .options import Options
 from .pruning.allocation import Costs, allocate, with_budget
-from .pruning.budget import Widths, Wish, choose_widths, cost
+from .pruning.budget import Widths, Wish, choose_widths, cost, softened
 from .pruning.calibration import Sample
 from .pruning.discovery import channel_graph
 from .pruning.graph import ChannelGraph, ChannelGroup
@@ -44,7 +45,7 @@ def check_way(tools: Tools, model: nn.Module) -> None:
     """Raise what would fail after the training: nothing to prune, a budget out of reach, no way to ONNX."""
     graph = graph_of(tools, model)
     groups = groups_of(tools, graph)
-    choose_widths(dict(named_tensors(model)), graph, groups, wish_of(tools, model, graph))
+    choose_widths(dict(named_tensors(model)), graph, groups, wish_of(tools, model, graph, groups))
     target = tools.job.target
     check_exportable(model, tools.job.input_shape, opset=target.opset)
 
@@ -84,17 +85,19 @@ def _candidates(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
     return tuple(group for group in graph.groups if options.prune_shortcuts or not group.shortcut)
 
 
-def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph) -> Wish:
+def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> Wish:
     """What the options ask of widths, in numbers for this network."""
-    options = tools.job.options
-    dense = cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool))
-    return Wish(
+    options, tensors = tools.job.options, dict(named_tensors(model))
+    dense = cost(tensors, graph, np.ones(graph.channels, dtype=bool))
+    wish = Wish(
         keep=options.keep,
         macs=options.most_macs(dense.macs),
         size=options.most_bytes,
-        grid=tools.job.target.channel_grid if options.round_to == "target" else options.round_to,
+        grid=tools.job.grid,
+        soft=options.round_to is None,
         layers=options.keep_layer,
     )
+    return softened(tensors, graph, groups, wish)
 
 
 def calibration(tools: Tools) -> tuple[Sample, ImageSet]:
@@ -158,7 +161,8 @@ def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoin
     options = tools.job.options
 
     groups = groups_of(tools, graph)
-    widths = choose_widths(dict(named_tensors(original)), graph, groups, wish_of(tools, original, graph))
+    wish = wish_of(tools, original, graph, groups)
+    widths = choose_widths(dict(named_tensors(original)), graph, groups, wish)
     trainings = _between(options, graph, [each for each in groups if widths[each.name] < len(each.channels)])
 
     def tune(model: nn.Module, group: ChannelGroup) -> None:
@@ -208,7 +212,8 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     """All layers at once, reconstructed without any training; nothing is saved on the way, it takes a few passes."""
     del checkpoint
     job, options = tools.job, tools.job.options
-    groups, wish, tensors = groups_of(tools, graph), wish_of(tools, original, graph), dict(named_tensors(original))
+    groups, tensors = groups_of(tools, graph), dict(named_tensors(original))
+    wish = wish_of(tools, original, graph, groups)
     uniform = choose_widths(tensors, graph, groups, wish)
     costs = Costs(tensors, graph, groups)
     wish = with_budget(costs, groups, wish)  # as many as the keep ratio leaves, put where they help most

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .budget import Cost, Widths, Wish, matching, possible, uniform, unreachable
+from .budget import Cost, Widths, Wish, choices, matching, uniform, unreachable
 from .graph import STAYS, ChannelGraph, ChannelGroup
 
 
@@ -143,7 +143,7 @@ class Descent:
         self._costs = costs
         self._widths = uniform(groups, 1.0, wish)
         free = [group for group in groups if matching(group, wish) is None]
-        self._choices = {group.name: np.array(possible(group, wish.grid)) for group in free}
+        self._choices = {group.name: np.array(choices(group, wish)) for group in free}
         self._error = {
             name: dict(zip(curve.widths.tolist(), curve.error.tolist(), strict=True)) for name, curve in curves.items()
         }
@@ -201,8 +201,8 @@ class Descent:
     def _fill(self, widths: Widths, most: NDArray[np.float64]) -> Widths:
         while True:
             left, wider = most - np.array(self._costs(widths)), []
-            for name, choices in self._choices.items():
-                fits = choices[(self._costs.saved(widths, name, choices) >= -left[:, None]).all(0)]
+            for name, mine in self._choices.items():
+                fits = mine[(self._costs.saved(widths, name, mine) >= -left[:, None]).all(0)]
                 if len(fits) and (width := int(fits.max())) > widths[name]:
                     wider.append((self._error[name][widths[name]] - self._error[name][width], name, width))
             if not wider or max(wider)[0] <= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class Wish:
         macs: most multiply-accumulates for one input; None for no such budget.
         size: most bytes of weights, by the papers' rule (4 per weight, biases not counted); None for no such budget.
         grid: widths are multiples of this number.
+        soft: whether the grid is halved for groups narrower than two of its steps, until they can become narrower.
         layers: pattern of producers → keep ratio of theirs, whatever the others get.
     """
 
@@ -33,6 +34,7 @@ class Wish:
     macs: float | None = None
     size: float | None = None
     grid: int = 1
+    soft: bool = False
     layers: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -71,6 +73,36 @@ def possible(group: ChannelGroup, grid: int) -> list[int]:
     return [width for width in widths if width % grid == 0 or width == len(group.channels)]
 
 
+def choices(group: ChannelGroup, wish: Wish) -> list[int]:
+    """Widths that a group can have on the grid wished for."""
+    grid = wish.grid
+    while wish.soft and grid > 1 and 2 * grid > len(group.channels):
+        grid //= 2
+    return possible(group, grid)
+
+
+def softened(
+    tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish
+) -> Wish:
+    """A soft wish with its grid halved until the narrowest widths cost at most half of what is wished for.
+
+    So there is room to choose where widths go. Without a budget, what the keep ratio leaves is wished for.
+    """
+    if not wish.soft:
+        return wish
+
+    def cost_at(ratio: float, grid: int) -> Cost:
+        return cost(tensors, graph, some(graph, groups, uniform(groups, ratio, replace(wish, grid=grid))))
+
+    macs, size = wish.macs or math.inf, wish.size or math.inf
+    if wish.macs is None and wish.size is None:
+        macs = cost_at(wish.keep, 1).macs
+    grid = wish.grid
+    while grid > 1 and ((least := cost_at(0.0, grid)).macs > macs / 2 or least.size > size / 2):
+        grid //= 2
+    return replace(wish, grid=grid)
+
+
 def uniform(groups: Sequence[ChannelGroup], ratio: float, wish: Wish) -> Widths:
     """One keep ratio for all groups, each at a width it can have.
 
@@ -80,11 +112,11 @@ def uniform(groups: Sequence[ChannelGroup], ratio: float, wish: Wish) -> Widths:
     widths = {}
     for group in groups:
         mine = matching(group, wish)
-        goal, choices = len(group.channels) * (ratio if mine is None else mine), possible(group, wish.grid)
+        goal, there = len(group.channels) * (ratio if mine is None else mine), choices(group, wish)
         if wish.grid > 1:
-            widths[group.name] = min(choices, key=lambda width: (abs(width - goal), width))
+            widths[group.name] = min(there, key=lambda width: (abs(width - goal), width))
         else:
-            widths[group.name] = max((width for width in choices if width <= goal + 1e-9), default=choices[0])
+            widths[group.name] = max((width for width in there if width <= goal + 1e-9), default=there[0])
     return widths
 
 
