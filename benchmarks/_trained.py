@@ -233,10 +233,15 @@ def vgg_bn(num_classes: int = 10) -> VGG:
     return VGG(VGG_STAGES, (256, 256), input_shape=(3, 32, 32), num_classes=num_classes, norm=True)
 
 
+def vgg_weights(*, norm: bool) -> Path:
+    """Where the weights of `trained_vgg` are, once it was called."""
+    name, recipe = "vgg_bn" if norm else "vgg", VGG_RECIPES[norm]
+    return cache() / f"{name}-cifar10-{hash_json([VGG_STAGES, asdict(recipe)])[:8]}.safetensors"
+
+
 def trained_vgg(*, norm: bool, progress: Progress = silent) -> nn.Module:
     """Trained on `cifar10`, some 15 minutes on two cores where no other call has done it; in eval mode."""
-    name, recipe = "vgg_bn" if norm else "vgg", VGG_RECIPES[norm]
-    path = cache() / f"{name}-cifar10-{hash_json([VGG_STAGES, asdict(recipe)])[:8]}.safetensors"
+    name, recipe, path = "vgg_bn" if norm else "vgg", VGG_RECIPES[norm], vgg_weights(norm=norm)
     torch.manual_seed(0)
     model = (vgg_bn if norm else vgg)().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not path.is_file():

@@ -253,9 +253,10 @@ def same(found: Path, expected: Path) -> None:
 
     assert files(found) == files(expected)
     assert not list(found.rglob(".tmp-*"))
-    for stage in ("prune", "conv", "scratch"):
-        plans = [load_plan(run / stage / "plan.json") for run in (found, expected)]
-        assert plans[0] == plans[1]
+    for stage in ("prune", "conv", "longer"):
+        if stage != "longer":  # the original, trained on
+            plans = [load_plan(run / stage / "plan.json") for run in (found, expected)]
+            assert plans[0] == plans[1]
         weights = [load_file(run / stage / "model.safetensors") for run in (found, expected)]
         torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
     assert all(hop["passed"] for hop in read_json(found / "parity" / "parity.json")["hops"])

@@ -31,7 +31,8 @@ def test_the_best_recipe_prunes_at_once_and_keeps_a_ledger(tiny_options: MakeOpt
     assert [entry["step"] for entry in report["ledger"]][:2] == ["pruned", "reconstructed"]
     for entry in report["ledger"]:
         assert 0 <= entry["top1_low"] <= entry["top1"] <= entry["top1_high"] <= 100
-    assert report["accuracy"]["top1"] == report["ledger"][-1]["top1"]
+    kept = [entry for entry in report["ledger"] if "not kept" not in entry["step"]]
+    assert report["accuracy"]["top1"] == kept[-1]["top1"]
     assert report["proof"]["passed"]
     assert report["macs"]["after"] < report["macs"]["before"]
     job = load_job(options)
@@ -176,3 +177,14 @@ def test_settings_of_training(tiny_options: MakeOptions, tmp_path: Path) -> None
         load_job(tiny_options(tmp_path / "run", train={"lr": 0.5}))
     with pytest.raises(InputError, match="precision=int3"):
         load_job(tiny_options(tmp_path / "run", train={"precision": "int3"}))
+
+
+def test_batchnorms_are_re_estimated_in_the_ledger_and_kept_where_held_out_images_gain(
+    tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    report = pruned(tiny_options(tmp_path / "run", "residual", method="random", reconstruction="none"))[1]
+    steps = [entry["step"] for entry in report["ledger"]]
+    assert steps[0] == "pruned"
+    assert steps[1].startswith("BatchNorm statistics re-estimated")
+    last = report["ledger"][1 if "not kept" not in steps[1] else 0]
+    assert report["accuracy"]["top1"] == last["top1"]

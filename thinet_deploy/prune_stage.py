@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .artifact import write_json
 from .counting import count
@@ -247,12 +248,14 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     ledger = [_entry(tools, "pruned", apply(plan, original))]
     if method.reconstruction != "none":
         ledger.append(_entry(tools, "reconstructed", thin))
-    with_norms = copy.deepcopy(thin)
-    reestimate_norms(with_norms, sample.images, seed=options.seed, stage="norms", progress=tools.progress)
-    # Chosen on images that took no part in the calibration, and are no test images.
-    if evaluate(with_norms, held_out).top1 > evaluate(thin, held_out).top1:
-        thin = with_norms
-        ledger.append(_entry(tools, "BatchNorm statistics re-estimated", thin))
+    if any(isinstance(module, _BatchNorm) for module in thin.modules()):
+        with_norms = copy.deepcopy(thin)
+        reestimate_norms(with_norms, sample.images, seed=options.seed, stage="norms", progress=tools.progress)
+        # Chosen on images that took no part in the calibration, and are no test images.
+        better = evaluate(with_norms, held_out).top1 > evaluate(thin, held_out).top1
+        verdict = "" if better else " (not kept: held-out images gain nothing)"
+        ledger.append(_entry(tools, f"BatchNorm statistics re-estimated{verdict}", with_norms))
+        thin = with_norms if better else thin
     layers = [_row(group, done) for group in groups if done.widths[group.name] < len(group.channels)]
     whole = _left_whole(graph, groups, done.widths, allocated=bool(done.curves))
     for group in _candidates(tools, graph):
