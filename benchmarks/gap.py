@@ -1,7 +1,7 @@
 """The ThiNet-GAP recipe end to end, as a user has it: the CIFAR VGG with BatchNorm, 2x, one epoch at each end.
 
-`thinet-deploy build` from trained weights to engines, verdicts and the table; what it writes (the table with its ledger,
-the verdicts, raw latency samples) is kept.
+`thinet-deploy build` from trained weights to engines, verdicts and the table; what it writes (the table with its
+ledger, the verdicts, raw latency samples) is kept.
 """
 
 from __future__ import annotations
