@@ -1,5 +1,6 @@
 """The commands themselves: help that teaches, JSON that parses, progress on stderr only, exit codes."""
 
+import functools
 import io
 import json
 import os
@@ -236,7 +237,15 @@ def test_interrupted(workplace: Path) -> None:
         "import pathlib, time\ndef fit(model, images):\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
     )
     command = [sys.executable, "-m", "thinet_deploy.cli", "prune", *GOOD, "--trainer", "mine.py:fit"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=workplace, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=workplace,
+        start_new_session=True,
+        # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     deadline = time.monotonic() + 120
     while not Path("started").exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

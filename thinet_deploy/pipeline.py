@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
 from .shared_run import SharedRun
 from .store import Stage, open_run
-from .target import TargetProfile
+from .target import TargetProfile, load_profile
 from .tools import Tools, read_accuracy
 
 RUNNER = Path(_RUNNER_FILE)
@@ -141,7 +141,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
     if not stored.exists():
         raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
     try:
-        options = make_options({**read_json(stored), "out": root, **({"target": target} if target else {})})
+        options = make_options({**read_json(stored), "out": root})
     except (OSError, ValueError, TypeError, InputError) as error:
         raise InputError(
             f"{stored} is damaged, or of another version: {first_line(error)}",
@@ -149,7 +149,11 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
         ) from error
     progress = join().speaking(progress)
     job = load_job(options, progress)
-    _check_runtimes(job.target)
+    # The network was pruned for the target of `prune`, whose grid its widths follow; it may be shipped to another.
+    shipped = job
+    if target:
+        shipped = replace(job, options=options.model_copy(update={"target": target}), target=load_profile(target))
+    _check_runtimes(shipped.target)
     run = SharedRun(root)
     with run.locked():
         tools = Tools(job, progress)
@@ -157,7 +161,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
         thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
         own = run.alone("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
-        return _deploy(run, tools, networks.own(pruning, thin, own, options))
+        return _deploy(run, Tools(shipped, progress), networks.own(pruning, thin, own, options))
 
 
 def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
