@@ -17,11 +17,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two seeds, hardly any training: shows that it works")
     quick = parser.parse_args().quick
-    short = {"epochs": 1, "layer_epochs": 0, "finetune_epochs": 1} if quick else {}
+    short = {"epochs": 1, "finetune_epochs": 1} if quick else {}
     tables = []
     for seed in range(2 if quick else 5):
         with tempfile.TemporaryDirectory() as folder:
-            tables.append(build(Options.model_validate({"seed": seed, "out": Path(folder) / "run", **short})).table)
+            tables.append(
+                build(
+                    Options.model_validate({"controls": "all", "seed": seed, "out": Path(folder) / "run", **short})
+                ).table
+            )
         top1 = {row.name: row.top1 for row in tables[-1].rows}
         print(f"seed {seed}: " + ", ".join(f"{name} {value:.2f}" for name, value in top1.items()), flush=True)
     drops = []
