@@ -19,7 +19,8 @@ from thinet_deploy.pruning.surgery import apply
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
 from thinet_deploy.training import Recipe, train
 
-# Chosen on held-out training images of ResNet-20, best at 2x fewer multiply-accumulates.
+# Chosen by the accuracy on held-out training images of ResNet-20, best at 2x fewer multiply-accumulates, among rates of
+# 0.01 to 0.05, batches of 32 to 128, SGD and AdamW; the test images' accuracies were printed beside them.
 TUNING = Recipe(epochs=1, lr=0.03, batch=64, precision="bf16")
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
-from typing import Any
 
 import torch
 from _judge import judged, percent
 from _ours import TUNING, pruned, tuned
-from _record import RESULTS, keep
-from _trained import cifar10, missing, trained_resnet20
+from _record import keep, kept
+from _trained import cifar10, few, missing, trained_resnet20
 from rich.console import Console
 from rich.table import Table
 
@@ -32,8 +30,8 @@ SEEDS = (0, 1, 2)
 
 def run(data: Dataset, *, quick: bool) -> None:
     """Measure what is not there yet, keep each row at once, print the table."""
-    model, path = trained_resnet20(), RESULTS / "finetuning.json"
-    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() and not quick else {}
+    model = trained_resnet20()
+    rows = kept("finetuning", quick=quick)
     thin = pruned(model, data, Wish(macs=count(model, (3, 32, 32)).macs / 2), Method(), allocated=True)
     todo = [
         (f"{name}, {epochs} epochs{how}, seed {seed}", network, teacher, epochs, seed)
@@ -71,8 +69,7 @@ def main() -> None:
         return
     data = cifar10()
     if given.quick:
-        train, test = (each.view(each.sample(1000, seed=0, stage="quick")) for each in (data.train, data.test))
-        data = Dataset(data.name, data.classes, train, test, data.digest)
+        data = few(data, 1000)
     run(data, quick=given.quick)
 
 

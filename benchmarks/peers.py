@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import time
 from importlib.metadata import version
 from typing import Any
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from _judge import judged, percent
 from _ours import TUNING, pruned, tuned
-from _record import RESULTS, keep
+from _record import keep, kept
 from _torch_pruning import CRITERIA, Contender, fault, torch_pruning, with_convolutions
-from _trained import NETWORKS, cifar10, missing
+from _trained import NETWORKS, cifar10, few, missing
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -88,8 +87,7 @@ def show(network: str, rows: dict[str, Any]) -> None:
 def run(network: str, data: Dataset, only: str, *, quick: bool) -> None:
     """Measure the contenders that are not there yet, keep each row at once, print the table."""
     name, model = f"peers-{network}", NETWORKS[network]()
-    path = RESULTS / f"{name}.json"
-    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() and not quick else {}
+    rows = kept(name, quick=quick)
     facts: dict[str, Any] = {"network": network, "test_images": len(data.test), "threads": torch.get_num_threads()}
     facts |= {"epochs": EPOCHS, "tuning": repr(TUNING), "torch_pruning": version("torch-pruning")}
     facts["budget_macs"] = BUDGETS.get(network, counted(model, data)["macs"] // 2)
@@ -121,8 +119,7 @@ def main() -> None:
         return
     data = cifar10()
     if given.quick:
-        train, test = (each.view(each.sample(1000, seed=0, stage="quick")) for each in (data.train, data.test))
-        data = Dataset(data.name, data.classes, train, test, data.digest)
+        data = few(data, 1000)
     for network in [given.network] if given.network else ["resnet20"] if given.quick else NETWORKS:
         run(network, data, "L1 (inner)" if given.quick else given.only, quick=given.quick)
 

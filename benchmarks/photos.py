@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from _judge import judged, percent
 from _ours import TUNING, pruned
-from _record import RESULTS, keep
-from _trained import missing, photos10, trained_squeezenet1_1
+from _record import keep, kept
+from _trained import few, missing, photos10, trained_squeezenet1_1
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +33,8 @@ RECIPE = replace(TUNING, epochs=10, batch=32)
 
 def run(data: Dataset, *, quick: bool) -> None:
     """Measure what is not there yet, keep each row at once, print the table."""
-    model, path, shape = trained_squeezenet1_1(), RESULTS / "photos.json", data.preprocess.input_shape
-    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() and not quick else {}
+    model, shape = trained_squeezenet1_1(), data.preprocess.input_shape
+    rows = kept("photos", quick=quick)
     macs = count(model, shape).macs
     todo = [("unpruned", 1.0, Method(), False)]
     todo += [(f"{factor}x, {name}", factor, *how) for factor in FACTORS for name, how in METHODS.items()]
@@ -70,8 +69,7 @@ def main() -> None:
         return
     data = photos10()
     if given.quick:
-        train_images, test = (each.view(each.sample(40, seed=0, stage="quick")) for each in (data.train, data.test))
-        data = Dataset(data.name, data.classes, train_images, test, data.digest)
+        data = few(data, 40)
     run(data, quick=given.quick)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +19,17 @@ from typing import Any
 import torch
 from _judge import judged, percent
 from _ours import TUNING, pruned, tuned
-from _record import RESULTS, keep
-from _trained import NETWORKS, cifar10, missing
+from _record import RESULTS, keep, kept
+from _trained import NETWORKS, cifar10, few, missing
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from thinet_deploy.counting import count
 from thinet_deploy.data import Dataset
+from thinet_deploy.interfaces import Reconstruction, Selection
 from thinet_deploy.pruning.budget import Wish
-from thinet_deploy.pruning.oneshot import Method, Reconstruction, Selection, Targets
+from thinet_deploy.pruning.oneshot import Method, Targets
 
 RATIOS = (0.5, 0.3, 0.7)
 SELECTIONS: tuple[Selection, ...] = ("elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random")
@@ -121,8 +121,8 @@ def plot(rows: dict[str, Any], path: Path) -> None:
 def run(network: str, data: Dataset, *, quick: bool) -> None:
     """Measure what is not there yet, keep each row at once, print the table."""
     model, name = NETWORKS[network](), f"reconstruction-{network}"
-    macs, path = count(model, data.preprocess.input_shape).macs, RESULTS / f"{name}.json"
-    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() and not quick else {}
+    macs = count(model, data.preprocess.input_shape).macs
+    rows = kept(name, quick=quick)
     if "unpruned" not in rows:
         rows["unpruned"] = {"macs": macs, **judged(model, data)}
     for case in list(cases(network, macs))[: 2 if quick else None]:
@@ -141,7 +141,7 @@ def run(network: str, data: Dataset, *, quick: bool) -> None:
 def main() -> None:
     """Every network, or one."""
     parser = argparse.ArgumentParser(description="Selections × reconstructions without training, on CIFAR-10.")
-    parser.add_argument("--quick", action="store_true", help="two rows, 500 test images: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="two rows, few images: shows that it works")
     parser.add_argument("--network", choices=list(NETWORKS), help="one of them")
     given = parser.parse_args()
     if absent := missing():
@@ -149,8 +149,7 @@ def main() -> None:
         return
     data = cifar10()
     if given.quick:
-        few = data.test.view(data.test.sample(500, seed=0, stage="quick"))
-        data = Dataset(data.name, data.classes, data.train, few, data.digest)
+        data = few(data, 1000)
     for network in [given.network] if given.network else ["resnet20"] if given.quick else NETWORKS:
         run(network, data, quick=given.quick)
 

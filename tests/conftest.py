@@ -101,6 +101,28 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
 
 
 @pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[Any, list[str]]]:
+    """Does some work, and tells which stages of the run were not taken from before."""
+    from thinet_deploy.store import Run
+
+    stage = Run.stage
+
+    def work(todo: Callable[[], Any]) -> tuple[Any, list[str]]:
+        names: list[str] = []
+
+        def watch(self: Run, name: str, *arguments: Any) -> Any:
+            result = stage(self, name, *arguments)
+            names.extend([name] * (not result.reused))
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "stage", watch)
+            return todo(), names
+
+    return work
+
+
+@pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures latency for moments only: the figures of these builds are looked at by nobody."""
     pytest.importorskip("openvino", reason="openvino is not installed")

@@ -23,9 +23,9 @@ from thinet_deploy.pruning.budget import Wish, possible
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.sweep import sweep
 from thinet_deploy.pruning.trace import named_tensors
-from thinet_deploy.store import Run
 
 MakeOptions = Callable[..., Options]
+Made = Callable[[Callable[[], Any]], tuple[Any, list[str]]]
 Cli = Callable[..., Any]
 GOOD = ["--recipe", "best", "--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--out", "run"]
 
@@ -35,21 +35,6 @@ def make() -> nn.Module:
     for inputs, outputs in ((3, 16), (16, 24), (24, 12)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)).eval()
-
-
-def stages_made(options: Options, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[str]]:
-    """The report, and which stages were not taken from before."""
-    names: list[str] = []
-    with monkeypatch.context() as patch:
-        stage = Run.stage
-
-        def watch(self: Run, name: str, *arguments: Any) -> Any:
-            result = stage(self, name, *arguments)
-            names.extend([name] * (not result.reused))
-            return result
-
-        patch.setattr(Run, "stage", watch)
-        return read_json(pipeline.feasibility(options) / "feasibility.json"), names
 
 
 # ---------------------------------------------------------------------------------------------- the sweep
@@ -98,26 +83,30 @@ def test_errors_grow_from_nothing_and_the_picture_stands_alone(tiny_options: Mak
 
 
 def test_another_budget_takes_neither_the_network_nor_the_images(
-    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_options: MakeOptions, tmp_path: Path, made: Made
 ) -> None:
     def ask(**changes: Any) -> tuple[dict[str, Any], list[str]]:
-        return stages_made(tiny_options(tmp_path / "run", recipe="best", **changes), monkeypatch)
+        options = tiny_options(tmp_path / "run", recipe="best", **changes)
+        return made(lambda: read_json(pipeline.feasibility(options) / "feasibility.json"))
 
-    first, made = ask()
-    assert made == ["dense", "curves", "feasibility"]
-    second, made = ask(macs="1.5x")
-    assert made == ["feasibility"]
+    first, names = ask()
+    assert names == ["dense", "curves", "feasibility"]
+    second, names = ask(macs="1.5x")
+    assert names == ["feasibility"]
     assert (second["asked"]["budget"], second["points"]) == ("MACs 1.5x", first["points"])
     picture = (tmp_path / "run" / "feasibility" / "feasibility.svg").read_bytes()
     assert ask(macs="1.5x")[1] == []
-    third, made = ask(size="2.5kB", round_to=2)
-    assert made == ["feasibility"]
+    third, names = ask(size="2.5kB", round_to=2)
+    assert names == ["feasibility"]
     assert third["asked"]["size_bytes"] <= 2560
     assert all(width % 2 == 0 for width in third["asked"]["widths"].values())
     assert ask(macs="1.5x")[1] == ["feasibility"]
     assert (tmp_path / "run" / "feasibility" / "feasibility.svg").read_bytes() == picture, "the same to the byte"
     for changes in ({"calibration_images": 7}, {"ignore": ("*.0",)}):
         assert ask(**changes)[1] == ["curves", "feasibility"], changes
+    other, names = ask(preset="thinet-conv")
+    assert names == ["curves", "feasibility"]
+    assert other["points"][0]["widths"].keys() > first["points"][0]["widths"].keys(), "without a new head more may go"
 
 
 @pytest.mark.parametrize("budget", [{"macs": "1.5x"}, {"size": "2kB"}, {"keep": 0.6}])

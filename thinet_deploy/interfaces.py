@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# How filters are chosen, and how the layers that read them make up for those that go.
+Selection = Literal["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"]
+Reconstruction = Literal["full", "scale", "none"]
 Array = NDArray[np.generic]
 
 

@@ -107,6 +107,7 @@ def prune(run: SharedRun, tools: Tools) -> Pruning:
             "dense": dense.digest,
             "widths": options.model_dump(mode="json", include=WIDTHS),
             "grid": job.grid,
+            "head": job.replaces_head,
             "method": [options.recipe, method, options.rebuilding],
             "epochs": options.layer_epochs,
         }
@@ -138,9 +139,7 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
         work = partial(stages.tuned, tools, label, how, pruned.folder)
         conv = run.stage(name, {**after, "prune": pruned.digest}, work)
         networks.stages[name], networks.labels[name] = conv, label
-        tuning = verify.tuning_hop(
-            name, "pruned → fine-tuned", read_accuracy(pruned.folder), read_accuracy(conv.folder)
-        )
+        tuning = verify.tuning_hop(name, "pruned → fine-tuned", _accuracy(pruned), _accuracy(conv))
         networks.hops += [_pruning_hop(name, pruned), tuning]
         networks.ledger += [Entry.read(entry, label) for entry in pruned.json(REPORT)["ledger"]]
         networks.ledger.append(Entry.of(_tuned(how), _accuracy(conv), label))
@@ -208,7 +207,14 @@ def _teacher(run: SharedRun, tools: Tools, pruning: Pruning) -> Path | None:
     if epochs < TRIAL_FROM or options.trainer or not tools.job.data.train.labelled:
         return pruning.original.folder
     trial = max(1, epochs // 10)
-    inputs = {**_training(options), "seed": options.seed, "prune": pruning.first.digest, "epochs": trial}
+    inputs = {
+        **_training(options),
+        "seed": options.seed,
+        "data": tools.job.data.digest,
+        "dense": pruning.original.digest,
+        "prune": pruning.first.digest,
+        "epochs": trial,
+    }
     folders = pruning.original.folder, pruning.first.folder
     stage = run.stage("teacher", inputs, lambda f, _: stages.taught(tools, *folders, trial, f))
     return pruning.original.folder if stage.json(TEACHER)["teacher"] else None

@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InputError, UnknownNameError
+from .interfaces import Reconstruction, Selection
 
 Preset = Literal["thinet-conv", "thinet-gap"]
 RecipeName = Literal["iccv2017", "tpami2019", "best"]
-Selection = Literal["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"]
-Reconstruction = Literal["full", "scale", "none"]
 Controls = Literal["none", "unpruned", "all"]
 
 
@@ -56,7 +55,7 @@ class Options(BaseModel):
             papers': 12, and 9 in networks with branches.
         controls: what the thin networks are compared with: "unpruned": the original, trained for as many epochs more
             as they were; "all": also their architecture from scratch, for as many epochs as all training together.
-        lr: learning rate of training from fresh weights, of the original and of a new head.
+        lr: learning rate of training from fresh weights: of the original and of the control from scratch.
         finetune_lr: learning rate of fine-tuning; if not given, the recipe's.
         train: settings of all training by name, such as {"precision": "bf16"}: see `training.Recipe`.
         batch_size: images per training step; if not given, the recipe's.

@@ -85,6 +85,7 @@ def feasibility(options: Options, progress: Progress = silent) -> Path:
         inputs = {
             **job.identity,
             "dense": original.digest,
+            "head": job.replaces_head,
             **options.model_dump(mode="json", include=feasibility_stage.OF_CURVES),
         }
         work = partial(feasibility_stage.weighed, tools, original.folder)

@@ -15,11 +15,11 @@ from torch import nn
 from .artifact import read_json
 from .data import UNLABELLED, ImageSet
 from .errors import ModelError
-from .interfaces import Progress
+from .interfaces import Progress, Selection
 from .job import Job
 from .models.loading import load_function
 from .models.weights import load_weights, save_weights
-from .options import Options, Selection
+from .options import Options
 from .parallel import join
 from .pruning.plan import Plan, load_plan
 from .pruning.surgery import load_thin

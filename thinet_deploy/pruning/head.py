@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from ..interfaces import Progress, silent
-from .calibration import Sample, total
+from .calibration import Sample, together
+from .moments import centred
+from .reconstruction import Solver
+from .sums import Sums
 
 RIDGE = 1e-3
 
@@ -23,26 +26,23 @@ def fit_head(
         sample: calibration images; labels are not used.
         progress: to report to.
     """
+    sums = Sums(1, head.in_features, head.out_features)
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
-    size = head.in_features + 1  # with a column of ones, for the bias
-    squares, cross = torch.zeros(size, size).double(), torch.zeros(size, head.out_features).double()
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         with torch.inference_mode():
             for images, part in sample.batches():
                 progress("Fitting the new head", images.start, len(sample.chosen))
                 inputs = sample.inputs(part)
                 model(inputs)
-                read = torch.cat([seen.pop(), torch.ones(len(inputs), 1).double()], 1)
-                squares.addmm_(read.T, read)
-                cross.addmm_(read.T, teacher(inputs).double())
+                sums.add(seen.pop()[:, None], teacher(inputs))
     finally:
         hook.remove()
-    total(squares), total(cross)
-    squares.diagonal()[:-1] += RIDGE * squares.diagonal()[:-1].mean()
-    solved = torch.linalg.lstsq(squares, cross, driver="gelsd").solution  # dead inputs do not make it fail
+    stats = centred(together({"head": sums.moments()})["head"])
+    solver = Solver(stats.covariance, torch.ones(1, head.in_features, dtype=torch.bool), RIDGE)
+    weight = solver(stats.cross, torch.zeros_like(stats.cross))  # of fresh weights nothing is worth keeping
     with torch.no_grad():
-        head.weight.copy_(solved[:-1].T)
+        head.weight.copy_(weight[0])
         assert head.bias is not None
-        head.bias.copy_(solved[-1])
+        head.bias.copy_(stats.target[0] - weight[0] @ stats.mean[0])
     progress("Fitting the new head", len(sample.chosen), len(sample.chosen))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..interfaces import Progress, silent
+from ..interfaces import Progress, Reconstruction, Selection, silent
 from ..parallel import join
 from .allocation import Curve
 from .budget import Widths, possible
@@ -27,8 +27,6 @@ from .selection import by_score, thinet, thinet_omp
 from .weighing import exact_gram, parts
 from .wide import Wide
 
-Selection = Literal["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"]
-Reconstruction = Literal["full", "scale", "none"]
 Targets = Literal["residual", "asymmetric", "symmetric"]
 
 

@@ -47,7 +47,8 @@ class Ridge:
 
     def __init__(self, covariance_dd: torch.Tensor, share: float) -> None:
         """Factorise; Σ is used up."""
-        self.penalty = (share * float(covariance_dd.diagonal().mean()) if len(covariance_dd) else 0.0) or 1.0
+        variance = float(covariance_dd.diagonal().mean()) if len(covariance_dd) else 0.0
+        self.penalty = share * variance if variance else 1.0
         covariance_dd.diagonal().add_(self.penalty)
         self._factor, failed = torch.linalg.cholesky_ex(covariance_dd)
         self._inverse: torch.Tensor | None = None
