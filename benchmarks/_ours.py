@@ -13,6 +13,7 @@ from thinet_deploy.pruning.allocation import Costs, allocate
 from thinet_deploy.pruning.budget import Wish, choose_widths
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
+from thinet_deploy.pruning.gcos import Choose, default_groups, group_convolutions
 from thinet_deploy.pruning.oneshot import Method, prune_once
 from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply
@@ -29,6 +30,17 @@ def tuned(model: nn.Module, data: Dataset, teacher: nn.Module | None, epochs: in
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train(model, data.train, replace(TUNING, epochs=epochs), seed=seed, stage="benchmark", teacher=teacher)
     return model.eval()
+
+
+def regrouped(
+    model: nn.Module, data: Dataset, choose_by: Choose | None, seed: int = 0, images: int = 2000
+) -> nn.Module:
+    """The network with grouped convolutions (gcos, in its default layout), refitted; groups as gcos chooses them, or not."""
+    shape = data.preprocess.input_shape
+    graph = channel_graph(model, example_inputs(model, shape))
+    sample = Sample(data.train, np.asarray(data.train.sample(images, seed=seed, stage="calibration")), 100, seed)
+    done = group_convolutions(model, graph, default_groups(model, graph), sample, shape, choose_by=choose_by)
+    return apply(done.plan, done.model).eval()
 
 
 def pruned(

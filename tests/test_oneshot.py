@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from thinet_deploy.data import ImageSet
 from thinet_deploy.preprocess import Augment, Preprocess
-from thinet_deploy.pruning import oneshot, repair
+from thinet_deploy.pruning import repair
 from thinet_deploy.pruning.budget import Wish, uniform
 from thinet_deploy.pruning.calibration import Sample, Sampling, observe
 from thinet_deploy.pruning.discovery import channel_graph
@@ -180,7 +180,7 @@ def test_what_a_relu_hides_is_not_repaired_at_the_cost_of_what_it_shows(monkeypa
     groups = (graph.group("a"),)
     errors = []
     for rounds in (0, 1, 4):
-        monkeypatch.setattr(oneshot, "ROUNDS", rounds)
+        monkeypatch.setattr(repair, "ROUNDS", rounds)
         done = prune_once(model, graph, groups, lambda _: {"a": 3}, sample(), SHAPE, Method(ridge=1e-6))
         seen: list[torch.Tensor] = []
         for each in (model, done.model):

@@ -20,6 +20,8 @@ from .cli_options import (
     Epochs,
     FinetuneEpochs,
     FinetuneRate,
+    Gcos,
+    GcosLayer,
     Ignore,
     InputShape,
     Json,
@@ -88,6 +90,8 @@ def build(  # noqa: PLR0917 - one argument per option
     size: Size = None,
     round_to: RoundTo = None,
     keep_layer: KeepLayer = None,
+    gcos: Gcos = None,
+    gcos_layer: GcosLayer = None,
     ignore: Ignore = None,
     prune_shortcuts: Shortcuts = None,
     epochs: Epochs = None,
@@ -169,6 +173,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     size: Size = None,
     round_to: RoundTo = None,
     keep_layer: KeepLayer = None,
+    gcos: Gcos = None,
+    gcos_layer: GcosLayer = None,
     ignore: Ignore = None,
     prune_shortcuts: Shortcuts = None,
     epochs: Epochs = None,
@@ -319,13 +325,15 @@ _NOT_OPTIONS = frozenset({"from_run", "feasibility", "config", "as_json"})
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
-    from .options import make_options, parse_layer, parse_setting, parse_shape, read_config
+    from .options import make_options, parse_groups, parse_layer, parse_setting, parse_shape, read_config
 
     given = dict(given)
     if settings := given.pop("train", None):
         given["train"] = dict(parse_setting(each) for each in settings)
     if layers := given.pop("keep_layer", None):
         given["keep_layer"] = dict(parse_layer(each) for each in layers)
+    if groups := given.pop("gcos_layer", None):
+        given["gcos_layer"] = dict(parse_groups(each) for each in groups)
     values = {**(read_config(config) if config else {}), **given}
     if isinstance(values.get("input_shape"), str):
         values["input_shape"] = parse_shape(values["input_shape"])

@@ -82,6 +82,17 @@ KeepLayer = Annotated[
     list[str] | None,
     typer.Option("--keep-layer", help="PATTERN=R: another keep ratio for some layers, such as layer4.*=0.7."),
 ]
+Gcos = Annotated[
+    bool | None,
+    typer.Option(
+        "--gcos",
+        help="Group convolutions of the pruned network, with shuffles: 4 groups on the smallest maps, 2 on the next.",
+    ),
+]
+GcosLayer = Annotated[
+    list[str] | None,
+    typer.Option("--gcos-layer", help="PATTERN=G: group these convolutions instead, such as features.2*=4."),
+]
 Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay whole, such as layer1.*.")]
 Shortcuts = Annotated[
     bool | None, typer.Option("--prune-shortcuts", help="Prune residual streams too, not only inside blocks.")

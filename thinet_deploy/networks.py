@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from . import stages, verify
 from .artifact import sha256_of
 from .errors import GateError
+from .gcos_stage import grouped
 from .ledger import Entry
 from .options import Options
 from .prune_stage import pruned as pruned_stage
@@ -115,7 +116,23 @@ def prune(run: SharedRun, tools: Tools) -> Pruning:
         name = _named("prune", method, options)
         by_method[method] = run.stage(name, inputs, work)
         gate((_pruning_hop(_named("conv", method, options), by_method[method]),), run, by_method[method])
+        if options.gcos or options.gcos_layer:
+            by_method[method] = _group(run, tools, by_method[method], _named("gcos", method, options))
     return Pruning(dense, by_method, job.replaces_head)
+
+
+def _group(run: SharedRun, tools: Tools, pruned: Stage, name: str) -> Stage:
+    """The pruned network with grouped convolutions."""
+    inputs = {
+        "prune": pruned.digest,
+        "groups": tools.job.options.gcos_layer,
+        "images": tools.job.options.calibration_images,
+        "data": tools.job.data.digest,
+        "seed": tools.job.options.seed,
+    }
+    stage = run.stage(name, inputs, lambda f, _: grouped(tools, pruned.folder, f))
+    gate((_grouping_hop(name, stage),), run, stage)
+    return stage
 
 
 def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
@@ -140,7 +157,8 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
         conv = run.stage(name, {**after, "prune": pruned.digest}, work)
         networks.stages[name], networks.labels[name] = conv, label
         tuning = verify.tuning_hop(name, "pruned → fine-tuned", _accuracy(pruned), _accuracy(conv))
-        networks.hops += [_pruning_hop(name, pruned), tuning]
+        grouping = [_grouping_hop(name, pruned)] if "grouping" in pruned.json(REPORT) else []
+        networks.hops += [_pruning_hop(name, pruned), *grouping, tuning]
         networks.ledger += [Entry.read(entry, label) for entry in pruned.json(REPORT)["ledger"]]
         networks.ledger.append(Entry.of(_tuned(how), _accuracy(conv), label))
     if pruning.head:
@@ -155,7 +173,8 @@ def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Netw
     before, after = _accuracy(thin), _accuracy(trained)
     ledger = [Entry.of("as given" if options.weights else "trained here", _accuracy(pruning.original), "Original")]
     ledger += [Entry.read(entry, label) for entry in pruning.first.json(REPORT)["ledger"]]
-    hops = [_pruning_hop("own", pruning.first), verify.tuning_hop("own", "pruned → trained", before, after)]
+    grouping = [_grouping_hop("own", pruning.first)] if "grouping" in pruning.first.json(REPORT) else []
+    hops = [_pruning_hop("own", pruning.first), *grouping, verify.tuning_hop("own", "pruned → trained", before, after)]
     labels, stages_of = {"original": "Original", "own": label}, {"original": pruning.original, "own": trained}
     return Networks(stages_of, labels, "own", hops, [*ledger, Entry.of("own training", after, label)])
 
@@ -259,6 +278,10 @@ def _epochs(number: int) -> str:
 
 def _pruning_hop(name: str, pruned: Stage) -> verify.Hop:
     return verify.pruning_hop(name, Proof(**pruned.json(REPORT)["proof"]))
+
+
+def _grouping_hop(name: str, stage: Stage) -> verify.Hop:
+    return replace(verify.Hop(**stage.json(REPORT)["grouping"]), model=name)
 
 
 def _accuracy(stage: Stage) -> Accuracy:

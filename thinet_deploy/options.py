@@ -45,6 +45,9 @@ class Options(BaseModel):
         round_to: widths are multiples of this number, or of what the target profile knows to be fast ("target");
             budgets are reached all the same. None for the target's, halved in layers too narrow for it; for 1 in the
             papers' recipes.
+        gcos: make convolutions of the pruned network grouped, with shuffles (this project's gcos, docs/adr/0011): 4
+            groups on the smallest maps, 2 on the next.
+        gcos_layer: pattern of module names → groups, for another layout.
         keep_layer: pattern of module names, such as "layer4.*" → keep ratio of these layers.
         ignore: patterns of module names that stay whole.
         prune_shortcuts: prune residual streams too.
@@ -83,6 +86,8 @@ class Options(BaseModel):
     macs: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(x|k|M|G|B)?$")
     size: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(kB|MB|GB)$")
     round_to: Annotated[int, Field(ge=1)] | Literal["target"] | None = None
+    gcos: bool = False
+    gcos_layer: dict[str, Annotated[int, Field(ge=2, le=8)]] = Field(default_factory=dict)
     keep_layer: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     prune_shortcuts: bool = False
@@ -258,3 +263,15 @@ def parse_layer(text: str) -> tuple[str, float]:
         raise InputError(
             f"--keep-layer is {text!r}, but PATTERN=R was expected.", hint='Such as "layer4.*=0.7".'
         ) from None
+
+
+def parse_groups(text: str) -> tuple[str, int]:
+    """Turn "features.2*=4" into ("features.2*", 4).
+
+    Raises:
+        InputError: it is no such thing.
+    """
+    pattern, _, groups = text.rpartition("=")
+    if not pattern or not groups.isdigit():
+        raise InputError(f"--gcos-layer is {text!r}, but PATTERN=GROUPS was expected.", hint='Such as "features.2*=4".')
+    return pattern, int(groups)

@@ -17,6 +17,7 @@ from .artifact import read_json, sha256_of, write_json
 from .bundle import BundleSpec, EngineFile, write_bundle
 from .counting import count
 from .export import INPUT, OUTPUT, export_onnx, export_program
+from .gcos_stage import check_layout
 from .interfaces import Conversion, TensorSpec
 from .intervals import difference_interval
 from .models.weights import load_weights
@@ -44,6 +45,7 @@ def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
     """The original network: the user's weights, or trained here."""
     options, model = tools.job.options, tools.job.fresh()
     check_way(tools, model)
+    check_layout(tools, model)
     if options.weights:
         load_weights(model, options.weights)
     else:

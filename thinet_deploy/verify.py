@@ -96,6 +96,16 @@ def pruning_hop(model: str, proof: Proof) -> Hop:
     return Hop(model, "masked → pruned", proof.passed, proof.error, proof.tolerance, images=proof.images, detail=detail)
 
 
+def grouping_hop(model: str, masked: nn.Module, grouped: nn.Module, inputs: Floats) -> Hop:
+    """Masked → grouped (gcos): the dense network with zeros between groups says the same, in float64."""
+    images = torch.from_numpy(inputs).double()
+    with torch.inference_mode():
+        expected, got = (copy.deepcopy(each).double().eval()(images) for each in (masked, grouped))
+    error = float((expected - got).abs().max()) / max(float(expected.abs().max()), float(np.finfo(np.float64).tiny))
+    allowed = ALLOWANCE["fp32"] * max(rounding_noise(masked, inputs) * 2.0**-29, 2.0**-53)  # noise of float64
+    return Hop(model, "masked → grouped", error <= allowed, error, allowed, images=len(inputs), detail="float64")
+
+
 def tuning_hop(model: str, hop: str, before: Accuracy, after: Accuracy) -> Hop:
     """Pruned → fine-tuned: the function is meant to change, so accuracy decides; it must not get worse.
 

@@ -21,16 +21,13 @@ from .moments import Centred, Moments
 from .plan import empty_plan
 from .readers import Reader
 from .reconstruction import Solver, scale
-from .repair import Front
+from .repair import Front, repair
 from .scores import apoz, random_scores, taylor, weight_sum
 from .selection import by_score, thinet, thinet_omp
 from .weighing import exact_gram, parts
 from .wide import Wide
 
 Targets = Literal["residual", "asymmetric", "symmetric"]
-
-
-ROUNDS = 3  # of refitting to what counts behind a ReLU
 
 
 @dataclass(frozen=True)
@@ -202,22 +199,16 @@ class _Work:
 
     def refit(self, reader: Reader) -> None:
         """Let a layer say again what the original says; with symmetric targets, if filters that it reads went."""
-        if self.method.targets == "symmetric":
-            if reader.weight in self.moments:
-                self._solve(reader, self._moments([reader])[reader.weight])
-            return
-        again = reader.uses[0].rectified and reader.weight not in self.wide.spans
-        found, rows = self.front.collect([reader], keep=again)
-        stats, solver = self._solve(reader, found[reader.weight])
-        # With fewer rows than inputs the layer already says what it should on all of them.
-        for _ in range(ROUNDS if again and found[reader.weight].count >= stats.mean.shape[1] else 0):
-            self.wide.refit(reader, rows.rectified(stats), solver)
+        counting = self.wide.counting(reader)
 
-    def _solve(self, reader: Reader, moments: Moments) -> tuple[Centred, Solver]:
-        stats = self.wide.centred(reader, moments)
-        solver = Solver(stats.covariance, self.wide.counting(reader), self.method.ridge)
-        self.wide.refit(reader, stats, solver)
-        return stats, solver
+        def solver(stats: Centred) -> Solver:
+            return Solver(stats.covariance, counting, self.method.ridge)
+
+        if self.method.targets != "symmetric":
+            repair(self.front, reader, solver)
+        elif reader.weight in self.moments:
+            stats = self.wide.centred(reader, self._moments([reader])[reader.weight])
+            self.wide.refit(reader, stats, solver(stats))
 
     def _moments(self, readers: Sequence[Reader]) -> Mapping[str, Moments]:
         if self.method.targets != "symmetric":

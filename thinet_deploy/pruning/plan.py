@@ -35,6 +35,20 @@ class GapHead(BaseModel):
     classes: int
 
 
+class Shuffled(BaseModel):
+    """A convolution that becomes a grouped one (gcos).
+
+    Attributes:
+        groups: of the convolution.
+        shuffle: groups of the convolution before, whose channels are dealt out to its own; 1 if that has none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    groups: int = Field(ge=2)
+    shuffle: int = Field(ge=1)
+
+
 class Plan(BaseModel):
     """What stays of a network; applied to a fresh model of the same structure by `surgery.apply`.
 
@@ -47,6 +61,7 @@ class Plan(BaseModel):
         grouped: weight of a grouped convolution → groups; its inputs in `keep` are counted over all groups.
         attributes: module name → attribute → new value, such as out_channels.
         widths: module name of every producer → (filters before, filters after).
+        shuffled: module name → how a convolution without groups becomes one with groups, after all else.
         head: the new head, if it was replaced.
         preprocess: how images become the network's input.
     """
@@ -61,6 +76,7 @@ class Plan(BaseModel):
     grouped: dict[str, int] = Field(default_factory=dict)
     attributes: dict[str, dict[str, int | Indices]] = Field(default_factory=dict)
     widths: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    shuffled: dict[str, Shuffled] = Field(default_factory=dict)
     head: GapHead | None = None
     preprocess: Preprocess | None = None
 
@@ -87,6 +103,7 @@ class Plan(BaseModel):
                 "grouped": {**self.grouped, **cut.grouped},
                 "attributes": attributes,
                 "widths": widths,
+                "shuffled": {**self.shuffled, **cut.shuffled},
                 "head": cut.head or self.head,
             }
         )

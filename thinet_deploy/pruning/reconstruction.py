@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -62,6 +64,10 @@ class Ridge:
     def inverse(self) -> torch.Tensor:
         """(Σ + λI)⁻¹."""
         return torch.cholesky_inverse(self._factor) if self._inverse is None else self._inverse
+
+
+# Cross-covariances (G, O, D) and present weights (G, O, D) → new weights.
+Solve = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Solver:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,9 +13,12 @@ from torch import Tensor
 from .calibration import Call, Original, Sampling, look, together, total
 from .moments import Centred, Moments, Positions, at_positions
 from .readers import Reader
+from .reconstruction import Solve
 from .replay import Values
 from .sums import Gathering, product
 from .wide import Wide
+
+ROUNDS = 3  # of refitting to what counts behind a ReLU
 
 
 @dataclass
@@ -157,6 +160,25 @@ class Rows:
         count = int(total(torch.tensor(start)))
         moved = total(sums) / count if self.reader.norm or self.reader.bias else torch.zeros_like(sums)
         return replace(stats, target=stats.target + moved, cross=total(cross) / count)
+
+
+def repair(front: Front, reader: Reader, solver: Callable[[Centred], Solve]) -> None:
+    """Let a layer say again what the original says, to what now enters it; all before it is as it stays.
+
+    Args:
+        front: of the network.
+        reader: the layer.
+        solver: finds its weights, given the statistics.
+    """
+    wide = front.wide
+    again = reader.uses[0].rectified and reader.weight not in wide.spans
+    found, rows = front.collect([reader], keep=again)
+    stats = wide.centred(reader, found[reader.weight])
+    solve = solver(stats)
+    wide.refit(reader, stats, solve)
+    # With fewer rows than inputs the layer already says what it should on all of them.
+    for _ in range(ROUNDS if again and found[reader.weight].count >= stats.mean.shape[1] else 0):
+        wide.refit(reader, rows.rectified(stats), solve)
 
 
 def _copy(values: Values) -> Values:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ModelError
+from ..models.shuffle import ShuffledConv2d
 from ..models.weights import load_weights
 from .graph import ChannelGroup
-from .plan import GapHead, Plan, check_structure, members
+from .plan import GapHead, Plan, Shuffled, check_structure, members
 from .trace import named_tensors
 
 
@@ -37,9 +40,37 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
         for attribute, value in values.items():
             sequence = list if isinstance(getattr(module, attribute, None), list) else tuple
             setattr(module, attribute, value if isinstance(value, int) else sequence(value))
+    for name, how in plan.shuffled.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(thin.get_submodule(owner), leaf, _grouped(thin.get_submodule(name), how))
     if plan.head:
         replace_head(thin, plan.head)
     return thin
+
+
+def _grouped(conv: nn.Module, how: Shuffled) -> nn.Conv2d:
+    """A convolution with the weights that a dense one has within its groups."""
+    if not isinstance(conv, nn.Conv2d) or conv.groups > 1:
+        raise ModelError("The plan is damaged: it groups what is no dense convolution.", hint="Prune anew.")
+    named: dict[str, Any] = {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "padding_mode": conv.padding_mode,
+        "groups": how.groups,
+        "bias": conv.bias is not None,
+        "device": conv.weight.device,
+        "dtype": conv.weight.dtype,
+    }
+    kind = partial(ShuffledConv2d, shuffle=how.shuffle) if how.shuffle > 1 else nn.Conv2d
+    new: nn.Conv2d = kind(conv.in_channels, conv.out_channels, conv.kernel_size, **named)  # type: ignore[arg-type]
+    order = torch.arange(conv.in_channels).reshape(how.shuffle, -1).T.flatten()  # the inputs as a shuffle leaves them
+    blocks = zip(conv.weight.detach()[:, order].chunk(how.groups), range(how.groups), strict=True)
+    share = conv.in_channels // how.groups
+    new.weight = nn.Parameter(torch.cat([rows[:, group * share : (group + 1) * share] for rows, group in blocks]))
+    if conv.bias is not None:
+        new.bias = nn.Parameter(conv.bias.detach().clone())
+    return new.train(conv.training)
 
 
 def _sliced(model: nn.Module, plan: Plan, name: str) -> torch.Tensor:

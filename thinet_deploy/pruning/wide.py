@@ -18,7 +18,7 @@ from .geometry import Geometry, as_convolution, layer_weight, plain_weight
 from .graph import ChannelGraph, ChannelGroup
 from .moments import Centred, Moments, centred
 from .readers import Norm, Reader, Use, readers
-from .reconstruction import Solver
+from .reconstruction import Solve
 from .replay import Replay, Values
 from .sums import Gathering, Sums, product
 from .trace import named_tensors
@@ -161,7 +161,7 @@ class Wide:
                 channels = torch.nonzero(kept.view(ignored.shape[1], -1).any(1))[:, 0]
                 self.replay.read.update({self.replay.trace.nodes[use.at]: channels for use in reader.uses})
 
-    def refit(self, reader: Reader, stats: Centred, solver: Solver) -> None:
+    def refit(self, reader: Reader, stats: Centred, solver: Solve) -> None:
         """Least squares for a layer together with the BatchNorm behind it, or its bias.
 
         The BatchNorm is left trainable, with the statistics that its inputs now have and filters of their old norm
