@@ -35,7 +35,7 @@ def tuned(model: nn.Module, data: Dataset, teacher: nn.Module | None, epochs: in
 def regrouped(
     model: nn.Module, data: Dataset, choose_by: Choose | None, seed: int = 0, images: int = 2000
 ) -> nn.Module:
-    """The network with grouped convolutions (gcos, in its default layout), refitted; groups as gcos chooses them, or not."""
+    """The network with grouped convolutions in gcos's default layout, refitted; groups as gcos chooses them, or not."""
     shape = data.preprocess.input_shape
     graph = channel_graph(model, example_inputs(model, shape))
     sample = Sample(data.train, np.asarray(data.train.sample(images, seed=seed, stage="calibration")), 100, seed)
