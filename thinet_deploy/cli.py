@@ -45,6 +45,7 @@ from .cli_options import (
     Threads,
     Train,
     Trainer,
+    TransferTo,
     Unlabelled,
     Weights,
 )
@@ -78,6 +79,7 @@ def build(  # noqa: PLR0917 - one argument per option
     data: Data = None,
     unlabelled: Unlabelled = None,
     weights: Weights = None,
+    transfer_to: TransferTo = None,
     preprocess: Preprocess = None,
     input_shape: InputShape = None,
     preset: Preset = None,

@@ -78,6 +78,14 @@ RoundTo = Annotated[
         "same.  \\[default: the target's, finer in narrow layers; the papers': 1]"
     ),
 ]
+TransferTo = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of other classes, as --data: prune on --data, then fine-tune to these; compared with fine-tuning "
+        "first and pruning there.",
+        show_default=False,
+    ),
+]
 KeepLayer = Annotated[
     list[str] | None,
     typer.Option("--keep-layer", help="PATTERN=R: another keep ratio for some layers, such as layer4.*=0.7."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,17 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
     job = Job(options, target, _data(options, _preprocess(options), progress, checked=checked))
     _check_model(job)
     return job
+
+
+def moved(job: Job, folder: Path, progress: Progress = silent) -> Job:
+    """The same job with other images, which may be of other classes.
+
+    Raises:
+        InputError: they cannot be read, or the network cannot tell so many classes apart.
+    """
+    there = replace(job, data=load_folder(folder, job.data.preprocess, progress))
+    _check_scores(there, there.fresh().eval(), "an image", 1, "--transfer-to takes a factory with num_classes.")
+    return there
 
 
 def _check_unlabelled(options: Options) -> None:

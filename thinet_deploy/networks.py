@@ -88,23 +88,29 @@ class Pruning:
 def original(run: SharedRun, tools: Tools) -> Stage:
     """The network as it was given, or trained here."""
     options = tools.job.options
-    training = {**_training(options), "epochs": options.epochs}
+    training = {**training_of(options), "epochs": options.epochs}
     weights = {"weights": sha256_of(options.weights)} if options.weights else training
     return run.stage("dense", {**tools.job.identity, **weights}, partial(stages.dense, tools))
 
 
-def prune(run: SharedRun, tools: Tools) -> Pruning:
+def prune(run: SharedRun, tools: Tools, dense: Stage | None = None, where: str = "") -> Pruning:
     """The original, and the network pruned by each method.
+
+    Args:
+        run: the run directory.
+        tools: of the job.
+        dense: stage of the original, if it is not the job's own.
+        where: ends the names of all stages, if there is more than one pruning in the run.
 
     Raises:
         GateError: a pruned network is not the original minus filters.
     """
-    job, options, dense = tools.job, tools.job.options, original(run, tools)
+    job, options, dense = tools.job, tools.job.options, dense or original(run, tools)
     by_method = dict[str, Stage]()
     for method in options.methods:
         inputs = {
             **job.identity,
-            **_training(options),
+            **training_of(options),
             "dense": dense.digest,
             "widths": options.model_dump(mode="json", include=WIDTHS),
             "grid": job.grid,
@@ -113,11 +119,10 @@ def prune(run: SharedRun, tools: Tools) -> Pruning:
             "epochs": options.layer_epochs,
         }
         work = partial(pruned_stage, tools.only(method), dense.folder)
-        name = _named("prune", method, options)
-        by_method[method] = run.stage(name, inputs, work)
+        by_method[method] = run.stage(_named("prune", method, options) + where, inputs, work)
         gate((_pruning_hop(_named("conv", method, options), by_method[method]),), run, by_method[method])
         if options.gcos or options.gcos_layer:
-            by_method[method] = _group(run, tools, by_method[method], _named("gcos", method, options))
+            by_method[method] = _group(run, tools, by_method[method], _named("gcos", method, options) + where)
     return Pruning(dense, by_method, job.replaces_head)
 
 
@@ -135,12 +140,12 @@ def _group(run: SharedRun, tools: Tools, pruned: Stage, name: str) -> Stage:
     return stage
 
 
-def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
-    """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls."""
+def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> Networks:
+    """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls; `where` as for `prune`."""
     options, dense, report = tools.job.options, pruning.original, pruning.first.json(REPORT)
-    how = FineTuning(_last_epochs(options, pruning), _teacher(run, tools, pruning))
+    how = FineTuning(last_epochs(options, pruning), _teacher(run, tools, pruning, where))
     after = {
-        **_training(options),
+        **training_of(options),
         "seed": options.seed,
         "recipe": options.recipe,
         "epochs": how.epochs,
@@ -149,29 +154,33 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
         "taught": bool(how.teacher),
     }
     networks = Networks({"original": dense}, {"original": "Original"}, "conv", [], [])
-    networks.ledger.append(Entry.of("as given" if options.weights else "trained here", _accuracy(dense), "Original"))
+    networks.ledger.append(Entry.of("as given" if options.weights else "trained here", accuracy_of(dense), "Original"))
     for method, pruned in pruning.by_method.items():
         name = _named("conv", method, options)
         label = f"ThiNet-Conv ({options.widths}{f', {method}' if len(options.methods) > 1 else ''})"
         work = partial(stages.tuned, tools, label, how, pruned.folder)
-        conv = run.stage(name, {**after, "prune": pruned.digest}, work)
+        conv = run.stage(name + where, {**after, "prune": pruned.digest}, work)
         networks.stages[name], networks.labels[name] = conv, label
-        tuning = verify.tuning_hop(name, "pruned → fine-tuned", _accuracy(pruned), _accuracy(conv))
+        tuning = verify.tuning_hop(name, "pruned → fine-tuned", accuracy_of(pruned), accuracy_of(conv))
         grouping = [_grouping_hop(name, pruned)] if "grouping" in pruned.json(REPORT) else []
         networks.hops += [_pruning_hop(name, pruned), *grouping, tuning]
         networks.ledger += [Entry.read(entry, label) for entry in pruned.json(REPORT)["ledger"]]
-        networks.ledger.append(Entry.of(_tuned(how), _accuracy(conv), label))
+        networks.ledger.append(Entry.of(tuned(how), accuracy_of(conv), label))
     if pruning.head:
-        _replace_head(run, tools, networks, how, after)
-    _compare(run, tools, networks, how, after, report["epochs"] + how.epochs * (2 if pruning.head else 1))
+        _replace_head(run, tools, networks, how, after, where)
+    extra = report["epochs"] + how.epochs * (2 if pruning.head else 1)
+    if options.controls != "none" and extra:
+        _trained_on(run, tools, networks, how, after, extra)
+    if options.controls == "all" and tools.job.data.train.labelled:
+        from_scratch(run, tools, networks, options.epochs + extra, after)
     return networks
 
 
 def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Networks:
     """The original beside the thin network that the user trained."""
     label = f"{'ThiNet-GAP' if pruning.head else 'ThiNet-Conv'} ({options.widths}), own training"
-    before, after = _accuracy(thin), _accuracy(trained)
-    ledger = [Entry.of("as given" if options.weights else "trained here", _accuracy(pruning.original), "Original")]
+    before, after = accuracy_of(thin), accuracy_of(trained)
+    ledger = [Entry.of("as given" if options.weights else "trained here", accuracy_of(pruning.original), "Original")]
     ledger += [Entry.read(entry, label) for entry in pruning.first.json(REPORT)["ledger"]]
     grouping = [_grouping_hop("own", pruning.first)] if "grouping" in pruning.first.json(REPORT) else []
     hops = [_pruning_hop("own", pruning.first), *grouping, verify.tuning_hop("own", "pruned → trained", before, after)]
@@ -179,55 +188,56 @@ def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Netw
     return Networks(stages_of, labels, "own", hops, [*ledger, Entry.of("own training", after, label)])
 
 
-def _replace_head(run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any]) -> None:
+def _replace_head(
+    run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], where: str
+) -> None:
     dense, conv = networks.stages["original"], networks.stages["conv"]
     work = partial(stages.gap, tools, how, dense.folder, conv.folder)
-    gap = run.stage("gap", {**after, "conv": conv.digest}, work)
-    before, accuracy = Accuracy(**gap.json(REPORT)["before"]), _accuracy(gap)
+    gap = run.stage(f"gap{where}", {**after, "conv": conv.digest}, work)
+    before, accuracy = Accuracy(**gap.json(REPORT)["before"]), accuracy_of(gap)
     networks.stages["gap"], networks.labels["gap"], networks.ship = gap, "ThiNet-GAP", "gap"
     networks.hops.append(verify.tuning_hop("gap", "head replaced → fine-tuned", before, accuracy))
     networks.ledger += [
         Entry.of("head replaced", before, "ThiNet-GAP"),
-        Entry.of(_tuned(how), accuracy, "ThiNet-GAP"),
+        Entry.of(tuned(how), accuracy, "ThiNet-GAP"),
     ]
 
 
-def _compare(
+def _trained_on(
     run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int
 ) -> None:
-    """The controls: the original with `extra` epochs more, and the thin architecture from scratch."""
-    options, dense, ship = tools.job.options, networks.stages["original"], networks.stages[networks.ship]
-    if options.controls != "none" and extra:
-        label = f"Original, {_epochs(extra)} more"
-        longer = FineTuning(extra, how.teacher)
-        stage = run.stage(
-            "longer", {**after, "epochs": extra}, partial(stages.tuned, tools, label, longer, dense.folder)
-        )
-        note = "the original, trained on like the thin networks and for as long; same architecture, so same times"
-        networks.controls["longer"] = Control("original", label, note, _accuracy(stage))
-        networks.ledger.append(Entry.of(_tuned(longer), _accuracy(stage), label))
-    if options.controls == "all" and tools.job.data.train.labelled:
-        epochs = options.epochs + extra
-        inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, **tools.job.identity}
-        stage = run.stage("scratch", inputs, partial(stages.scratch, tools, ship.folder, epochs))
-        note = (
-            f"the architecture of {networks.labels[networks.ship]} with fresh weights, {_epochs(epochs)} = all "
-            "training above together; same architecture, so same times"
-        )
-        networks.controls["scratch"] = Control(networks.ship, "Train from scratch", note, _accuracy(stage))
-        networks.ledger.append(Entry.of(_epochs(epochs), _accuracy(stage), "Train from scratch"))
+    """The control: the original with `extra` epochs more."""
+    label, longer = f"Original, {_epochs(extra)} more", FineTuning(extra, how.teacher)
+    work = partial(stages.tuned, tools, label, longer, networks.stages["original"].folder)
+    stage = run.stage("longer", {**after, "epochs": extra}, work)
+    note = "the original, trained on like the thin networks and for as long; same architecture, so same times"
+    networks.controls["longer"] = Control("original", label, note, accuracy_of(stage))
+    networks.ledger.append(Entry.of(tuned(longer), accuracy_of(stage), label))
 
 
-def _teacher(run: SharedRun, tools: Tools, pruning: Pruning) -> Path | None:
+def from_scratch(run: SharedRun, tools: Tools, networks: Networks, epochs: int, after: dict[str, Any]) -> None:
+    """The control: the thin architecture with fresh weights; `after`: what the result depends on besides."""
+    ship = networks.stages[networks.ship]
+    inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, **tools.job.identity}
+    stage = run.stage("scratch", inputs, partial(stages.scratch, tools, ship.folder, epochs))
+    note = (
+        f"the architecture of {networks.labels[networks.ship]} with fresh weights, {_epochs(epochs)} = all "
+        "training above together; same architecture, so same times"
+    )
+    networks.controls["scratch"] = Control(networks.ship, "Train from scratch", note, accuracy_of(stage))
+    networks.ledger.append(Entry.of(_epochs(epochs), accuracy_of(stage), "Train from scratch"))
+
+
+def _teacher(run: SharedRun, tools: Tools, pruning: Pruning, where: str) -> Path | None:
     """The folder of the original if fine-tuning is to learn from it."""
-    options, epochs = tools.job.options, _last_epochs(tools.job.options, pruning)
+    options, epochs = tools.job.options, last_epochs(tools.job.options, pruning)
     if not options.distils:
         return None
     if epochs < TRIAL_FROM or options.trainer or not tools.job.data.train.labelled:
         return pruning.original.folder
     trial = max(1, epochs // 10)
     inputs = {
-        **_training(options),
+        **training_of(options),
         "seed": options.seed,
         "data": tools.job.data.digest,
         "dense": pruning.original.digest,
@@ -235,11 +245,11 @@ def _teacher(run: SharedRun, tools: Tools, pruning: Pruning) -> Path | None:
         "epochs": trial,
     }
     folders = pruning.original.folder, pruning.first.folder
-    stage = run.stage("teacher", inputs, lambda f, _: stages.taught(tools, *folders, trial, f))
+    stage = run.stage(f"teacher{where}", inputs, lambda f, _: stages.taught(tools, *folders, trial, f))
     return pruning.original.folder if stage.json(TEACHER)["teacher"] else None
 
 
-def _last_epochs(options: Options, pruning: Pruning) -> int:
+def last_epochs(options: Options, pruning: Pruning) -> int:
     """Of fine-tuning at the end: as asked, else the recipe's (thinet.md, section 1)."""
     papers = 9 if pruning.first.json(REPORT)["branches"] else 12
     usual = papers if options.layerwise else 15
@@ -268,7 +278,8 @@ def _named(stage: str, method: str, options: Options) -> str:
     return stage if method == options.selection else f"{stage}-{method}"
 
 
-def _tuned(how: FineTuning) -> str:
+def tuned(how: FineTuning) -> str:
+    """What the ledger calls a fine-tuning."""
     return f"fine-tuned, {_epochs(how.epochs)}" + (", the original as teacher" if how.teacher else "")
 
 
@@ -284,11 +295,12 @@ def _grouping_hop(name: str, stage: Stage) -> verify.Hop:
     return replace(verify.Hop(**stage.json(REPORT)["grouping"]), model=name)
 
 
-def _accuracy(stage: Stage) -> Accuracy:
+def accuracy_of(stage: Stage) -> Accuracy:
+    """What a stage measured on its test images."""
     return read_accuracy(stage.folder)
 
 
-def _training(options: Options) -> dict[str, Any]:
+def training_of(options: Options) -> dict[str, Any]:
     """What the result of any training depends on, besides its epochs."""
     training: dict[str, Any] = options.model_dump(include={"lr", "finetune_lr", "batch_size", "train"})
     if options.trainer:

@@ -29,6 +29,8 @@ class Options(BaseModel):
         model: "vgg16", "vgg-small" or "file.py:factory"; empty for the embedded default.
         data: folder with train/ and val/ or test/; None for the embedded digits.
         unlabelled: folder of images to calibrate on and to learn from the original on, in place of train/ in `data`.
+        transfer_to: folder with train/ and val/ or test/ of other classes: the network is pruned on `data` and then
+            fine-tuned to these, beside other ways to get there (the papers' transfer table).
         weights: trained weights of the dense network; None to train it here.
         preprocess: TOML file; None for the usual one.
         input_shape: channels, height and width of the input, for a model that does not say.
@@ -74,6 +76,7 @@ class Options(BaseModel):
     model: str = ""
     data: Path | None = None
     unlabelled: Path | None = None
+    transfer_to: Path | None = None
     weights: Path | None = None
     preprocess: Path | None = None
     input_shape: tuple[int, int, int] | None = None
@@ -213,7 +216,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as TOML: {error}.", hint="--config takes option = value lines."
         ) from error
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in ("data", "unlabelled", "weights", "preprocess", "out", "model", "trainer", "target"):
+    for name in ("data", "unlabelled", "transfer_to", "weights", "preprocess", "out", "model", "trainer", "target"):
         value = values.get(name)
         if isinstance(value, str) and (name not in _NAMES or ".py:" in value or value.endswith(".toml")):
             values[name] = str(path.parent / value)

@@ -12,7 +12,7 @@ from .environment import fingerprint, machine_id
 from .errors import InputError, first_line
 from .export import INPUT
 from .interfaces import Progress, silent
-from .job import Job, load_job
+from .job import Job, load_job, moved
 from .networks import Networks, Pruning, gate
 from .options import Options, make_options
 from .parallel import join
@@ -24,6 +24,7 @@ from .shared_run import SharedRun
 from .store import Stage, open_run
 from .target import TargetProfile, load_profile
 from .tools import Tools, read_accuracy
+from .transfer import transfer
 
 RUNNER = Path(_RUNNER_FILE)
 
@@ -110,11 +111,14 @@ def build(options: Options, progress: Progress = silent) -> Build:
     """
     progress = join().speaking(progress)
     job = load_job(options, progress)
+    there = moved(job, options.transfer_to, progress) if options.transfer_to else None
     _check_runtimes(job.target)
     run = SharedRun(options.out)
     with run.locked():
         run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
+        if there:
+            return _deploy(run, Tools(there, progress), transfer(run, tools, Tools(there, progress)))
         return _deploy(run, tools, networks.finish(run, tools, networks.prune(run, tools)))
 
 
