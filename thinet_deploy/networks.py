@@ -106,6 +106,7 @@ def prune(run: SharedRun, tools: Tools) -> Pruning:
             **_training(options),
             "dense": dense.digest,
             "widths": options.model_dump(mode="json", include=WIDTHS),
+            **({"preset": dict(job.widths)} if job.widths else {}),
             "grid": job.grid,
             "head": job.replaces_head,
             "method": [options.recipe, method, options.rebuilding],
@@ -135,7 +136,7 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
     networks.ledger.append(Entry.of("as given" if options.weights else "trained here", _accuracy(dense), "Original"))
     for method, pruned in pruning.by_method.items():
         name = _named("conv", method, options)
-        label = f"ThiNet-Conv ({options.widths}{f', {method}' if len(options.methods) > 1 else ''})"
+        label = options.title(method=method)
         work = partial(stages.tuned, tools, label, how, pruned.folder)
         conv = run.stage(name, {**after, "prune": pruned.digest}, work)
         networks.stages[name], networks.labels[name] = conv, label
@@ -151,7 +152,7 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning) -> Networks:
 
 def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Networks:
     """The original beside the thin network that the user trained."""
-    label = f"{'ThiNet-GAP' if pruning.head else 'ThiNet-Conv'} ({options.widths}), own training"
+    label = f"{options.title(head=pruning.head, alone=True)}, own training"
     before, after = _accuracy(thin), _accuracy(trained)
     ledger = [Entry.of("as given" if options.weights else "trained here", _accuracy(pruning.original), "Original")]
     ledger += [Entry.read(entry, label) for entry in pruning.first.json(REPORT)["ledger"]]
@@ -164,12 +165,12 @@ def _replace_head(run: SharedRun, tools: Tools, networks: Networks, how: FineTun
     dense, conv = networks.stages["original"], networks.stages["conv"]
     work = partial(stages.gap, tools, how, dense.folder, conv.folder)
     gap = run.stage("gap", {**after, "conv": conv.digest}, work)
-    before, accuracy = Accuracy(**gap.json(REPORT)["before"]), _accuracy(gap)
-    networks.stages["gap"], networks.labels["gap"], networks.ship = gap, "ThiNet-GAP", "gap"
+    before, accuracy, label = Accuracy(**gap.json(REPORT)["before"]), _accuracy(gap), tools.job.options.title(head=True)
+    networks.stages["gap"], networks.labels["gap"], networks.ship = gap, label, "gap"
     networks.hops.append(verify.tuning_hop("gap", "head replaced → fine-tuned", before, accuracy))
     networks.ledger += [
-        Entry.of("head replaced", before, "ThiNet-GAP"),
-        Entry.of(_tuned(how), accuracy, "ThiNet-GAP"),
+        Entry.of("head replaced", before, label),
+        Entry.of(_tuned(how), accuracy, label),
     ]
 
 
