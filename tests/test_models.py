@@ -1,19 +1,30 @@
 """The networks by name: torchvision's names and outputs, the smallest images, gradients, and the channel shuffle."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from thinet_deploy.errors import ModelError
+from thinet_deploy.export import export_onnx
 from thinet_deploy.models.blocks import ChannelShuffle
 from thinet_deploy.models.loading import MODELS, build_model, input_shape_of
 from thinet_deploy.models.presets import PRESETS, build_preset
 from thinet_deploy.models.pretrained import NETWORKS
 from thinet_deploy.models.vgg import VGG
+from thinet_deploy.pruning.budget import Wish, some, uniform
+from thinet_deploy.pruning.discovery import channel_graph
+from thinet_deploy.pruning.proof import prove
+from thinet_deploy.pruning.retrace import settled_plan
+from thinet_deploy.pruning.surgery import apply
+from thinet_deploy.pruning.trace import example_inputs
 
 State = dict[str, torch.Tensor]
 # Pixels on a side, below which a network has no map left.
@@ -147,7 +158,7 @@ def test_refused_images_are_those_that_would_fail(name: str) -> None:
         features(torch.zeros(1, 3, least, least - 1, device="meta"))
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet20", "vgg16-cifar", "thinet-tiny"])
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet20", "vgg-small", "thinet-tiny"])
 def test_a_fresh_network_learns(name: str) -> None:
     """Gradients reach every parameter, and the loss of a few images in the colour of their class falls."""
     model = built(name, (3, 32, 32), 4).train()
@@ -193,6 +204,27 @@ def test_every_output_behind_two_group_convolutions_sees_every_input() -> None:
     for channel in range(out.shape[1]):
         (gradient,) = torch.autograd.grad(out[0, channel].sum(), x, retain_graph=True)
         assert bool((gradient.abs().sum((0, 2, 3)) > 0).all())
+
+
+def test_group_convolutions_export_to_what_every_runtime_has_and_can_be_pruned(tmp_path: Path) -> None:
+    shape = (3, 32, 32)
+    model = VGG(((8,), (8, 8), (16, 16)), (), input_shape=shape, num_classes=5, gap=True, groups=(1, 2, 4)).eval()
+    inputs = example_inputs(model, shape)
+    graph = channel_graph(model, inputs)
+    plan = settled_plan(model, graph, some(graph, graph.groups, uniform(graph.groups, 0.5, Wish())), inputs)
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    assert plan.widths
+    assert prove(model, graph, plan, (images,), seed=0).passed
+    for network in (model, apply(plan, model)):
+        export_onnx(network, shape, tmp_path / "net.onnx", opset=20, ir_version=10)
+        used = Counter(node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node)
+        assert used.keys() == {"Conv", "Relu", "MaxPool", "Reshape", "Transpose", "ReduceMean", "Gemm"}
+        assert used["Transpose"] == 3
+        session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            expected = network(images)
+        got = torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_group_convolutions_have_a_layout_for_vgg16_only() -> None:

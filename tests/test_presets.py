@@ -90,9 +90,20 @@ def test_what_does_not_fit_is_refused() -> None:
 # ---------------------------------------------------------------------------------------------- recipes
 
 
+def test_pruned_with_a_new_head_a_vgg_is_tiny(photos: Path, tmp_path: Path) -> None:
+    options = make_options(
+        {"model": "vgg16-cifar", "preset": "thinet-tiny", "data": photos, "out": tmp_path / "run", "epochs": 0}
+        | {"method": "random", "reconstruction": "none"}
+    )
+    folder = pipeline.prune(options)
+    architecture = build_preset("thinet-tiny", (3, 32, 32), 2, network="vgg16-cifar")
+    load_weights(architecture, folder / "model.safetensors")
+    assert architecture.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_tiny_from_a_trained_network(photos: Path, tmp_path: Path) -> None:
-    """Pruned, the head replaced, fine-tuned; what ships is ThiNet-Tiny itself, and the table says so."""
+def test_a_build_ships_tiny_and_the_table_says_so(photos: Path, tmp_path: Path) -> None:
     options = make_options(
         {"model": "vgg16-cifar", "preset": "thinet-tiny", "data": photos, "target": "ios", "out": tmp_path / "run"}
         | {"epochs": 0, "finetune_epochs": 1, "controls": "none", "method": "random", "reconstruction": "none"}
@@ -103,13 +114,17 @@ def test_tiny_from_a_trained_network(photos: Path, tmp_path: Path) -> None:
     assert all(hop.passed for hop in done.hops)
     architecture = build_preset("thinet-tiny", (3, 32, 32), 2, network="vgg16-cifar")
     load_weights(architecture, done.run / "gap" / "model.safetensors")
-    assert architecture.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["best", "iccv2017"])
 @pytest.mark.parametrize(
-    ("model", "preset"), [("vgg16-cifar", "thinet-tiny"), ("resnet50", "thinet-70"), ("resnet50-caffe", "thinet-30")]
+    ("model", "preset", "recipe"),
+    [
+        ("vgg16-cifar", "thinet-tiny", "best"),
+        ("vgg16-cifar", "thinet-tiny", "iccv2017"),
+        ("resnet50", "thinet-70", "best"),
+        ("resnet50-caffe", "thinet-30", "iccv2017"),
+    ],
 )
 def test_every_recipe_leads_to_the_architecture(
     model: str, preset: str, recipe: str, photos: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -88,20 +89,22 @@ def test_only_networks_of_torchvision_have_some() -> None:
         assert "squeezenet1_1" in found.value.hint
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (ModuleNotFoundError("No module named 'torchvision'"), "needs torchvision"),
-        (RuntimeError("operator torchvision::nms does not exist"), "torchvision::nms does not exist"),
-    ],
-)
-def test_without_torchvision_it_says_what_to_do(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> ModuleType:
-        raise error
+def test_without_torchvision_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)  # which makes its import fail
+    with pytest.raises(MissingError, match="needs torchvision") as found:
+        default_weights("vgg16")
+    assert "--weights FILE" in found.value.hint
 
-    monkeypatch.setattr(pretrained.importlib, "import_module", fail)
-    monkeypatch.setattr(pretrained.importlib.metadata, "version", lambda name: "0.1")
-    with pytest.raises(MissingError, match=words) as found:
+
+def test_a_torchvision_of_another_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms is missing')\n"
+    )
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingError, match=r"beside torch .*: operator torchvision::nms is missing") as found:
         default_weights("vgg16")
     assert "--weights FILE" in found.value.hint
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -52,9 +51,8 @@ def _url(name: str) -> str:
             "file: --weights FILE.",
         ) from error
     except Exception as error:  # of another build than torch, it raises what its compiled part raises
-        version = importlib.metadata.version("torchvision")
         raise MissingError(
-            f"torchvision {version} does not run beside torch {torch.__version__}: {first_line(error)}",
+            f"torchvision does not run beside torch {torch.__version__}: {first_line(error)}",
             hint="Install the release and build that go with this torch: see pytorch.org/get-started. Or give a file: "
             "--weights FILE.",
         ) from error
