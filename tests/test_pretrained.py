@@ -134,6 +134,7 @@ def test_default_weights_go_the_whole_way(
         *("--method", "random", "--reconstruction", "none", "--out", "run"),
     )
     assert done.code == 0, done.err
+    assert f"Downloading {name}: done" in done.err
     assert (workplace / "cache" / "hub" / "checkpoints" / name).is_file()
     model = build_model("squeezenet1_1", input_shape=(3, 32, 32), num_classes=2, seed=0)
     from thinet_deploy.models.weights import load_weights

@@ -98,7 +98,7 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         InputError: one of them is wrong; nothing has been written yet.
     """
     target = load_profile(options.target)
-    options = _named_weights(_named_model(options))
+    options = _named_weights(_named_model(options), progress)
     _check_preset(options)
     if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
         raise InputError(
@@ -163,11 +163,11 @@ def _named_model(options: Options) -> Options:
     return options.model_copy(update={"model": "vgg-small"})
 
 
-def _named_weights(options: Options) -> Options:
+def _named_weights(options: Options, progress: Progress) -> Options:
     """The options with the file of the weights that are asked for by name."""
     if options.weights != Path(DEFAULT):
         return options
-    return options.model_copy(update={"weights": default_weights(options.model)})
+    return options.model_copy(update={"weights": default_weights(options.model, progress)})
 
 
 def _preprocess(options: Options) -> Preprocess:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from ..errors import MissingError, WeightsError, first_line
+from ..interfaces import Progress, silent
 
 # Ours → torchvision's name for the same network with the same parameter names.
 NETWORKS = {
@@ -22,11 +23,12 @@ NETWORKS = {
 VERSION = "IMAGENET1K_V1"
 
 
-def default_weights(model: str) -> Path:
+def default_weights(model: str, progress: Progress = silent) -> Path:
     """The file with a network's trained weights for 1,000 classes, downloaded if it is not there.
 
     Args:
         model: its name.
+        progress: told of the download.
 
     Raises:
         WeightsError: torchvision has no weights for it.
@@ -38,7 +40,7 @@ def default_weights(model: str) -> Path:
             hint=f"It has them for {', '.join(NETWORKS)}. Give a file of your own with --weights FILE, or none at all "
             "to train the network here.",
         )
-    return download(_url(NETWORKS[model]), Path(torch.hub.get_dir()) / "checkpoints")
+    return download(_url(NETWORKS[model]), Path(torch.hub.get_dir()) / "checkpoints", progress)
 
 
 def _url(name: str) -> str:
@@ -59,7 +61,7 @@ def _url(name: str) -> str:
     return str(models.get_model_weights(name)[VERSION].url)
 
 
-def download(url: str, folder: Path) -> Path:
+def download(url: str, folder: Path, progress: Progress = silent) -> Path:
     """The file of a URL in a folder; it gets its name when it is whole and its checksum, part of the name, is right.
 
     Raises:
@@ -68,6 +70,7 @@ def download(url: str, folder: Path) -> Path:
     path = folder / PurePosixPath(url).name
     if path.is_file():
         return path
+    progress(f"Downloading {path.name}", 0, 1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
@@ -76,4 +79,5 @@ def download(url: str, folder: Path) -> Path:
             f"{url} could not be downloaded: {first_line(error)}",
             hint=f"Try again with a network, or put the file at {path} by other means, or give one: --weights FILE.",
         ) from error
+    progress(f"Downloading {path.name}", 1, 1)
     return path
