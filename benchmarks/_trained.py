@@ -25,11 +25,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 
 from thinet_deploy.artifact import hash_json
 from thinet_deploy.data import Dataset, load_folder
 from thinet_deploy.interfaces import Progress, silent
+from thinet_deploy.models import squeezenet
+from thinet_deploy.models.resnet_cifar import resnet_cifar
 from thinet_deploy.models.vgg import VGG
 from thinet_deploy.models.weights import load_weights, save_weights
 from thinet_deploy.preprocess import Augment, Preprocess, load_preprocess
@@ -65,71 +66,9 @@ def missing() -> str:
 # --- ResNet-20 -------------------------------------------------------------------------------------------------------
 
 
-class Padding(nn.Module):
-    """A shortcut without parameters: every `stride`-th pixel, and zero channels, half of them on either side.
-
-    Args:
-        stride: of the subsampling.
-        more: channels that the output has more than the input.
-    """
-
-    def __init__(self, stride: int, more: int) -> None:
-        super().__init__()
-        self.stride, self.more = stride, more
-
-    def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
-        """Shape (n, c, h, w) → (n, c + more, h / stride, w / stride)."""
-        sparse = x_nchw[:, :, :: self.stride, :: self.stride]
-        return F.pad(sparse, (0, 0, 0, 0, self.more // 2, self.more // 2))
-
-
-class Block(nn.Module):
-    """Two 3×3 convolutions beside a shortcut.
-
-    Args:
-        before: channels of the input.
-        width: channels of the output.
-        stride: of the first convolution.
-    """
-
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.shortcut: nn.Module = nn.Identity() if width == before else Padding(stride, width - before)
-
-    def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
-        """Shape (n, before, h, w) → (n, width, h / stride, w / stride)."""
-        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x_nchw)))))
-        return torch.relu(out + self.shortcut(x_nchw))
-
-
-class ResNet20(nn.Module):
-    """The ResNet-20 of He et al. (2016), section 4.2, for 32×32 images; names of akamaster/pytorch_resnet_cifar10."""
-
-    input_shape = (3, 32, 32)
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-
-    def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
-        """Shape (n, 3, 32, 32) → (n, classes)."""
-        x_nchw = torch.relu(self.bn1(self.conv1(x_nchw)))
-        scores: torch.Tensor = self.linear(self.layer3(self.layer2(self.layer1(x_nchw))).mean((2, 3)))
-        return scores
-
-
 def resnet20(num_classes: int = 10) -> nn.Module:
     """An untrained ResNet-20 for 32×32 images in colour."""
-    return ResNet20(num_classes)
+    return resnet_cifar(20, num_classes=num_classes)
 
 
 def trained_resnet20() -> nn.Module:
@@ -142,54 +81,17 @@ def trained_resnet20() -> nn.Module:
 # --- SqueezeNet v1.1 -------------------------------------------------------------------------------------------------
 
 
-class Fire(nn.Module):
-    """A squeeze layer and the two expand layers that it feeds, concatenated.
-
-    Args:
-        before: channels of the input.
-        squeeze: channels in between.
-        expand: channels of each expand layer.
-    """
-
-    def __init__(self, before: int, squeeze: int, expand: int) -> None:
-        super().__init__()
-        self.squeeze = nn.Conv2d(before, squeeze, 1)
-        self.expand1x1, self.expand3x3 = nn.Conv2d(squeeze, expand, 1), nn.Conv2d(squeeze, expand, 3, padding=1)
-
-    def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
-        """Shape (n, before, h, w) → (n, 2 · expand, h, w)."""
-        x_nchw = torch.relu(self.squeeze(x_nchw))
-        return torch.cat([torch.relu(self.expand1x1(x_nchw)), torch.relu(self.expand3x3(x_nchw))], 1)
-
-
-class SqueezeNet(nn.Module):
-    """SqueezeNet v1.1 (Iandola et al., 2016, and the authors' repository) for 227×227 images; pools round up."""
-
-    input_shape = (3, 227, 227)
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, 2)
-        self.fire2, self.fire3 = Fire(64, 16, 64), Fire(128, 16, 64)
-        self.fire4, self.fire5 = Fire(128, 32, 128), Fire(256, 32, 128)
-        self.fire6, self.fire7 = Fire(256, 48, 192), Fire(384, 48, 192)
-        self.fire8, self.fire9 = Fire(384, 64, 256), Fire(512, 64, 256)
-        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.dropout = nn.Dropout(0.5)
-        self.conv10 = nn.Conv2d(512, num_classes, 1)
-
-    def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
-        """Shape (n, 3, 227, 227) → (n, classes)."""
-        x_nchw = self.pool(torch.relu(self.conv1(x_nchw)))
-        x_nchw = self.pool(self.fire3(self.fire2(x_nchw)))
-        x_nchw = self.pool(self.fire5(self.fire4(x_nchw)))
-        x_nchw = self.fire9(self.fire8(self.fire7(self.fire6(x_nchw))))
-        return torch.relu(self.conv10(self.dropout(x_nchw))).mean((2, 3))
+# The file's names → ours, which are torchvision's.
+SQUEEZENET_NAMES = {
+    "conv1": "features.0",
+    **{f"fire{number}": f"features.{place}" for number, place in enumerate((3, 4, 6, 7, 9, 10, 11, 12), 2)},
+    "conv10": "classifier.1",
+}
 
 
 def squeezenet1_1(num_classes: int = 1000) -> nn.Module:
-    """An untrained SqueezeNet v1.1."""
-    return SqueezeNet(num_classes)
+    """An untrained SqueezeNet v1.1 for 227×227 images."""
+    return squeezenet.squeezenet1_1((3, 227, 227), num_classes)
 
 
 def trained_squeezenet1_1(classes: tuple[int, ...] = PHOTOS10) -> nn.Module:
@@ -201,13 +103,16 @@ def trained_squeezenet1_1(classes: tuple[int, ...] = PHOTOS10) -> nn.Module:
     for name in ("conv10.weight", "conv10.bias"):
         whole[name] = whole[name][list(classes)].clone()
     model = squeezenet1_1(len(classes))
-    model.load_state_dict(whole)
+    parts = {name: name.partition(".") for name in whole}
+    model.load_state_dict(
+        {f"{SQUEEZENET_NAMES[first]}.{rest}": whole[name] for name, (first, _, rest) in parts.items()}
+    )
     return model.eval()
 
 
 def photos10_weights() -> Path:
     """A file of `trained_squeezenet1_1` for --weights, written when it is missing."""
-    path = cache() / "squeezenet1_1-photos10.safetensors"
+    path = cache() / "squeezenet1_1-photos10-torchvision.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_weights(trained_squeezenet1_1(), path)

@@ -1,5 +1,6 @@
 """What several test files use: the real command line in this process, a few images, a tiny network."""
 
+import importlib.util
 import io
 import os
 import shutil
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,3 +198,19 @@ def tiny_options(tiny: Path) -> Callable[..., Any]:
         return make_options({**usual, "out": out, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def zoo() -> ModuleType:
+    """torchvision.models; its compiled operations are missing beside a CPU build of torch, so they are declared."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operation in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operation):
+            schema = f"{operation}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            library.define(schema)
+    models: ModuleType = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    models.kept_alive = library  # type: ignore[attr-defined]
+    return models

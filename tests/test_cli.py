@@ -22,7 +22,7 @@ from thinet_deploy.options import Options
 
 Cli = Callable[..., Any]
 GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--layer-epochs", "1", "--out", "run"]
-COMMANDS = ("build", "prune", "compare", "verify", "targets", "doctor")
+COMMANDS = ("build", "prune", "count", "compare", "verify", "targets", "doctor")
 
 
 def strict_json(text: str) -> Any:
@@ -113,7 +113,7 @@ def test_brackets_are_no_markup(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("command", ["targets", "doctor"])
 def test_a_narrow_terminal_cuts_nothing(command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_stdout", lambda: Console(width=80))
+    monkeypatch.setattr(commands, "stdout", lambda: Console(width=80))
     text = cli(command).out
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

@@ -1,6 +1,5 @@
 """Pruned networks of torchvision: the exported ONNX file equals torch and has exactly the planned widths."""
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -26,21 +25,6 @@ SLOW = [
     *("densenet121", "googlenet", "efficientnet_b0", "regnet_y_400mf", "shufflenet_v2_x0_5", "mnasnet0_5"),
     *("resnext50_32x4d", "mobilenet_v3_small", "convnext_tiny", "vgg11_bn"),
 ]
-
-
-@pytest.fixture(scope="module")
-def zoo() -> ModuleType:
-    """torchvision.models; its compiled operations are missing beside a CPU build of torch, so they are declared."""
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for operation in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operation):
-            schema = f"{operation}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            library.define(schema)  # type: ignore[no-untyped-call]
-    models: ModuleType = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    models.kept_alive = library  # type: ignore[attr-defined]
-    return models
 
 
 def make(zoo: ModuleType, name: str) -> nn.Module:

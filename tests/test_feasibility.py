@@ -171,7 +171,7 @@ def test_a_picture_of_characters() -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_command(width: int, cli: Cli, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_stdout", lambda: Console(width=width))
+    monkeypatch.setattr(commands, "stdout", lambda: Console(width=width))
     done = cli("prune", *GOOD, "--feasibility", "--macs", "1.5x")
     assert done.code == 0, done.err
     assert max(map(len, done.out.splitlines())) <= max(width, 100)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .cli_count import count
 from .cli_options import (
     BatchSize,
     CalibrationImages,
@@ -51,7 +51,7 @@ from .cli_options import (
 )
 from .cli_processes import INTERRUPTED, one_voice
 from .cli_progress import bars
-from .cli_tables import grid, show_feasibility, show_pruned
+from .cli_tables import grid, print_json, show_feasibility, show_pruned, stdout
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
 app = typer.Typer(
@@ -70,6 +70,8 @@ app = typer.Typer(
 )
 
 _ERR = Console(stderr=True)
+
+app.command()(count)
 
 
 @app.command()
@@ -137,7 +139,7 @@ def build(  # noqa: PLR0917 - one argument per option
         else:
             done = pipeline.build(_options(given, config), progress)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "run": str(done.run),
                 "bundle": str(done.bundle),
@@ -147,7 +149,7 @@ def build(  # noqa: PLR0917 - one argument per option
             }
         )
         return
-    console = _stdout()
+    console = stdout()
     console.print(report.render([done.table], console.width))
     console.print(render_ledger(done.table.ledger))
     console.print(report.render_hops(done.hops, done.table))
@@ -217,15 +219,15 @@ def prune(  # noqa: PLR0917 - one argument per option
     if feasibility:
         found, picture = read_json(folder / "feasibility.json"), folder / "feasibility.svg"
         if as_json:
-            _print_json({"folder": str(folder), "picture": str(picture), **found})
+            print_json({"folder": str(folder), "picture": str(picture), **found})
         else:
-            show_feasibility(_stdout(), picture, found)
+            show_feasibility(stdout(), picture, found)
         return
     report = read_json(folder / "report.json")
     if as_json:
-        _print_json({"folder": str(folder), **report})
+        print_json({"folder": str(folder), **report})
         return
-    show_pruned(_stdout(), folder, report)
+    show_pruned(stdout(), folder, report)
 
 
 @app.command()
@@ -249,9 +251,9 @@ def compare(
     if not across_machines:
         report.check_machines(tables)
     if as_json or output == "json":
-        _print_json([table.to_json() for table in tables])
+        print_json([table.to_json() for table in tables])
     elif output == "table":
-        console = _stdout()
+        console = stdout()
         console.print(report.render(tables, console.width))
     else:
         typer.echo((report.to_markdown if output == "markdown" else report.to_csv)(tables), nl=False)
@@ -272,7 +274,7 @@ def verify(
 
     result = verify_bundle(bundle)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         typer.echo(verify_text(result))
     raise typer.Exit(result["exit_code"])
@@ -290,18 +292,18 @@ def targets(
     from .target import load_profile, profile_names
 
     if name:
-        _print_json(load_profile(name).model_dump(mode="json", exclude_none=True))
+        print_json(load_profile(name).model_dump(mode="json", exclude_none=True))
         return
     profiles = [load_profile(each) for each in profile_names()]
     if as_json:
-        _print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
+        print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
         return
     table = grid("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
     for profile in profiles:
         where = "on device" if profile.builds_on_device else "made here"
         runtimes, precision = ", ".join(profile.runtimes), profile.precisions.recommended
         table.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
-    _stdout().print(table)
+    stdout().print(table)
 
 
 @app.command()
@@ -314,13 +316,13 @@ def doctor(as_json: Json = False) -> None:
 
     checks = examine()
     if as_json:
-        _print_json([vars(check) for check in checks])
+        print_json([vars(check) for check in checks])
         return
     table = grid("", "what", "found", "what to do", wrap=("found", "what to do"))
     marks = {"ok": "[green]✓[/green]", "missing": "[yellow]–[/yellow]", "note": " "}
     for check in checks:
         table.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
-    _stdout().print(table)
+    stdout().print(table)
 
 
 _NOT_OPTIONS = frozenset({"from_run", "feasibility", "config", "as_json"})
@@ -340,16 +342,6 @@ def _options(given: dict[str, Any], config: Path | None) -> Any:
     if isinstance(values.get("input_shape"), str):
         values["input_shape"] = parse_shape(values["input_shape"])
     return make_options(values)
-
-
-def _stdout() -> Console:
-    """A terminal as it is; a pipe wide enough that no column is cut."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 180))
-
-
-def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1, default=str))
 
 
 def main() -> None:
@@ -373,7 +365,7 @@ _USAGE = 2
 def _show_error(error: ThinetDeployError) -> int:
     """What happened and what to do on stderr, and with --json also as the one document on stdout; the exit code."""
     if "--json" in sys.argv:
-        _print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
+        print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
     _ERR.print(f"[bold red]Error:[/bold red] {escape(error.what)}", soft_wrap=True, highlight=False)
     if error.hint:
         _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False)

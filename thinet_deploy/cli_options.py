@@ -12,7 +12,10 @@ Target = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="vgg16, vgg-small, or your own file.py:factory.  \\[default: vgg-small on the built-in digits]"),
+    typer.Option(
+        help="vgg16, vgg16_bn, vgg16-cifar, vgg-small, alexnet, squeezenet1_1, resnet50, resnet20, … (any other name "
+        "lists them all), or your own file.py:factory.  \\[default: vgg-small on the built-in digits]"
+    ),
 ]
 Data = Annotated[Path | None, typer.Option(help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike.")]
 Unlabelled = Annotated[
@@ -23,7 +26,11 @@ Unlabelled = Annotated[
     ),
 ]
 Weights = Annotated[
-    Path | None, typer.Option(help="Trained weights, .safetensors or .pth. Without them the network is trained here.")
+    Path | None,
+    typer.Option(
+        help="Trained weights, .safetensors or .pth; or `default`, torchvision's for this network and ImageNet's 1,000 "
+        "classes. Without them the network is trained here."
+    ),
 ]
 Preprocess = Annotated[
     Path | None,
@@ -36,7 +43,8 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="thinet-conv: prune the convolutions. thinet-gap: also replace the fully connected head by global "
-        "average pooling.  \\[default: thinet-gap where there is such a head]"
+        "average pooling. The papers' widths: thinet-tiny of a VGG-16, thinet-70, thinet-50, thinet-30 of a ResNet-50."
+        "  \\[default: thinet-gap where there is such a head]"
     ),
 ]
 Recipe = Annotated[

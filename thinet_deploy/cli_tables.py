@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Grid
@@ -21,6 +23,17 @@ def grid(*headers: str, wrap: tuple[str, ...] = ()) -> Grid:
     for header in headers:
         table.add_column(header, no_wrap=header not in wrap)
     return table
+
+
+def stdout() -> Console:
+    """A terminal as it is; a pipe wide enough that no column is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 180))
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(data, indent=1, default=str))
 
 
 def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
@@ -70,7 +83,7 @@ def show_feasibility(console: Console, picture: Path, report: dict[str, Any]) ->
     marked = [asked] if asked else []
     rows = [*marked, *(each for each in points if not asked or each["widths"] != asked["widths"])]
     table = grid("budget", "multiply-accumulates", "fewer", "weights", "predicted error")
-    _to_the_right(table)
+    to_the_right(table)
     for each in sorted(rows, key=lambda each: -each["macs"]):
         figures = (f"{each['macs'] / 1e6:.2f}M", f"{each['fewer']:.2f}x", f"{each['size_bytes'] / 2**20:.2f} MB")
         mark, style = (" ◆", "bold") if each is asked else ("", "")
@@ -95,14 +108,15 @@ def show_feasibility(console: Console, picture: Path, report: dict[str, Any]) ->
 def _show_widths(console: Console, report: dict[str, Any]) -> None:
     whole, asked = report["points"][0], report["asked"]
     table = grid("layer", "filters", f"kept with {asked['budget']}")
-    _to_the_right(table)
+    to_the_right(table)
     for name, producers in report["producers"].items():
         table.add_row(_shortened(producers), str(whole["widths"][name]), str(asked["widths"][name]))
     console.print()
     console.print(table)
 
 
-def _to_the_right(table: Grid) -> None:
+def to_the_right(table: Grid) -> None:
+    """All columns but the first: figures."""
     for column in table.columns[1:]:
         column.justify = "right"
 

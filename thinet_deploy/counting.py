@@ -1,11 +1,16 @@
-"""#Param and #FLOPs by the rule that reproduces the papers' tables (thinet.md, section 3)."""
+"""#Param and #FLOPs by the rule that reproduces the papers' tables (thinet.md, section 3), and multiply-accumulates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -23,31 +28,71 @@ class Count:
     macs: int
 
 
+@dataclass(frozen=True)
+class LayerCount:
+    """What one layer adds to the `Count` of its network.
+
+    Attributes:
+        name: of the module.
+        kind: its class.
+        output: shape of what it gives for one image, without the batch.
+        parameters: by the papers' rule; 0 for layers that the papers do not have.
+        learned: everything in it that training learns, biases too.
+        flops: by the papers' rule.
+        macs: multiply-accumulates.
+    """
+
+    name: str
+    kind: str
+    output: tuple[int, ...]
+    parameters: int
+    learned: int
+    flops: int
+    macs: int
+
+
 def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Count:
     """Count a network by running it once on a zero image of shape (channels, height, width)."""
-    seen: dict[nn.Module, int] = {}
+    layers = count_layers(model, input_shape)
+    return Count(*(sum(getattr(each, name) for each in layers) for name in ("parameters", "flops", "macs")))
 
-    def note(module: nn.Module, _: object, output: torch.Tensor) -> None:
-        positions = output.shape[2:].numel() if isinstance(module, nn.Conv2d) else 1
-        seen[module] = seen.get(module, 0) + positions
 
-    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, kinds)]
+def count_layers(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[LayerCount, ...]:
+    """The same layer by layer, in the order in which they run; a network on the meta device takes no memory."""
+    seen: dict[nn.Module, list[tuple[torch.Size, torch.Size]]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        shapes = [getattr(each, "shape", torch.Size()) for each in ((*inputs, None)[0], output)]
+        seen.setdefault(module, []).append((shapes[0], shapes[1]))
+
+    layers = [each for each in model.modules() if isinstance(each, NORMS) or any(True for _ in each.parameters(False))]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
         model.eval()
         with torch.inference_mode():
-            parameter = next(model.parameters())
-            model(torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device))
+            like = next(model.parameters(), torch.zeros(0))
+            model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     finally:
         for hook in hooks:
             hook.remove()
-    parameters = flops = macs = 0
-    for module, positions in seen.items():
-        if isinstance(module, nn.BatchNorm2d):
-            weights = module.num_features * (2 if module.affine else 1)  # its mean and its scale
-        else:
-            weights = module.get_parameter("weight").numel()
-            macs += weights * positions
-        parameters += weights
-        flops += 2 * weights * positions
-    return Count(parameters, flops, macs)
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(_layer(names[module], module, calls) for module, calls in seen.items())
+
+
+def _layer(name: str, module: nn.Module, calls: list[tuple[torch.Size, torch.Size]]) -> LayerCount:
+    weights = macs = 0
+    if isinstance(module, NORMS):
+        weights = module.num_features * (2 if module.affine else 1)  # its mean and its scale
+    elif isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+        weights = module.weight.numel()
+        macs = weights * sum(_positions(module, *call) for call in calls)
+    flops = macs if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else weights * len(calls)
+    learned = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return LayerCount(name, type(module).__name__, tuple(calls[0][1][1:]), weights, learned, 2 * flops, macs)
+
+
+def _positions(module: nn.Module, before: torch.Size, after: torch.Size) -> int:
+    """How often every weight is used for one image."""
+    if isinstance(module, nn.Linear):
+        return after[1:-1].numel()
+    return (before if isinstance(module, TRANSPOSED) else after)[2:].numel()

@@ -25,12 +25,17 @@ OF_CURVES = {"ignore", "prune_shortcuts", "calibration_images"}
 
 
 def check_curves(options: Options) -> None:
-    """Raise InputError if these options choose filters in a way that has no error curves."""
+    """Raise InputError if these options choose filters in a way that has no error curves, or none."""
     if options.selection != "elimination":
         how = f"--method {options.selection}" if options.method else f"--recipe {options.recipe}"
         raise InputError(
             f"--feasibility reads the error curves of the elimination, and with {how} there is none.",
             hint="Leave out --recipe and --method.",
+        )
+    if options.fixed:
+        raise InputError(
+            f"--feasibility shows what widths could be chosen, and --preset {options.preset} says them all.",
+            hint="Leave one of them out; `thinet-deploy count` says what the preset costs.",
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from .data import Dataset, digits_preprocess, load_digits, load_folder
 from .errors import InputError, ModelError, first_line
 from .interfaces import Progress, silent
 from .models.loading import InputShape, build_model, input_shape_of, load_function
+from .models.presets import preset_widths
+from .models.pretrained import default_weights
 from .models.weights import load_weights
-from .options import Options
+from .options import DEFAULT, HEAD_REPLACED, Options
 from .preprocess import Preprocess, default_preprocess, load_preprocess
 from .pruning.surgery import gap_head
 from .target import TargetProfile, load_profile
@@ -30,11 +33,13 @@ class Job:
         options: as the user gave them, with the model's name filled in.
         target: the profile to build for.
         data: images.
+        widths: module name → filters that stay, where the preset says all widths.
     """
 
     options: Options
     target: TargetProfile
     data: Dataset
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def input_shape(self) -> InputShape:
@@ -60,13 +65,14 @@ class Job:
         """What widths are multiples of."""
         rounding = self.options.round_to
         if rounding is None:  # the papers know no grid
-            return 1 if self.options.layerwise else self.target.channel_grid
+            return 1 if self.options.layerwise or self.widths else self.target.channel_grid
         return self.target.channel_grid if rounding == "target" else rounding
 
     @property
     def replaces_head(self) -> bool:
         """Whether the fully connected head becomes global average pooling (ThiNet-GAP)."""
-        return self.options.preset == "thinet-gap" or (not self.options.preset and gap_head(self.fresh()) is not None)
+        preset = self.options.preset
+        return preset in HEAD_REPLACED or (not preset and gap_head(self.fresh()) is not None)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -92,7 +98,8 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         InputError: one of them is wrong; nothing has been written yet.
     """
     target = load_profile(options.target)
-    options = _named_model(options)
+    options = _named_weights(_named_model(options), progress)
+    _check_preset(options)
     if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
         raise InputError(
             f"--recipe {options.recipe} goes layer by layer, where there is neither --method elimination nor "
@@ -105,8 +112,23 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         load_function(options.trainer, "fit")
     changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
     job = Job(options, target, _data(options, _preprocess(options), progress, checked=checked))
-    _check_model(job)
-    return job
+    model = _check_model(job)
+    return replace(job, widths=preset_widths(str(options.preset), model)) if options.fixed else job
+
+
+def _check_preset(options: Options) -> None:
+    """Raise InputError for widths that are asked for beside those of the preset."""
+    names = ("keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts")
+    given = [
+        name
+        for name in names
+        if getattr(options, name) != Options.model_fields[name].get_default(call_default_factory=True)
+    ]
+    if options.fixed and given:
+        raise InputError(
+            f"--preset {options.preset} says the width of every layer, so there is no --{given[0].replace('_', '-')}.",
+            hint="Leave one of them out.",
+        )
 
 
 def moved(job: Job, folder: Path, progress: Progress = silent) -> Job:
@@ -152,6 +174,13 @@ def _named_model(options: Options) -> Options:
     return options.model_copy(update={"model": "vgg-small"})
 
 
+def _named_weights(options: Options, progress: Progress) -> Options:
+    """The options with the file of the weights that are asked for by name."""
+    if options.weights != Path(DEFAULT):
+        return options
+    return options.model_copy(update={"weights": default_weights(options.model, progress)})
+
+
 def _preprocess(options: Options) -> Preprocess:
     """The user's file, else the usual preprocessing for the input that the user or the network names."""
     if options.preprocess:
@@ -176,13 +205,13 @@ def _preprocess(options: Options) -> Preprocess:
     return default_preprocess(shape)
 
 
-def _check_model(job: Job) -> None:
-    """Run the network, and read its weights, so that nothing is found out after minutes of work."""
+def _check_model(job: Job) -> nn.Module:
+    """The network; run, its weights read, so that nothing is found out after minutes of work."""
     model = job.fresh()
     if job.options.weights:
         load_weights(model, job.options.weights)
     _check_scores(job, model.eval(), "an image", 1, "Check --input-shape or --preprocess: channels x height x width.")
-    if job.options.preset == "thinet-gap" and gap_head(model) is None:
+    if job.options.preset in HEAD_REPLACED and gap_head(model) is None:
         raise ModelError(
             f"{job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
             "`features` and `classifier`, with a hidden layer in the classifier.",
@@ -192,6 +221,7 @@ def _check_model(job: Job) -> None:
         batch = min(2, job.options.batch_size)
         hint = "BatchNorm needs --batch-size 2 or more; else look at what forward() does in training."
         _check_scores(job, model.train(), f"a training batch of {batch}", batch, hint)
+    return model
 
 
 def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) -> None:

@@ -113,6 +113,7 @@ def prune(run: SharedRun, tools: Tools, dense: Stage | None = None, where: str =
             **training_of(options),
             "dense": dense.digest,
             "widths": options.model_dump(mode="json", include=WIDTHS),
+            **({"preset": dict(job.widths)} if job.widths else {}),
             "grid": job.grid,
             "head": job.replaces_head,
             "method": [options.recipe, method, options.rebuilding],
@@ -157,7 +158,7 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> N
     networks.ledger.append(Entry.of("as given" if options.weights else "trained here", accuracy_of(dense), "Original"))
     for method, pruned in pruning.by_method.items():
         name = _named("conv", method, options)
-        label = f"ThiNet-Conv ({options.widths}{f', {method}' if len(options.methods) > 1 else ''})"
+        label = options.title(method=method)
         work = partial(stages.tuned, tools, label, how, pruned.folder)
         conv = run.stage(name + where, {**after, "prune": pruned.digest}, work)
         networks.stages[name], networks.labels[name] = conv, label
@@ -178,7 +179,7 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> N
 
 def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Networks:
     """The original beside the thin network that the user trained."""
-    label = f"{'ThiNet-GAP' if pruning.head else 'ThiNet-Conv'} ({options.widths}), own training"
+    label = f"{options.title(head=pruning.head, alone=True)}, own training"
     before, after = accuracy_of(thin), accuracy_of(trained)
     ledger = [Entry.of("as given" if options.weights else "trained here", accuracy_of(pruning.original), "Original")]
     ledger += [Entry.read(entry, label) for entry in pruning.first.json(REPORT)["ledger"]]
@@ -195,11 +196,16 @@ def _replace_head(
     work = partial(stages.gap, tools, how, dense.folder, conv.folder)
     gap = run.stage(f"gap{where}", {**after, "conv": conv.digest}, work)
     before, accuracy = Accuracy(**gap.json(REPORT)["before"]), accuracy_of(gap)
-    networks.stages["gap"], networks.labels["gap"], networks.ship = gap, "ThiNet-GAP", "gap"
+    label = tools.job.options.title(head=True)
+        Accuracy(**gap.json(REPORT)["before"]),
+        accuracy_of(gap),
+        tools.job.options.title(head=True),
+    )
+    networks.stages["gap"], networks.labels["gap"], networks.ship = gap, label, "gap"
     networks.hops.append(verify.tuning_hop("gap", "head replaced → fine-tuned", before, accuracy))
     networks.ledger += [
-        Entry.of("head replaced", before, "ThiNet-GAP"),
-        Entry.of(tuned(how), accuracy, "ThiNet-GAP"),
+        Entry.of("head replaced", before, label),
+        Entry.of(tuned(how), accuracy, label),
     ]
 
 

@@ -12,7 +12,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .errors import InputError, UnknownNameError
 from .interfaces import Reconstruction, Selection
 
-Preset = Literal["thinet-conv", "thinet-gap"]
+# Networks of given widths (models/presets.py); the other two take the widths that are asked for.
+FixedPreset = Literal["thinet-tiny", "thinet-70", "thinet-50", "thinet-30"]
+Preset = Literal["thinet-conv", "thinet-gap", FixedPreset]
+HEAD_REPLACED = ("thinet-gap", "thinet-tiny")
+# --weights of that name: torchvision's for this network.
+DEFAULT = "default"
 RecipeName = Literal["iccv2017", "tpami2019", "best"]
 Controls = Literal["none", "unpruned", "all"]
 
@@ -26,15 +31,15 @@ class Options(BaseModel):
 
     Attributes:
         target: name of a target profile, or a path to one.
-        model: "vgg16", "vgg-small" or "file.py:factory"; empty for the embedded default.
+        model: a name of `models.loading.MODELS`, or "file.py:factory"; empty for the embedded default.
         data: folder with train/ and val/ or test/; None for the embedded digits.
         unlabelled: folder of images to calibrate on and to learn from the original on, in place of train/ in `data`.
         transfer_to: folder with train/ and val/ or test/ of other classes: the network is pruned on `data` and then
             fine-tuned to these, beside other ways to get there (the papers' transfer table).
-        weights: trained weights of the dense network; None to train it here.
+        weights: trained weights of the dense network; "default" for torchvision's; None to train it here.
         preprocess: TOML file; None for the usual one.
         input_shape: channels, height and width of the input, for a model that does not say.
-        preset: what to make; None for thinet-gap where the network has a fully connected head.
+        preset: what to make; None for thinet-gap where the network has a fully connected head. Some say all widths.
         recipe: "best": all layers at once, chosen by elimination, reconstructed without training, widths put where they
             help most, the original as teacher; or the papers' (layer by layer, with fine-tuning between).
         method: how filters are chosen, if not as the recipe says; with several ("a,b,c" or a tuple) all are made and
@@ -164,6 +169,28 @@ class Options(BaseModel):
         """What was asked of the widths, for people: "r=0.5", "MACs 2x" …"""
         return f"MACs {self.macs}" if self.macs else f"size {self.size}" if self.size else f"r={self.keep:g}"
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the preset says all widths."""
+        return self.preset in get_args(FixedPreset)
+
+    def title(self, *, head: bool = False, method: str = "", alone: bool = False) -> str:
+        """What a thin network is called in tables.
+
+        Args:
+            head: whether its head was replaced.
+            method: that chose its filters, if several are compared.
+            alone: whether there is no row for the pruned network with its old head, which says the widths.
+        """
+        more: list[str] = [method] if method and len(self.methods) > 1 else []
+        if self.fixed:
+            name = f"ThiNet-{str(self.preset).removeprefix('thinet-').capitalize()}"
+            more[:0] = [] if head or self.preset not in HEAD_REPLACED else ["its head as it was"]
+        else:
+            name = "ThiNet-GAP" if head else "ThiNet-Conv"
+            more[:0] = [] if head and not alone else [self.widths]
+        return f"{name} ({', '.join(more)})" if more else name
+
 
 def make_options(values: dict[str, Any]) -> Options:
     """Options from values by name.
@@ -219,7 +246,7 @@ def read_config(path: Path) -> dict[str, Any]:
     for name in ("data", "unlabelled", "transfer_to", "weights", "preprocess", "out", "model", "trainer", "target"):
         value = values.get(name)
         if isinstance(value, str) and (name not in _NAMES or ".py:" in value or value.endswith(".toml")):
-            values[name] = str(path.parent / value)
+            values[name] = value if (name, value) == ("weights", DEFAULT) else str(path.parent / value)
     return values
 
 

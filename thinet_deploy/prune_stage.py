@@ -63,6 +63,14 @@ def groups_of(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
         ModelError: nothing can be.
     """
     options, groups = tools.job.options, _candidates(tools, graph)
+    left = tools.job.widths.keys() - {producer for group in groups for producer in group.producers}
+    if left:
+        layer = min(left)
+        why = graph.whole.get(layer, "nothing reads it")
+        raise ModelError(
+            f"--preset {options.preset} prunes {layer}, which stays whole: {why}.",
+            hint="Prune what can be pruned of this network by --keep, --macs or --size instead of --preset.",
+        )
     if not options.layerwise:
         within = within_reach(graph)
         groups = tuple(group for group in groups if within.issuperset(each.weight for each in group.consumers))
@@ -79,8 +87,13 @@ def groups_of(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
 
 
 def _candidates(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
-    """The papers' groups; in the recipe best all others too, unless a head that is going to be replaced reads them."""
-    options = tools.job.options
+    """The papers' groups; in the recipe best all others too, unless a head that is going to be replaced reads them.
+
+    With a preset that says all widths, the groups that it names.
+    """
+    options, widths = tools.job.options, tools.job.widths
+    if widths:
+        return tuple(group for group in graph.groups if widths.keys() & set(group.producers))
     if options.layerwise or tools.job.replaces_head:
         return prunable(graph, shortcuts=options.prune_shortcuts)
     return tuple(group for group in graph.groups if options.prune_shortcuts or not group.shortcut)
@@ -90,13 +103,15 @@ def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequenc
     """What the options ask of widths, in numbers for this network."""
     options, tensors = tools.job.options, dict(named_tensors(model))
     dense = cost(tensors, graph, np.ones(graph.channels, dtype=bool))
+    sizes = {producer: len(group.channels) for group in groups for producer in group.producers}
+    fixed = {producer: width / sizes[producer] for producer, width in tools.job.widths.items()}
     wish = Wish(
         keep=options.keep,
         macs=options.most_macs(dense.macs),
         size=options.most_bytes,
         grid=tools.job.grid,
         soft=options.round_to is None,
-        layers=options.keep_layer,
+        layers={**options.keep_layer, **fixed},
     )
     return softened(tensors, graph, groups, wish)
 

@@ -203,15 +203,16 @@ def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
         row.label,
         f"{row.top1:.2f}",
         f"{row.top5:.2f}",
-        _count(row.parameters),
-        _count(row.flops),
+        short_count(row.parameters),
+        short_count(row.flops),
         f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
         *times,
         f"{row.size_bytes / 2**20:.2f} MB",
     ]
 
 
-def _count(number: int) -> str:
+def short_count(number: int) -> str:
+    """Millions and billions as the papers print them: 7.91M, 9.34B."""
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
 
 

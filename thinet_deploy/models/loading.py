@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType
@@ -13,33 +14,49 @@ from types import CodeType
 import torch
 from torch import nn
 
-from ..errors import ModelError, UnknownNameError
+from ..errors import ModelError, ThinetDeployError, UnknownNameError
 from ..seeds import derive
-from .vgg import vgg16, vgg_small
+from .alexnet import alexnet, alexnet_owt
+from .presets import PRESETS, RESNETS, VGGS, build_preset
+from .resnet_cifar import resnet_cifar
+from .squeezenet import squeezenet, squeezenet1_0, squeezenet1_1
+from .vgg import vgg_small
 
 InputShape = tuple[int, int, int]
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"vgg16": vgg16, "vgg-small": vgg_small}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **VGGS,
+    "vgg-small": vgg_small,
+    "alexnet": alexnet,
+    "alexnet-owt": alexnet_owt,
+    "squeezenet": squeezenet,
+    "squeezenet1_0": squeezenet1_0,
+    "squeezenet1_1": squeezenet1_1,
+    **RESNETS,
+    **{f"resnet{depth}": partial(resnet_cifar, depth) for depth in (20, 32, 44, 56, 110)},
+    **{preset: partial(build_preset, preset) for preset in PRESETS},
+}
 
 
-def build_model(name: str, *, input_shape: InputShape | None, num_classes: int, seed: int) -> nn.Module:
+def build_model(name: str, *, input_shape: InputShape | None, num_classes: int | None, seed: int) -> nn.Module:
     """A freshly initialised network.
 
     Args:
-        name: "vgg16", "vgg-small", or "file.py:factory". A factory is called with those of the keyword
+        name: one of `MODELS`, or "file.py:factory". A factory is called with those of the keyword
             arguments num_classes and input_shape that it takes (with **kwargs, num_classes).
         input_shape: channels, height and width; None for the network's own default.
-        num_classes: number of outputs.
+        num_classes: number of outputs; None for the network's own default.
         seed: of the run; initial weights depend on it only.
 
     Raises:
         UnknownNameError: no such model.
-        ModelError: the file or factory does not give an nn.Module.
+        ModelError: the file or factory does not give an nn.Module, or the images are too small for it.
     """
     factory = _from_file(name) if ":" in name or name.endswith(".py") else MODELS.get(name)
     if factory is None:
         raise UnknownNameError("model", name, [*MODELS, "file.py:factory"])
-    offered = {"num_classes": num_classes, **({"input_shape": input_shape} if input_shape else {})}
+    known = {"num_classes": num_classes, "input_shape": input_shape}
+    offered = {key: value for key, value in known.items() if value is not None}
     taken = inspect.signature(factory).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())  # torchvision's way
     given = {key: value for key, value in offered.items() if key in taken or (passes_on and key == "num_classes")}
@@ -47,6 +64,8 @@ def build_model(name: str, *, input_shape: InputShape | None, num_classes: int, 
         torch.manual_seed(derive(seed, "initial weights"))
         try:
             model = factory(**given)
+        except ThinetDeployError:
+            raise
         except Exception as error:  # the user's own code may raise anything
             raise ModelError(
                 f"{name} failed to build the network: {type(error).__name__}: {error}",

@@ -81,7 +81,7 @@ def _check(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
         more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise WeightsError(
             f"{path} was made for another architecture:\n{shown}{more}",
-            hint="Give the --model that the weights belong to (the number of classes comes from --data).",
+            hint="Give the --model and --input-shape that they belong to (the number of classes comes from --data).",
         )
     for name, tensor in expected.items():
         state.setdefault(name, tensor)
