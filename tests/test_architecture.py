@@ -24,9 +24,10 @@ PROFILES = f"{CORE}.profiles"
 # for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
 LEVELS = {
     4: {"cli", "cli_options", "cli_processes", "cli_progress", "cli_tables", "cli_scatter", "__main__"},
-    3: {"pipeline", "networks", "stages", "prune_stage", "feasibility_stage", "tools", "job"},
+    3: {"pipeline", "networks", "stages", "prune_stage", "precision_stage", "feasibility_stage", "tools", "job"},
     2: {
         "pruning",
+        "precision",
         "training",
         "norms",
         "ledger",
