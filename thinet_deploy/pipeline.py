@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -333,7 +333,7 @@ def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, files: stages
     )
 
 
-def _with_types(made: Networks, report: dict[str, Any]) -> Iterator[Entry]:
+def _with_types(made: Networks, report: Mapping[str, Any]) -> Iterator[Entry]:
     """The ledger, with each network's typed files after its other steps."""
     last = {entry.network: number for number, entry in enumerate(made.ledger)}
     names = {label: name for name, label in made.labels.items()}

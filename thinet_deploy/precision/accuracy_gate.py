@@ -14,7 +14,8 @@ from onnx import ModelProto
 
 from ..errors import GateError
 from .calibration import METHODS, Floats, Method, Values, limits, session
-from .int8 import Layout, names_of, quantisable, quantise
+from .graph import names_of
+from .int8 import Layout, quantisable, quantise
 
 _BATCH = 32
 _RANKING_IMAGES = 64  # to tell which layers cost most
@@ -78,19 +79,18 @@ def quantise_within(
 
     costs = {method: _distance(outputs(made(method), judge.images), exact) for method in METHODS}
     method = min(METHODS, key=lambda each: costs[each])
-    before, kept = _top1(exact, labels), list[str]()
+    before, kept, names = _top1(exact, labels), list[str](), names_of(model)
     ranking: list[str] | None = None
     while True:
         current = made(method, kept)
         after = _top1(outputs(current, judge.images), labels)
         if before - after <= max_drop:
-            names = dict(zip(_ordered(model, kept), names_of(model, kept), strict=True))
             named = {node: names[node] for node in kept}
             return Quantised(current, method, named, before, after, len(judge.images))
         if ranking is None:
             ranking = _worst_first(model, lambda keep: made(method, keep), judge.images[:_RANKING_IMAGES])
         if len(kept) + 1 >= len(ranking):
-            raise _cannot(before, after, max_drop, len(judge.images), names_of(model, ranking[:3]))
+            raise _cannot(before, after, max_drop, len(judge.images), [names[node] for node in ranking[:3]])
         kept.append(ranking[len(kept)])
 
 
@@ -121,10 +121,6 @@ def _distance(got: Floats, exact: Floats) -> float:
 
 def _top1(scores: Floats, labels: NDArray[np.int64]) -> float:
     return float((scores.argmax(1) == labels).mean() * 100)
-
-
-def _ordered(model: ModelProto, nodes: Collection[str]) -> list[str]:
-    return [node.name for node in model.graph.node if node.name in nodes]
 
 
 def _cannot(before: float, after: float, max_drop: float, images: int, worst: list[str]) -> GateError:

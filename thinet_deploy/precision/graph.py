@@ -68,15 +68,15 @@ def constants(model: ModelProto) -> dict[str, NDArray[np.generic]]:
 
 def opset_of(model: ModelProto) -> int:
     """The opset of ONNX's own operators."""
-    return next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+    version: int = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+    return version
 
 
 def attribute(node: NodeProto, name: str, default: int) -> int:
     """An integer attribute of a node."""
     for each in node.attribute:
         if each.name == name:
-            value: int = each.i
-            return value
+            return int(each.i)
     return default
 
 
@@ -112,6 +112,12 @@ def layer_name(node: NodeProto, weights: Iterable[str]) -> str:
     """What people call a node: the module whose weight it reads, else its own name."""
     known = set(weights)
     return next((name.removesuffix(".weight") for name in node.input[1:2] if name in known), node.name)
+
+
+def names_of(model: ModelProto) -> dict[str, str]:
+    """What people call each node."""
+    weights = {each.name for each in model.graph.initializer}
+    return {node.name: layer_name(node, weights) for node in model.graph.node}
 
 
 def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:

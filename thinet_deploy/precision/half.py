@@ -17,7 +17,7 @@ from onnx.helper import make_node
 
 from ..errors import ModelError, TargetError
 from .calibration import Values
-from .graph import constants, copy_of, element_types, layer_name, opset_of
+from .graph import constants, copy_of, element_types, names_of, opset_of
 
 Half = Literal["fp16", "bf16"]
 _ELEMENT: dict[Half, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -98,8 +98,8 @@ def to_half(model: ModelProto, kind: Half, *, keep: Collection[str] = (), keep_i
 
 def kept_names(model: ModelProto, reasons: Mapping[str, str]) -> dict[str, str]:
     """The same reasons under the names that people know."""
-    weights = {each.name for each in model.graph.initializer}
-    return {layer_name(node, weights): reasons[node.name] for node in model.graph.node if node.name in reasons}
+    names = names_of(model)
+    return {names[node]: why for node, why in reasons.items()}
 
 
 @dataclass

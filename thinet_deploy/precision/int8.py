@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.helper import make_node
 
-from .graph import attribute, constants, copy_of, layer_name, readers
+from .graph import attribute, constants, copy_of, readers
 
 Floats = NDArray[np.float32]
 QUANTISED = ("Conv", "Gemm", "MatMul", "Add")
@@ -208,9 +208,3 @@ def _channel_axis(node: NodeProto) -> int:
 
 def _along(scale: Floats, axis: int, rank: int) -> Floats:
     return scale.reshape([-1 if each == axis else 1 for each in range(rank)])
-
-
-def names_of(model: ModelProto, nodes: Collection[str]) -> list[str]:
-    """What people call these nodes, in the network's order."""
-    weights = {each.name for each in model.graph.initializer}
-    return [layer_name(node, weights) for node in model.graph.node if node.name in nodes]
