@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from thinet_deploy.errors import DataError, GateError, ModelError, TargetError, UnknownNameError
 from thinet_deploy.export import INPUT, export_onnx, run_onnx
 from thinet_deploy.interfaces import Conversion, Precision
-from thinet_deploy.precision import calibration
+from thinet_deploy.precision import calibration, executed
 from thinet_deploy.precision.accuracy_gate import Judge, outputs, quantise_within
 from thinet_deploy.precision.calibration import BINS, METHODS, Values, limits, observe, session
 from thinet_deploy.precision.downgrade import to_opset_17
-from thinet_deploy.precision.executed import prove_precision
+from thinet_deploy.precision.executed import Kernel, prove_precision
 from thinet_deploy.precision.graph import layers, opset_of, read_onnx
 from thinet_deploy.precision.half import kept_names, overflowing, to_half
-from thinet_deploy.precision.int8 import S8S8, U8S7, U8S8, Layout, quantisable, quantise
+from thinet_deploy.precision.int8 import S8S8, U8S7, U8S8, Layout, left_out, quantisable, quantise
 from thinet_deploy.registry import convert
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -278,6 +278,16 @@ def test_the_worst_layer_goes_back_and_is_named(images: Floats) -> None:
     assert failure.value.exit_code == 1
 
 
+def test_what_int8_leaves_out_is_named() -> None:
+    nodes = [
+        make_node("ConvTranspose", ["x", "up.weight"], ["a"], name="up"),
+        make_node("MatMul", ["a", "a"], ["y"], name="square"),
+    ]
+    net = small(nodes, {"up.weight": np.ones((3, 2, 1, 1), np.float32)}, {"x": ["n", 3, 5, 5], "y": ["n", 2, 5, 5]})
+    assert left_out(net) == {"up": "ConvTranspose without INT8 here", "square": "MatMul without INT8 here"}
+    assert quantisable(net) == []
+
+
 # ---------------------------------------------------------------------------------------------- half precision
 
 
@@ -469,6 +479,35 @@ def test_fp32_in_place_of_int8_is_found(runtime: str, path: Path, model: ModelPr
     proof = prove_precision(runtime, engine(runtime, path, tmp_path / "e", "fp32"), model, "int8")
     assert [each.layer for each in proof.wrong] == [each.name for each in layers(model)]
     assert "stem was to be int8 and is fp32" in proof.describe()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "got"),
+    [
+        ([Kernel(("node_a",), "int8"), Kernel(("relu", "node_b"), "int8")], {"a": "int8", "b": "int8"}),
+        ([Kernel(("node_a", "node_b"), "int8")], {"a": "int8", "b": "int8"}),  # one kernel for two layers
+        ([Kernel(("node_a",), "int8"), Kernel(("who knows",), "fp32")], {"a": "int8", "b": "fp32"}),
+        ([Kernel(("what",), "int8"), Kernel(("who knows",), "fp32")], {"a": "fp32 or int8", "b": "fp32 or int8"}),
+        ([Kernel(("node_a",), "int8")], {"a": "int8", "b": "folded"}),
+        ([Kernel(("sum",), "fp32"), Kernel(("node_a",), "int8")], {"a": "int8", "b": "fp32"}),
+    ],
+)
+def test_no_executed_kernel_is_overlooked(kernels: list[Kernel], got: dict[str, str]) -> None:
+    """Whatever names a runtime gives, a kernel in another type shows."""
+    nodes = [
+        make_node("Conv", ["x", "a.weight"], ["one"], name="node_a"),
+        make_node("Conv", ["x", "b.weight"], ["two"], name="node_b"),
+        make_node("Add", ["one", "two"], ["sum"]),
+        make_node("Relu", ["sum"], ["y"]),
+    ]
+    weights = {name: np.ones((2, 3, 1, 1), np.float32) for name in ("a.weight", "b.weight")}
+    net = small(nodes, weights, {"x": ["n", 3, 4, 4], "y": ["n", 2, 4, 4]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(executed._READERS, "openvino", lambda *_: kernels)
+        proof = executed.prove_precision("openvino", Path("none"), net, "int8")
+    assert {each.layer: each.got for each in proof.layers} == got
+    wrong = {layer for layer, kind in got.items() if kind not in ("int8", "folded")}
+    assert {each.layer for each in proof.wrong} == wrong
 
 
 def test_onnxruntime_does_not_run_tensorrts_layout_in_int8(

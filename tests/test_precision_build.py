@@ -176,7 +176,7 @@ def test_a_cpu_without_vnni_gets_weights_of_seven_bits() -> None:
 
 
 def test_without_onnxruntime_int8_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingError, match="fp16, int8 needs ONNX Runtime") as missing:
         plan.plan_precision(load_profile("jetson"), None, [])
     assert missing.value.exit_code == 3

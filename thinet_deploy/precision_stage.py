@@ -21,8 +21,9 @@ from .job import Job
 from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within
 from .precision.calibration import MIN_IMAGES, Floats, Values, observe
 from .precision.executed import prove_precision
-from .precision.graph import read_onnx
+from .precision.graph import names_of, read_onnx
 from .precision.half import Half, kept_names, overflowing, to_half
+from .precision.int8 import left_out
 from .precision.plan import PrecisionPlan, plan_precision
 from .prune_stage import HELD_OUT
 from .registry import runs_here
@@ -114,13 +115,15 @@ def _made(
         if options.precision:
             raise
         return None, {"refused": error.what}
-    return done.model, {"layout": plan.layout.name, "max_drop": options.max_drop, **_told(done)}
+    return done.model, {"layout": plan.layout.name, "max_drop": options.max_drop, **_told(done, model)}
 
 
-def _told(done: Quantised) -> dict[str, Any]:
+def _told(done: Quantised, model: ModelProto) -> dict[str, Any]:
+    names, left = names_of(model), left_out(model)
+    costly = dict.fromkeys(done.kept.values(), "in INT8 too much top-1 is lost for --max-drop")
     return {
-        "kept": dict.fromkeys(done.kept.values(), "in INT8 too much top-1 is lost for --max-drop"),
-        "kept_nodes": list(done.kept),
+        "kept": costly | {names[node]: why for node, why in left.items()},
+        "kept_nodes": [*done.kept, *left],
         "method": done.method,
         "top1_fp32": done.before,
         "top1": done.after,

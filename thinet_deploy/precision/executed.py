@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..interfaces import Precision
 from ..runner import MissingRuntimeError, import_runtime, open_engine
 from .graph import COMPUTING, layers, readers
 
-UNKNOWN = "unknown"
+FOLDED = "folded"
 _OF_OPENVINO = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
 _OF_ONNXRUNTIME = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 # How ONNX Runtime marks the nodes that its optimiser made.
@@ -33,7 +33,7 @@ class Executed:
         layer: what people call it.
         macs: multiply-accumulates for one image.
         asked: what the network's file says.
-        got: what the runtime reports; "unknown" where it shows no such layer.
+        got: what the runtime reports; "folded" where it runs no such layer, having merged it into others.
     """
 
     layer: str
@@ -66,7 +66,7 @@ class Proof:
     @property
     def wrong(self) -> tuple[Executed, ...]:
         """Layers that run in another type than was asked for."""
-        return tuple(each for each in self.layers if each.got != each.asked)
+        return tuple(each for each in self.layers if each.got not in (each.asked, FOLDED))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -95,19 +95,27 @@ def prove_precision(
         MissingError: the runtime is not installed.
         ThinetDeployError: the engine cannot be opened.
     """
-    found = dict(_matched(source, _READERS[runtime](path, source, precision)))
+    found = _matched(source, _READERS[runtime](path, precision))
     stay = set(keep)
     return Proof(
         runtime,
         tuple(
-            Executed(each.name, each.macs, "fp32" if each.node in stay else precision, found.get(each.node, UNKNOWN))
+            Executed(each.name, each.macs, "fp32" if each.node in stay else precision, found[each.node])
             for each in layers(source)
         ),
     )
 
 
-def _openvino(path: Path, source: ModelProto, precision: Precision) -> list[tuple[str, str]]:
-    """Names of the layers that went into each executed one, and its type."""
+@dataclass(frozen=True)
+class Kernel:
+    """What a runtime executes for one or several layers: the names that it gives, and the type it computes in."""
+
+    names: tuple[str, ...]
+    kind: str
+
+
+def _openvino(path: Path, precision: Precision) -> list[Kernel]:
+    """From the runtime model: it names the layers that went into each executed one."""
     engine = _opened("openvino", path, precision)
     found = []
     for layer in engine.model.get_runtime_model().get_ops():
@@ -115,7 +123,7 @@ def _openvino(path: Path, source: ModelProto, precision: Precision) -> list[tupl
         if str(info["layerType"].value) in engine.compute_layers:
             kind = str(info["runtimePrecision"].value)
             names = str(info["originalLayersNames"].value).split(",")
-            found += [(name.split("/")[0], _OF_OPENVINO.get(kind, kind)) for name in names]
+            found.append(Kernel(tuple(name.split("/")[0] for name in names), _OF_OPENVINO.get(kind, kind)))
     engine.close()
     return found
 
@@ -131,7 +139,7 @@ def _opened(runtime: str, path: Path, precision: Precision) -> Any:
         ) from error
 
 
-def _onnxruntime(path: Path, source: ModelProto, precision: Precision) -> list[tuple[str, str]]:
+def _onnxruntime(path: Path, precision: Precision) -> list[Kernel]:
     """From the profile of one run: it has the element types that every kernel was given."""
     runtime = import_runtime("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +157,7 @@ def _onnxruntime(path: Path, source: ModelProto, precision: Precision) -> list[t
             kind = next(iter(shapes[0]), "")
             name = _MARKS.sub("", event["name"].removesuffix("_kernel_time"))
             if any(op in event["args"]["op_name"] for op in COMPUTING):  # QLinearConv, FusedConv, QGemm …
-                found.append((name, _OF_ONNXRUNTIME.get(kind, kind)))
+                found.append(Kernel((name.split("/")[0],), _OF_ONNXRUNTIME.get(kind, kind)))
     return found
 
 
@@ -161,18 +169,26 @@ def _blank(port: Any) -> Any:
 _READERS = {"openvino": _openvino, "onnxruntime": _onnxruntime}
 
 
-def _matched(source: ModelProto, found: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Node of the source → type. A runtime names a fused layer after its node, its output, or what stands behind it."""
-    owners = _owners(source)
-    taken: set[str] = set()
-    for exact in (True, False):
-        for name, kind in found:
-            nodes = owners.get(name, ())
-            candidates = nodes[:1] if exact else nodes
-            node = next((each for each in candidates if each not in taken), None)
-            if node is not None and (exact == (len(nodes) == 1)):
-                taken.add(node)
-                yield node, kind
+def _matched(source: ModelProto, kernels: list[Kernel]) -> dict[str, str]:
+    """Node of the source → type. A runtime names a kernel after its nodes, their outputs, or what stands behind them.
+
+    Kernels that go by other names stand for the layers that are not found otherwise. Where there are more of these, the
+    rest has been folded into others: what every kernel runs in is known all the same.
+    """
+    owners, found, rest = _owners(source), dict[str, str](), list[Kernel]()
+    for kernel in kernels:
+        sure = [owners[name][0] for name in kernel.names if len(owners.get(name, ())) == 1]
+        found.update(dict.fromkeys((node for node in sure if node not in found), kernel.kind))
+        rest += [] if sure else [kernel]
+    unnamed = set[str]()
+    for kernel in rest:
+        maybe = [node for name in kernel.names for node in owners.get(name, ()) if node not in found]
+        if maybe:
+            found[maybe[0]] = kernel.kind
+        elif not any(name in owners for name in kernel.names):
+            unnamed.add(kernel.kind)
+    missing = [each.node for each in layers(source) if each.node not in found]
+    return found | dict.fromkeys(missing, " or ".join(sorted(unnamed)) or FOLDED)
 
 
 def _owners(source: ModelProto) -> Mapping[str, tuple[str, ...]]:
