@@ -17,7 +17,7 @@ from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.errors import DataError, GateError, MissingError, TargetError, UnknownNameError
 from thinet_deploy.interfaces import Conversion
 from thinet_deploy.options import Options, make_options
-from thinet_deploy.pipeline import Build, build
+from thinet_deploy.pipeline import Build, build, build_from, prune
 from thinet_deploy.precision import plan
 from thinet_deploy.precision.accuracy_gate import outputs
 from thinet_deploy.precision.graph import opset_of, read_onnx
@@ -147,6 +147,15 @@ def test_bf16_has_one_engine_and_a_note(copy: Path, tiny_options: MakeOptions) -
     assert [(e.runtime, e.precision) for e in read_manifest(done.bundle).engines] == [("openvino", "bf16")]
     assert "No engine for onnxruntime: it does not compute in bf16 on a CPU." in done.notes
     assert verify_bundle(done.bundle)["exit_code"] == 0
+
+
+def test_int8_after_the_users_own_training(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    folder = prune(again(tiny_options, tmp_path / "run", precision=None))
+    done = build_from(tmp_path / "run", folder / "model.safetensors", precision="int8")
+    assert {engine.precision for engine in read_manifest(done.bundle).engines} == {"int8"}
+    assert [hop.passed for hop in done.hops if hop.hop.endswith("runs int8")] == [True] * 4
+    with pytest.raises(TargetError, match="cannot compute in fp16"):
+        build_from(tmp_path / "run", folder / "model.safetensors", precision="fp16")
 
 
 # ---------------------------------------------------------------------------------------------- before any work

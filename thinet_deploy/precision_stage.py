@@ -18,7 +18,7 @@ from .environment import fingerprint
 from .errors import DataError, GateError
 from .interfaces import Precision
 from .job import Job
-from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within
+from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within, speaking
 from .precision.calibration import MIN_IMAGES, Floats, Values, observe
 from .precision.executed import prove_precision
 from .precision.graph import names_of, read_onnx
@@ -29,11 +29,11 @@ from .prune_stage import HELD_OUT
 from .registry import runs_here
 from .target import TargetProfile
 from .tools import Tools
-from .training import accuracy
+from .training import Accuracy, accuracy
 
 # What is usual; more changes limits by less than a step.
 CALIBRATION_IMAGES = 300
-JUDGING_IMAGES = 1000
+JUDGING_IMAGES = 500
 TYPED, EXECUTED = "typed.json", "precision.json"
 
 
@@ -140,10 +140,10 @@ def _stored(model: ModelProto) -> dict[str, int]:
     return sizes
 
 
-def _tested(tools: Tools, model: ModelProto) -> Any:
+def _tested(tools: Tools, model: ModelProto) -> Accuracy:
     """Accuracy on the test images: for the report, no choice is made by it."""
-    parts = [outputs(model, images) for images, _ in tools.job.data.test.batches(256)]
-    return accuracy(np.concatenate(parts), tools.job.data.test.labels)
+    say, test = speaking(model, literal=False), tools.job.data.test
+    return accuracy(np.concatenate([say(images) for images, _ in test.batches(256)]), test.labels)
 
 
 def executed(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from ..errors import GateError
 from .calibration import METHODS, Floats, Method, Values, limits, session
@@ -18,7 +18,7 @@ from .graph import names_of
 from .int8 import Layout, quantisable, quantise
 
 _BATCH = 32
-_RANKING_IMAGES = 64  # to tell which layers cost most
+_FEW = 64  # images to tell which limits are best, and which layers cost most; all of them give the verdict
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def quantise_within(
     Raises:
         GateError: it falls further even with one layer alone in INT8.
     """
-    exact = outputs(model, judge.images)
+    exact, few = outputs(model, judge.images), slice(_FEW)
     labels = exact.argmax(1) if judge.labels is None else judge.labels
     tried = {method: _limits(values, method) for method in METHODS}
 
     def made(method: Method, keep: Collection[str] = ()) -> ModelProto:
         return quantise(model, tried[method], layout, keep=keep)
 
-    costs = {method: _distance(outputs(made(method), judge.images), exact) for method in METHODS}
+    costs = {method: _distance(outputs(made(method), judge.images[few]), exact[few]) for method in METHODS}
     method = min(METHODS, key=lambda each: costs[each])
     before, kept, names = _top1(exact, labels), list[str](), names_of(model)
     ranking: list[str] | None = None
@@ -88,18 +88,27 @@ def quantise_within(
             named = {node: names[node] for node in kept}
             return Quantised(current, method, named, before, after, len(judge.images))
         if ranking is None:
-            ranking = _worst_first(model, lambda keep: made(method, keep), judge.images[:_RANKING_IMAGES])
+            ranking = _worst_first(model, lambda keep: made(method, keep), judge.images[few])
         if len(kept) + 1 >= len(ranking):
             raise _cannot(before, after, max_drop, len(judge.images), [names[node] for node in ranking[:3]])
         kept.append(ranking[len(kept)])
 
 
 def outputs(model: ModelProto, images: Floats) -> Floats:
-    """What a network says of images, computed node by node as the file has it, in batches of 32; (n, classes)."""
-    running, taken = session(model, literal=True), model.graph.input[0]
-    kind = np.float32 if taken.type.tensor_type.elem_type == 1 else np.float16
-    parts = [images[start : start + _BATCH].astype(kind) for start in range(0, len(images), _BATCH)]
-    return np.concatenate([running.run(None, {taken.name: part})[0] for part in parts]).astype(np.float32)
+    """What a network says of images, computed node by node as the file has it, (n, classes)."""
+    return speaking(model, literal=True)(images)
+
+
+def speaking(model: ModelProto, *, literal: bool) -> Callable[[Floats], Floats]:
+    """A function from images to what a network says of them, in batches of 32; `literal` as in `session`."""
+    running, taken = session(model, literal=literal), model.graph.input[0]
+    kind = np.float32 if taken.type.tensor_type.elem_type == TensorProto.FLOAT else np.float16
+
+    def run(images: Floats) -> Floats:
+        parts = [images[start : start + _BATCH].astype(kind) for start in range(0, len(images), _BATCH)]
+        return np.concatenate([running.run(None, {taken.name: part})[0] for part in parts]).astype(np.float32)
+
+    return run
 
 
 def _limits(values: Mapping[str, Values], method: Method) -> dict[str, tuple[float, float]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from ..errors import DataError, MissingError, ModelError, UnknownNameError, first_line
-from .graph import copy_of, element_types
+from .graph import ACTIVATIONS, copy_of, element_types, readers
 
 Floats = NDArray[np.float32]
 Batches = Callable[[], Iterable[Floats]]
@@ -36,7 +36,8 @@ class Values:
 
     Attributes:
         low, high: the smallest and the largest.
-        counts: how many fell into each of `BINS` equal parts between them.
+        counts: how many fell into each of `BINS` equal parts between them; none were counted of tensors that only
+            an activation function reads, for runtimes fuse it into what stands in front of it.
     """
 
     low: float
@@ -99,10 +100,11 @@ def observe(model: ModelProto, batches: Batches) -> dict[str, Values]:
             extremes[name] = min(low, float(array.min())), max(high, float(array.max()))
     _check(images, extremes)
     counts = {name: np.zeros(BINS) for name in extremes}
+    counted = set(extremes) - {n for n, users in readers(model).items() if {u.op_type for u in users} <= ACTIVATIONS}
     for batch in batches():
         for name, array in run(batch).items():
             low, high = extremes[name]
-            if high > low:
+            if high > low and name in counted:
                 counts[name] += torch.histc(torch.from_numpy(array).flatten(), BINS, low, high).double().numpy()
     return {name: Values(low, high, counts[name]) for name, (low, high) in extremes.items()}
 
@@ -150,9 +152,9 @@ def limits(values: Values, method: Method) -> tuple[float, float]:
     if method not in METHODS:
         raise UnknownNameError("calibration method", method, METHODS)
     low, high = values.low, values.high
-    if high > low and method == "percentile":
+    if values.counts.any() and method == "percentile":
         low, high = _percentile(values)
-    elif high > low and method == "entropy":
+    elif values.counts.any() and method == "entropy":
         reach = _least_divergence(*_magnitudes(values))
         low, high = max(low, -reach), min(high, reach)
     return min(low, 0.0), max(high, 0.0)

@@ -16,6 +16,8 @@ from ..errors import ModelError, first_line
 
 # Operators that multiply and accumulate; all others cost next to nothing.
 COMPUTING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# What runtimes fuse into the layer before it, if nothing else reads that one's output.
+ACTIVATIONS = frozenset({"Relu", "Clip"})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.helper import make_node
 
-from .graph import attribute, constants, copy_of, layers, readers
+from .graph import ACTIVATIONS, attribute, constants, copy_of, layers, readers
 
 Floats = NDArray[np.float32]
 QUANTISED = ("Conv", "Gemm", "MatMul", "Add")
@@ -132,7 +132,7 @@ class _Work:
     def _behind_activation(self, name: str) -> str:
         """The tensor behind the ReLU that a runtime fuses into a layer, if there is one."""
         users = self.read_by.get(name, [])
-        fused = len(users) == 1 and users[0].op_type in ("Relu", "Clip") and name not in self.given
+        fused = len(users) == 1 and users[0].op_type in ACTIVATIONS and name not in self.given
         return users[0].output[0] if fused else name
 
     def _pair(self, name: str) -> None:
@@ -181,7 +181,7 @@ class _Work:
         kept = [each for each in graph.initializer if each.name in read]
         del graph.initializer[:]
         graph.initializer.extend(kept)
-        onnx.checker.check_model(self.model, full_check=True)
+        onnx.checker.check_model(self.model)
         return self.model
 
 
