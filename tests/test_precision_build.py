@@ -262,3 +262,5 @@ def test_int8_that_costs_too_much_is_told_where_nobody_asked_and_stops_where_som
     assert "ThiNet-GAP: no int8 file. INT8 costs more than --max-drop 1 allows: …" in done.notes
     with pytest.raises(GateError, match="costs more"):
         build(again(tiny_options, copy, target="jetson", precision="int8"))
+    assert not (copy / "bundle").exists(), "the one without int8 must not be taken for what was asked for"
+    assert (copy / "gap" / "model.safetensors").exists(), "results are kept"

@@ -11,7 +11,7 @@ from typing import Any
 from . import feasibility_stage, networks, precision_stage, registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_json
 from .environment import fingerprint, machine_id
-from .errors import InputError, first_line
+from .errors import GateError, InputError, first_line
 from .export import INPUT
 from .interfaces import Progress, silent
 from .job import Job, load_job
@@ -25,7 +25,7 @@ from .report import Row, Table
 from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
 from .shared_run import SharedRun
-from .store import Stage, open_run
+from .store import Checkpoint, Run, Stage, open_run
 from .target import load_profile
 from .tools import Tools, read_accuracy
 from .training import Accuracy
@@ -271,7 +271,16 @@ def _typed(run: SharedRun, tools: Tools, plan: PrecisionPlan, onnx: Stage, names
         "data": data.digest,
         "asked": [options.precision, options.max_drop, options.calibration_images, options.seed],
     }
-    return run.alone("typed", inputs, lambda f, _: precision_stage.typed(tools, plan, onnx.folder, names, f))
+
+    def make(folder: Path, _: Checkpoint) -> None:
+        try:
+            precision_stage.typed(tools, plan, onnx.folder, names, folder)
+        except GateError:
+            for stale in ("bundle", "report"):  # of an earlier build, lest they be taken for this one's
+                Run.discard(run, stale)  # this process alone is here
+            raise
+
+    return run.alone("typed", inputs, make)
 
 
 def _executed(
