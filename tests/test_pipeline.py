@@ -24,7 +24,7 @@ from thinet_deploy.target import load_profile
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 TRAINED = ["dense", "prune", "conv", "gap", "longer", "scratch"]
-DEPLOYED = ["onnx", "engines", "parity", "latency", "bundle", "report"]
+DEPLOYED = ["onnx", "engines", "precision", "parity", "latency", "bundle", "report"]
 MakeOptions = Callable[..., Options]
 Made = Callable[[Callable[[], Any]], tuple[Any, list[str]]]
 
@@ -73,14 +73,17 @@ def test_the_table_has_the_papers_rows(full: Build) -> None:
 
 def test_every_hop_has_a_verdict_and_all_pass(full: Build) -> None:
     conversions = ("torch → ONNX", "ONNX → openvino", "ONNX → onnxruntime")
+    networks, runtimes = ("original", "conv", "gap"), ("openvino", "onnxruntime")
     assert [(hop.model, hop.hop) for hop in full.hops] == [
         ("conv", "masked → pruned"),
         ("conv", "pruned → fine-tuned"),
         ("gap", "head replaced → fine-tuned"),
-        *((name, hop) for name in ("original", "conv", "gap") for hop in conversions),
+        *((name, hop) for name in networks for hop in conversions),
+        *((name, f"{runtime} runs fp32") for name in networks for runtime in runtimes),
     ]
     assert all(hop.passed for hop in full.hops)
-    assert all(hop.agreement is not None for hop in full.hops[3:])
+    assert all(hop.agreement is not None for hop in full.hops[3:12])
+    assert {hop.detail for hop in full.hops[12:]} == {"fp32 100.0 % of the MACs"}
     assert {hop.images for hop in full.hops if hop.hop.startswith("ONNX")} == {15}
 
 
@@ -94,8 +97,8 @@ def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
     assert text.count("\n model ") == (2 if width == 80 else 1)
     runtimes = report.runtimes_of([full.table])
     assert [cell for row in full.table.rows for cell in report.cells(row, runtimes) if cell not in text] == []
-    assert text.count("passed error") + text.count("passed 15 images") == len(full.hops)
-    assert "12 of 12 passed" in text
+    assert text.count("passed error") + text.count("passed 15 images") + text.count("passed fp32") == len(full.hops)
+    assert "18 of 18 passed" in text
 
 
 def test_every_stage_leaves_its_files(full: Build) -> None:
@@ -269,7 +272,7 @@ def test_an_engine_of_another_network_does_not_pass(
 def test_the_tolerance_decides(copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     redo(copy, "parity")
     monkeypatch.setitem(verify.ALLOWANCE, "fp32", 0.0)
-    with pytest.raises(GateError, match=r"[1-9] of 12 parity verdicts failed; no bundle was written"):
+    with pytest.raises(GateError, match=r"[1-9] of 18 parity verdicts failed; no bundle was written"):
         build(tiny_options(copy, target="cpu"))
     assert not (copy / "bundle").exists()
 
@@ -301,7 +304,7 @@ def test_one_json_document(full: Build, copy: Path, tiny_options: MakeOptions, c
     document = json.loads(done.out)
     assert set(document) == {"run", "bundle", "table", "parity", "notes"}
     assert document["table"] == json.loads(json.dumps(full.table.to_json()))
-    assert [hop["passed"] for hop in document["parity"]] == [True] * 12
+    assert [hop["passed"] for hop in document["parity"]] == [True] * 18
     assert Path(document["bundle"]) == copy / "bundle"
 
 

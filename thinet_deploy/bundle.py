@@ -1,6 +1,7 @@
 """The bundle: what ships. Engines, the ONNX file, labels, preprocessing, golden inputs and outputs, and its own test.
 
     manifest.json      what everything is, with the SHA-256 of every file
+    typed/…            the same network in other precisions, for engines that the device builds
     run.py             a copy of runner.py: `python run.py` verifies the bundle without this package
     model.onnx  engines/RUNTIME-PRECISION/…  golden.npz  labels.txt  preprocess.json
 
@@ -53,6 +54,21 @@ class EngineEntry(_Entry):
     tolerance: float = Field(ge=0, allow_inf_nan=False)
 
 
+class TypedEntry(_Entry):
+    """The network as an ONNX file in another precision, for an engine that is built on the device.
+
+    Attributes:
+        path: relative to the bundle, with forward slashes.
+        layout: of the Q/DQ pairs in INT8, such as "S8S8"; "" in other precisions.
+        tolerance: allowed error of such an engine on the golden outputs, relative to max|output|.
+    """
+
+    path: str
+    precision: Precision
+    layout: str
+    tolerance: float = Field(ge=0, allow_inf_nan=False)
+
+
 class Golden(_Entry):
     """Inputs and the outputs the original pipeline gave: arrays input:NAME and output:NAME of an .npz."""
 
@@ -83,6 +99,7 @@ class Manifest(_Entry):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     engines: tuple[EngineEntry, ...]
+    typed: tuple[TypedEntry, ...] = ()
     files: dict[str, str]
     golden: Golden
     parity: dict[str, Any]
@@ -97,6 +114,16 @@ class EngineFile:
     runtime: str
     path: Path
     precision: Precision
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class TypedFile:
+    """An ONNX file in another precision to ship (see TypedEntry)."""
+
+    path: Path
+    precision: Precision
+    layout: str
     tolerance: float
 
 
@@ -124,6 +151,7 @@ class BundleSpec:
     parity: dict[str, Any] = field(default_factory=dict)
     plan: str = ""
     notes: tuple[str, ...] = ()
+    typed: tuple[TypedFile, ...] = ()
 
 
 def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
@@ -139,12 +167,13 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
     with explain_os_errors(folder):
         shutil.copyfile(spec.onnx, folder / ONNX)
         engines = tuple(_copy_engine(engine, folder) for engine in spec.engines)
+        typed = tuple(_copy_typed(file, folder) for file in spec.typed)
         labels = "".join(" ".join(label.split()) + "\n" for label in spec.labels)
         (folder / "labels.txt").write_text(labels, encoding="utf-8")
         write_json(folder / "preprocess.json", spec.preprocess)
         _write_golden(folder / GOLDEN, spec)
         shutil.copyfile(runner.__file__, folder / "run.py")
-        manifest = _manifest(folder, spec, engines)
+        manifest = _manifest(folder, spec, engines, typed)
         write_json(folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest
 
@@ -152,7 +181,8 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
 def _check(folder: Path, spec: BundleSpec) -> None:
     if not folder.is_dir() or any(folder.iterdir()):
         raise OutputError(f"{folder} is not an empty folder, which a bundle needs.", hint="Give a new one.")
-    for path in (spec.onnx, *(engine.path for engine in spec.engines)):
+    engines, typed = ([each.path for each in spec.engines], [each.path for each in spec.typed])
+    for path in (spec.onnx, *engines, *typed):
         if not path.exists():
             raise BundleError(f"{path} should go into the bundle and does not exist.", hint="Run the conversion again.")
     kinds = [(engine.runtime, engine.precision) for engine in spec.engines]
@@ -194,7 +224,21 @@ def _write_golden(path: Path, spec: BundleSpec) -> None:
     np.savez_compressed(path, **arrays)
 
 
-def _manifest(folder: Path, spec: BundleSpec, engines: tuple[EngineEntry, ...]) -> Manifest:
+def _copy_typed(file: TypedFile, folder: Path) -> TypedEntry:
+    target = folder / "typed" / f"model-{file.precision}.onnx"
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file.path, target)
+    return TypedEntry(
+        path=target.relative_to(folder).as_posix(),
+        precision=file.precision,
+        layout=file.layout,
+        tolerance=file.tolerance,
+    )
+
+
+def _manifest(
+    folder: Path, spec: BundleSpec, engines: tuple[EngineEntry, ...], typed: tuple[TypedEntry, ...]
+) -> Manifest:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Manifest(
         created_by=f"thinet-deploy {_own_version()}",
@@ -205,6 +249,7 @@ def _manifest(folder: Path, spec: BundleSpec, engines: tuple[EngineEntry, ...]) 
         inputs=spec.inputs,
         outputs=spec.outputs,
         engines=engines,
+        typed=typed,
         files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         golden=Golden(path=GOLDEN, tolerance=spec.tolerance),
         parity=spec.parity,

@@ -30,9 +30,11 @@ from .cli_options import (
     LayerEpochs,
     LearningRate,
     Macs,
+    MaxDrop,
     Method,
     Model,
     Out,
+    Precision,
     Preprocess,
     Preset,
     Recipe,
@@ -107,6 +109,8 @@ def build(  # noqa: PLR0917 - one argument per option
     train: Train = None,
     batch_size: BatchSize = None,
     trainer: Trainer = None,
+    precision: Precision = None,
+    max_drop: MaxDrop = None,
     threads: Threads = None,
     seed: Seed = None,
     from_run: Annotated[
@@ -130,12 +134,12 @@ def build(  # noqa: PLR0917 - one argument per option
 
     with bars(_ERR) as progress:
         if from_run:
-            if weights is None or set(given) - {"weights", "target"} or config:
+            if weights is None or set(given) - {"weights", "target", "precision"} or config:
                 raise InputError(
-                    "--from takes --weights and, if it changes, --target; all else comes from the run.",
+                    "--from takes --weights and, if they change, --target and --precision; the run has the rest.",
                     hint="thinet-deploy build --from RUN --weights mine.safetensors",
                 )
-            done = pipeline.build_from(from_run, weights, target, progress)
+            done = pipeline.build_from(from_run, weights, target, progress, precision=precision)
         else:
             done = pipeline.build(_options(given, config), progress)
     if as_json:

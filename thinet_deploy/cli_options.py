@@ -151,6 +151,20 @@ Trainer = Annotated[
     str | None,
     typer.Option(help="file.py:fit, your own training: fit(model, images, epochs=…, lr=…) trains the model in place."),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp32, fp16, bf16 or int8: what engines compute in; refused where the target cannot.  "
+        "\\[default: fp32; for a device with TensorRT, files in fp16 and int8]"
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Points of top-1 that INT8 may cost on held-out training images; the layers that cost most go back to "
+        "fp32 until it does.  \\[default: 1]"
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  \\[default: thinet-run]")]

@@ -22,10 +22,12 @@ from torch import nn
 from .artifact import write_bytes
 from .errors import ModelError, TargetError
 from .interfaces import TensorSpec
+from .precision.downgrade import to_opset_17
 
 INPUT, OUTPUT = "input", "logits"
-# torch's exporter writes opset 18 or later; older ones need a downgrade pass.
-MIN_OPSET = 18
+# torch's exporter writes opset 18 or later (and 18 where less is asked for, without a word); 17 is a pass of our own.
+MIN_OPSET = 17
+_WRITTEN = 18
 _MAX_BYTES = (2 << 30) - 1
 
 
@@ -66,8 +68,8 @@ def export_onnx(
     """
     if opset < MIN_OPSET:
         raise TargetError(
-            f"The target accepts ONNX up to opset {opset}, but the exporter writes {MIN_OPSET} or later.",
-            hint="Choose a target with a newer stack (JetPack 6.1 or later for Jetsons).",
+            f"The target accepts ONNX up to opset {opset}, but {MIN_OPSET} is the oldest that can be written.",
+            hint="Choose a target with a newer stack (JetPack 5.1 or later for Jetsons).",
         )
     proto = _export(model.eval(), input_shape, opset)
     _strip(proto)
@@ -139,7 +141,7 @@ def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> 
             model,
             (example,),
             dynamo=True,
-            opset_version=opset,
+            opset_version=max(opset, _WRITTEN),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             input_names=[INPUT],
             output_names=[OUTPUT],
@@ -147,7 +149,7 @@ def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> 
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    return program.model_proto if opset >= _WRITTEN else to_opset_17(program.model_proto)
 
 
 @contextlib.contextmanager

@@ -197,10 +197,6 @@ def _replace_head(
     gap = run.stage(f"gap{where}", {**after, "conv": conv.digest}, work)
     before, accuracy = Accuracy(**gap.json(REPORT)["before"]), accuracy_of(gap)
     label = tools.job.options.title(head=True)
-        Accuracy(**gap.json(REPORT)["before"]),
-        accuracy_of(gap),
-        tools.job.options.title(head=True),
-    )
     networks.stages["gap"], networks.labels["gap"], networks.ship = gap, label, "gap"
     networks.hops.append(verify.tuning_hop("gap", "head replaced → fine-tuned", before, accuracy))
     networks.ledger += [

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InputError, UnknownNameError
-from .interfaces import Reconstruction, Selection
+from .interfaces import Precision, Reconstruction, Selection
 
 # Networks of given widths (models/presets.py); the other two take the widths that are asked for.
 FixedPreset = Literal["thinet-tiny", "thinet-70", "thinet-50", "thinet-30"]
@@ -70,6 +70,9 @@ class Options(BaseModel):
         train: settings of all training by name, such as {"precision": "bf16"}: see `training.Recipe`.
         batch_size: images per training step; if not given, the recipe's.
         trainer: "file.py:fit", the user's own training instead of ours.
+        precision: what engines compute in; None for fp32 where they are made here, and, where TensorRT makes them on
+            the device, for a file in each type that it computes in.
+        max_drop: points of top-1, on held-out training images, that INT8 may cost; the worst layers return to fp32.
         threads: CPU threads of an engine while its latency is measured.
         seed: same seed, same widths and same kept filters.
         out: the run directory.
@@ -108,6 +111,8 @@ class Options(BaseModel):
     train: dict[str, str | float] = Field(default_factory=dict)
     batch_size: int = Field(default=32, ge=1)
     trainer: str | None = None
+    precision: Precision | None = None
+    max_drop: float = Field(default=1.0, ge=0)
     threads: int = Field(default=1, ge=1)
     seed: int = 0
     out: Path = Path("thinet-run")
@@ -221,6 +226,7 @@ _CHOICES = {
     "method": Selection,
     "reconstruction": Reconstruction,
     "controls": Controls,
+    "precision": Precision,
 }
 _HINTS = {
     "macs": "--macs 2x halves the multiply-accumulates; --macs 300M and --macs 1.5G are numbers of them.",

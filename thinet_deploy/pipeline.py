@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from . import feasibility_stage, networks, registry, stages, verify
+from . import feasibility_stage, networks, precision_stage, registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_json
 from .environment import fingerprint, machine_id
-from .errors import InputError, first_line
+from .errors import GateError, InputError, first_line
 from .export import INPUT
 from .interfaces import Progress, silent
 from .job import Job, load_job, moved
+from .ledger import Entry
 from .networks import Networks, Pruning, gate
 from .options import Options, make_options
 from .parallel import join
+from .precision.plan import PrecisionPlan
 from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
 from .runner import __file__ as _RUNNER_FILE
 from .runner import usable_cores
 from .shared_run import SharedRun
-from .store import Stage, open_run
-from .target import TargetProfile, load_profile
+from .store import Checkpoint, Run, Stage, open_run
+from .target import load_profile
 from .tools import Tools, read_accuracy
+from .training import Accuracy
 from .transfer import transfer
 
 RUNNER = Path(_RUNNER_FILE)
@@ -112,14 +117,15 @@ def build(options: Options, progress: Progress = silent) -> Build:
     progress = join().speaking(progress)
     job = load_job(options, progress)
     there = moved(job, options.transfer_to, progress) if options.transfer_to else None
-    _check_runtimes(job.target)
+    plan = precision_stage.planned(there or job)
+    _check_runtimes(plan)
     run = SharedRun(options.out)
     with run.locked():
         run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
         if there:
-            return _deploy(run, Tools(there, progress), transfer(run, tools, Tools(there, progress)))
-        return _deploy(run, tools, networks.finish(run, tools, networks.prune(run, tools)))
+            return _deploy(run, Tools(there, progress), plan, transfer(run, tools, Tools(there, progress)))
+        return _deploy(run, tools, plan, networks.finish(run, tools, networks.prune(run, tools)))
 
 
 def _remember(options: Options, root: Path) -> None:
@@ -131,7 +137,14 @@ def _remember(options: Options, root: Path) -> None:
     write_json(root / "options.json", kept)
 
 
-def build_from(root: Path, weights: Path, target: str | None = None, progress: Progress = silent) -> Build:
+def build_from(
+    root: Path,
+    weights: Path,
+    target: str | None = None,
+    progress: Progress = silent,
+    *,
+    precision: str | None = None,
+) -> Build:
     """Go on after the user's own training of the thin network that `prune` left in RUN.
 
     Args:
@@ -139,6 +152,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
         weights: trained weights of the thin network.
         target: profile to build for, if another one than `prune` was given.
         progress: to report to.
+        precision: of the engines (see `Options`), if another one than `prune` was given.
     """
     if not weights.is_file():
         raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
@@ -155,10 +169,12 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
     progress = join().speaking(progress)
     job = load_job(options, progress)
     # The network was pruned for the target of `prune`, whose grid its widths follow; it may be shipped to another.
-    shipped = job
+    changes = {name: value for name, value in {"target": target, "precision": precision}.items() if value}
+    shipped = replace(job, options=make_options({**options.model_dump(), **changes}))
     if target:
-        shipped = replace(job, options=options.model_copy(update={"target": target}), target=load_profile(target))
-    _check_runtimes(shipped.target)
+        shipped = replace(shipped, target=load_profile(target))
+    plan = precision_stage.planned(shipped)
+    _check_runtimes(plan)
     run = SharedRun(root)
     with run.locked():
         tools = Tools(job, progress)
@@ -166,7 +182,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
         thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
         own = run.alone("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
-        return _deploy(run, Tools(shipped, progress), networks.own(pruning, thin, own, options))
+        return _deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options))
 
 
 def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
@@ -182,27 +198,31 @@ def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
     )
 
 
-def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
-    """Export → convert → verify → measure → bundle → report."""
+def _deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) -> Build:
+    """Export → type → convert → verify → measure → bundle → report."""
     job, target = tools.job, tools.job.target
     folders = {name: stage.folder for name, stage in made.stages.items()}
     digests = {name: stage.digest for name, stage in made.stages.items()}
     inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
     onnx = run.alone("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
-    runtimes = host_runtimes(target)
+    typed = _typed(run, tools, plan, onnx, list(folders) if runs_here(target) else [made.ship])
+    report = typed.json(precision_stage.TYPED) if typed else {}
+    files = stages.Files(onnx.folder, typed.folder if typed else onnx.folder, report, plan.engines)
+    sources = {"onnx": onnx.digest, "typed": typed.digest if typed else "", "precision": plan.engines}
     engines = run.alone(
         "engines",
-        {"onnx": onnx.digest, "tools": [registry.converter(r).made_by() for r in runtimes]},
-        lambda f, _: stages.engines(tools, onnx.folder, list(folders), runtimes, f),
+        {**sources, "tools": [registry.converter(r).made_by() for r in plan.runtimes]},
+        lambda f, _: stages.engines(tools, files, list(folders), plan.runtimes, f),
     )
     paths = {
         tuple(key.split("/")): engines.folder / entry["path"] for key, entry in engines.json("engines.json").items()
     }
     engine_paths = {(name, runtime): path for (name, runtime), path in paths.items()}
+    executed = _executed(run, tools, plan, files, engines, engine_paths)
     parity = run.alone(
         "parity",
-        {"onnx": onnx.digest, "engines": engines.digest, "data": job.data.digest, "hops": hash_json(str(made.hops))},
-        lambda f, _: stages.parity(tools, folders, made.hops, onnx.folder, engine_paths, f),
+        {**sources, "engines": engines.digest, "data": job.data.digest, "hops": hash_json(str([made.hops, executed]))},
+        lambda f, _: stages.parity(tools, folders, made.hops, executed, files, engine_paths, f),
     )
     hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
     gate(hops, run, parity)
@@ -215,14 +235,15 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
             "machine": machine_id(fingerprint()),
             **digests,
         },
-        lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, f),
+        lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, plan.engines, f),
     )
-    notes = tuple(device_notes(target, INPUT, job.input_shape))
+    notes = (*device_notes(target, INPUT, job.input_shape), *plan.notes)
+    notes += tuple(precision_stage.file_notes(report, made.labels, target))
     ship = stages.Shipped(made.ship, made.labels[made.ship], folders[made.ship])
     bundle = run.alone(
         "bundle",
         {
-            "onnx": onnx.digest,
+            **sources,
             "engines": engines.digest,
             "parity": parity.digest,
             "runner": sha256_of(RUNNER),
@@ -230,9 +251,9 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
             "model": [job.model_name, made.labels],
             "notes": list(notes),
         },
-        lambda f, _: stages.bundled(tools, ship, onnx.folder, engine_paths, parity.folder, notes, f),
+        lambda f, _: stages.bundled(tools, ship, files, engine_paths, parity.folder, notes, f),
     )
-    table = _table(job, made, onnx, measured)
+    table = _table(job, made, onnx, measured, files)
     run.alone(
         "report",
         {"table": hash_json(table.to_json())},
@@ -241,23 +262,66 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
     return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes))
 
 
-def _check_runtimes(target: TargetProfile) -> None:
-    for runtime in host_runtimes(target):
+def _typed(run: SharedRun, tools: Tools, plan: PrecisionPlan, onnx: Stage, names: list[str]) -> Stage | None:
+    """The stage of the typed ONNX files, if there are to be any."""
+    if not plan.files:
+        return None
+    options, data = tools.job.options, tools.job.data
+    inputs = {
+        "onnx": onnx.digest,
+        "names": names,
+        "files": list(plan.files),
+        "layout": plan.layout.name,
+        "data": data.digest,
+        "asked": [options.precision, options.max_drop, options.calibration_images, options.seed],
+    }
+
+    def make(folder: Path, _: Checkpoint) -> None:
+        try:
+            precision_stage.typed(tools, plan, onnx.folder, names, folder)
+        except GateError:
+            for stale in ("bundle", "report"):  # of an earlier build, lest they be taken for this one's
+                Run.discard(run, stale)  # this process alone is here
+            raise
+
+    return run.alone("typed", inputs, make)
+
+
+def _executed(
+    run: SharedRun,
+    tools: Tools,
+    plan: PrecisionPlan,
+    files: stages.Files,
+    engines: Stage,
+    paths: dict[tuple[str, str], Path],
+) -> list[verify.Hop]:
+    """Verdicts on what the engines execute; none where they are to run on another machine, which decides that anew."""
+    if not runs_here(tools.job.target):
+        return []
+    inputs = {"engines": engines.digest, "machine": machine_id(fingerprint()), "precision": plan.engines}
+    work = partial(precision_stage.executed, tools, plan, files.onnx, files.report, paths)
+    stage = run.alone("precision", inputs, lambda f, _: work(f))
+    return [verify.Hop(**proof["hop"]) for proof in stage.json(precision_stage.EXECUTED).values()]
+
+
+def _check_runtimes(plan: PrecisionPlan) -> None:
+    for runtime in plan.runtimes:
         registry.converter(runtime).check()
 
 
-def _table(job: Job, made: Networks, onnx: Stage, measured: Stage) -> Table:
+def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, files: stages.Files) -> Table:
     """The papers' table from the stages' files."""
     timing, exported = measured.json("latency.json"), onnx.json("export.json")
     rows = []
     for name, stage in made.stages.items():
+        typed = files.report.get(name, {}).get(files.engines)
         rows.append(
             Row.make(
                 name,
                 made.labels[name],
-                read_accuracy(stage.folder),
+                Accuracy(**typed["accuracy"]) if typed else read_accuracy(stage.folder),
                 exported[name]["count"],
-                (onnx.folder / f"{name}.onnx").stat().st_size,
+                files.source(name).stat().st_size,
                 timing,
             )
         )
@@ -277,5 +341,18 @@ def _table(job: Job, made: Networks, onnx: Stage, measured: Stage) -> Table:
         batch=stages.TORCH_BATCH,
         runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),
-        ledger=tuple(made.ledger),
+        ledger=tuple(_with_types(made, files.report)),
+        precision=files.engines,
     )
+
+
+def _with_types(made: Networks, report: Mapping[str, Any]) -> Iterator[Entry]:
+    """The ledger, with each network's typed files after its other steps."""
+    last = {entry.network: number for number, entry in enumerate(made.ledger)}
+    names = {label: name for name, label in made.labels.items()}
+    for number, entry in enumerate(made.ledger):
+        yield entry
+        if last[entry.network] == number:
+            for precision, how in report.get(names.get(entry.network, ""), {}).items():
+                if "path" in how:
+                    yield Entry.of(f"in {precision}, as ONNX", Accuracy(**how["accuracy"]), entry.network)

@@ -130,6 +130,7 @@ class Table:
         runtimes: the target's; what was not run here is shown as such.
         rows: the networks.
         ledger: accuracy, step by step.
+        precision: that the engines were asked for.
     """
 
     target: str
@@ -144,6 +145,7 @@ class Table:
     runtimes: tuple[str, ...]
     rows: tuple[Row, ...]
     ledger: tuple[Entry, ...]
+    precision: str = "fp32"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -243,7 +245,7 @@ def notes_of(table: Table) -> list[str]:
     """What has to stand under a table for its figures to mean something."""
     counted = "#Param and #FLOPs by the papers' rule (weights without biases; 2 × multiply-accumulates)"
     torch = f"f./b.: forward alone / backward alone in torch, batch {table.batch}, {table.cores} threads"
-    engines = f"Engines: fp32, batch 1, threads: {table.threads}"
+    engines = f"Engines: {table.precision}, batch 1, threads: {table.threads}"
     ratio = "× = original's time / this one's, measured in turn, with its 95 % interval"
     notes = [
         f"{table.model} on {table.data}: accuracy on {table.images} test images. {counted}.",
@@ -322,7 +324,7 @@ def _figures(hop: Hop) -> str:
         error = float(hop.error)
         parts.append(f"error {error:.1e} {'≤' if error <= hop.tolerance else '>'} {hop.tolerance:.1e}")
     if hop.agreement is None:
-        parts.append(f"{hop.images} images, {hop.detail}")
+        parts.append(f"{hop.images} images, {hop.detail}" if hop.images else hop.detail)
     else:
         parts.append(f"same top-1 {round(hop.agreement * hop.images / 100)}/{hop.images}")
     return ", ".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from torch import nn
 
 from . import latency, verify
 from .artifact import read_json, sha256_of, write_json
-from .bundle import BundleSpec, EngineFile, write_bundle
+from .bundle import BundleSpec, EngineFile, TypedFile, write_bundle
 from .counting import count
 from .export import INPUT, OUTPUT, export_onnx, export_program
 from .gcos_stage import check_layout
-from .interfaces import Conversion, TensorSpec
+from .interfaces import Conversion, Precision, TensorSpec
 from .intervals import difference_interval
 from .models.weights import load_weights
+from .precision_stage import typed_hops
 from .prune_stage import HELD_OUT, calibration, check_way
 from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
@@ -39,6 +40,7 @@ ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = 15
 TORCH_BATCH = 32
 TORCH_ROUNDS = 9
+_TOLERANCE = "tolerance:"
 
 
 def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
@@ -172,14 +174,36 @@ def exported(tools: Tools, networks: Mapping[str, Path], folder: Path) -> None:
     write_json(folder / "export.json", report)
 
 
-def engines(tools: Tools, onnx_folder: Path, names: list[str], runtimes: list[str], folder: Path) -> None:
+@dataclass(frozen=True)
+class Files:
+    """The ONNX files of a build.
+
+    Attributes:
+        onnx: folder of the float32 ones.
+        typed: folder of those in other types; the same where there are none.
+        report: how these were made: network → precision → see `precision_stage.typed`.
+        engines: precision of the engines made here.
+    """
+
+    onnx: Path
+    typed: Path
+    report: Mapping[str, Any]
+    engines: Precision
+
+    def source(self, name: str) -> Path:
+        """What a network's engines are made from."""
+        how = self.report.get(name, {}).get(self.engines, {})
+        return self.typed / how["path"] if "path" in how else self.onnx / f"{name}.onnx"
+
+
+def engines(tools: Tools, files: Files, names: list[str], runtimes: Sequence[str], folder: Path) -> None:
     """An engine per network and runtime."""
     made, jobs = {}, [(name, runtime) for name in names for runtime in runtimes]
     for index, (name, runtime) in enumerate(jobs):
         tools.progress("Converting", index, len(jobs), f"{name} to {runtime}")
         place = folder / runtime / name
         place.mkdir(parents=True)
-        artifact = convert(runtime, Conversion(onnx_folder / f"{name}.onnx", place), folder)
+        artifact = convert(runtime, Conversion(files.source(name), place, files.engines), folder)
         made[f"{name}/{runtime}"] = artifact.to_json()
     tools.progress("Converting", len(jobs), len(jobs))
     write_json(folder / "engines.json", made)
@@ -189,7 +213,8 @@ def parity(
     tools: Tools,
     networks: Mapping[str, Path],
     pruning_hops: list[verify.Hop],
-    onnx_folder: Path,
+    executed_hops: list[verify.Hop],
+    files: Files,
     engine_paths: Mapping[tuple[str, str], Path],
     folder: Path,
 ) -> None:
@@ -207,21 +232,36 @@ def parity(
             expected = torch.cat([model(part) for part in parts]).numpy()
         allowed = verify.tolerance(noise, "fp32")
         few = slice(ONNX_IMAGES)
-        hops.append(verify.onnx_hop(name, onnx_folder / f"{name}.onnx", inputs[few], expected[few], allowed))
+        hops.append(verify.onnx_hop(name, files.onnx / f"{name}.onnx", inputs[few], expected[few], allowed))
         golden = slice(GOLDEN_IMAGES)
-        np.savez(folder / f"{name}.npz", input=inputs[golden], output=expected[golden], tolerance=np.float64(allowed))
+        written = list(typed_hops(name, files.report, files.typed, inputs, expected, noise))
+        hops += [hop for _, hop, _ in written]
+        # An INT8 engine has to do what its file says; what the file changes has a verdict of its own.
+        moved = {p: verify.distance(expected, got) if p == "int8" else 0.0 for p, _, got in written}
+        aim = next((got for p, _, got in written if p == files.engines == "int8"), expected)
+        allowed_of = {p: verify.engine_tolerance(p, noise, moved.get(p, 0.0)) for p in (files.engines, *moved)}
+        kept: dict[str, Any] = {"input": inputs[golden], "output": expected[golden], "tolerance": np.float64(allowed)}
+        kept |= {f"{_TOLERANCE}{p}": np.float64(each + moved.get(p, 0.0)) for p, each in allowed_of.items()}
+        np.savez(folder / f"{name}.npz", **kept)
+        precision, allowed = files.engines, allowed_of[files.engines]
         for (owner, runtime), path in engine_paths.items():
             if owner == name:
                 tools.progress("Verifying", len(hops), steps + len(pruning_hops), f"{name}: ONNX to {runtime}")
-                hops.append(verify.engine_hop(name, runtime, path, inputs, expected, allowed, precision="fp32"))
+                hops.append(verify.engine_hop(name, runtime, path, inputs, aim, allowed, precision=precision))
     tools.progress("Verifying", len(hops), len(hops))
-    write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in hops]})
+    write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in (*hops, *executed_hops)]})
 
 
-def measured(tools: Tools, folders: dict[str, Path], engine_paths: dict[tuple[str, str], Path], folder: Path) -> None:
+def measured(
+    tools: Tools,
+    folders: dict[str, Path],
+    engine_paths: dict[tuple[str, str], Path],
+    precision: Precision,
+    folder: Path,
+) -> None:
     """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
     job = tools.job
-    refs = [latency.EngineRef(name, runtime, path) for (name, runtime), path in engine_paths.items()]
+    refs = [latency.EngineRef(name, runtime, path, precision) for (name, runtime), path in engine_paths.items()]
     image = job.data.test.inputs(np.arange(1))
 
     engine_rows = latency.measure_engines(
@@ -254,7 +294,7 @@ class Shipped:
 def bundled(
     tools: Tools,
     ship: Shipped,
-    onnx_folder: Path,
+    files: Files,
     engine_paths: Mapping[tuple[str, str], Path],
     parity_folder: Path,
     notes: tuple[str, ...],
@@ -262,11 +302,18 @@ def bundled(
 ) -> None:
     """The bundle of the network to ship."""
     job, name = tools.job, ship.name
-    spec = read_json(onnx_folder / "export.json")[name]
+    spec = read_json(files.onnx / "export.json")[name]
     with np.load(parity_folder / f"{name}.npz") as golden:
         inputs, outputs, tolerance = golden["input"], golden["output"], float(golden["tolerance"])
+        allowed = {key.removeprefix(_TOLERANCE): float(golden[key]) for key in golden if key.startswith(_TOLERANCE)}
+    precision = files.engines
     engines = [
-        EngineFile(runtime, onnx_folder / f"{name}.onnx" if job.target.builds_on_device else path, "fp32", tolerance)
+        EngineFile(
+            runtime,
+            files.onnx / f"{name}.onnx" if job.target.builds_on_device else path,
+            precision,
+            allowed[precision],
+        )
         for (owner, runtime), path in engine_paths.items()
         if owner == name and (runtime == "onnxruntime" or not job.target.builds_on_device)
     ]
@@ -276,8 +323,13 @@ def bundled(
         BundleSpec(
             model=f"{job.model_name}, {ship.label}",
             target=job.target.id,
-            onnx=onnx_folder / f"{name}.onnx",
+            onnx=files.source(name),
             engines=tuple(engines),
+            typed=tuple(
+                TypedFile(files.typed / how["path"], each, how.get("layout", ""), allowed[each])
+                for each, how in files.report.get(name, {}).items()
+                if "path" in how and each != precision
+            ),
             inputs=_specs(spec["inputs"]),
             outputs=_specs(spec["outputs"]),
             golden_inputs={INPUT: inputs},

@@ -11,6 +11,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ UNIT_ROUNDOFF: dict[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf
 # Engines reorder sums and transform small convolutions (Winograd): measured up to 4 × the noise in fp32. The shorter
 # types still accumulate in float32, so their error grows by less than their roundoff.
 ALLOWANCE: dict[Precision, float] = {"fp32": 32, "fp16": 2, "bf16": 2}
+# INT8 has no roundoff to go by: quantising moves the outputs by so much, and an engine that adds up in another order
+# rounds other values the other way. Two roundings are apart by no more than twice what one of them moves.
+INT8_ALLOWANCE = 2
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ def rounding_noise(model: nn.Module, inputs: Floats) -> float:
 def tolerance(noise: float, precision: Precision) -> float:
     """Allowed error of an engine, relative to the largest output, for the precision asked."""
     return ALLOWANCE[precision] * noise * UNIT_ROUNDOFF[precision] / UNIT_ROUNDOFF["fp32"]
+
+
+def engine_tolerance(precision: Precision, noise: float, moved: float) -> float:
+    """Allowed error of an engine against what it was made from; `moved` is what quantising moved the outputs by."""
+    return max(INT8_ALLOWANCE * moved, tolerance(noise, "fp32")) if precision == "int8" else tolerance(noise, precision)
 
 
 def compare(expected: Floats, got: Floats, allowed: float) -> tuple[bool, float, float]:
@@ -133,6 +142,32 @@ def onnx_hop(model: str, path: Path, inputs: Floats, expected: Floats, allowed: 
         len(inputs),
         f"ONNX reference evaluator, batch 1 and {len(inputs)}",
     )
+
+
+def int8_hop(model: str, expected: Floats, got: Floats, how: dict[str, Any]) -> Hop:
+    """FP32 → INT8: outputs are meant to change a little, so accuracy on held-out training images decides.
+
+    Args:
+        model: which network.
+        expected: of the float32 network, (n, classes).
+        got: of the INT8 file, computed as it is written.
+        how: it was made: top-1 before and after, method, layers that stayed in float32.
+    """
+    same = int((expected.argmax(1) == got.argmax(1)).sum())
+    drop = how["top1_fp32"] - how["top1"]
+    detail = (
+        f"{how['layout']}, {how['method']}; top-1 on {how['images']} held-out images {how['top1_fp32']:.2f} → "
+        f"{how['top1']:.2f} %, allowed {how['max_drop']:g} points; same top-1 {same}/{len(got)}, outputs move by "
+        f"{distance(expected, got):.1e}" + (f"; {len(how['kept'])} layers in fp32" if how["kept"] else "")
+    )
+    passed = bool(np.isfinite(got).all()) and drop <= how["max_drop"]
+    return Hop(model, "FP32 → int8 ONNX", passed, images=len(got), detail=detail)
+
+
+def distance(expected: Floats, got: Floats) -> float:
+    """Largest difference, relative to the largest expected value."""
+    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+    return float(np.abs(expected.astype(np.float64) - got).max()) / scale
 
 
 def engine_outputs(runtime: str, path: Path, inputs: Floats, *, threads: int, precision: Precision) -> Floats:

@@ -1,0 +1,266 @@
+"""`build --precision`: engines, typed files for devices, proof and gates, on a tiny network of the user's own."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from thinet_deploy import precision_stage, registry
+from thinet_deploy.artifact import read_json
+from thinet_deploy.bundle import read_manifest, verify_bundle
+from thinet_deploy.errors import DataError, GateError, MissingError, TargetError, UnknownNameError
+from thinet_deploy.interfaces import Conversion
+from thinet_deploy.options import Options, make_options
+from thinet_deploy.pipeline import Build, build, build_from, prune
+from thinet_deploy.precision import plan
+from thinet_deploy.precision.accuracy_gate import outputs
+from thinet_deploy.precision.graph import opset_of, read_onnx
+from thinet_deploy.target import load_profile
+from thinet_deploy.verify import distance
+
+pytestmark = pytest.mark.usefixtures("quick_module")
+MakeOptions = Callable[..., Options]
+NETWORKS = ("original", "conv", "gap")
+# A JetPack whose TensorRT reads opset 17 and has no strongly typed networks.
+OLD_JETSON = """
+extends = "jetson"
+id = "old-jetson"
+stacks = [{ name = "jetpack-6.0", tensorrt = "8.6.2", opset_max = 17, ir_max = 8, strong_typing = "none" }]
+[[sources]]
+facts = ["stacks"]
+source = "as jetson has it"
+as_of = 2026-11-21
+confidence = "check"
+"""
+
+
+@pytest.fixture(scope="module")
+def full(tiny_options: MakeOptions, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    # Drops on a handful of held-out images are no better than noise: these tests are about other things.
+    return build(
+        tiny_options(
+            tmp_path_factory.mktemp("int8") / "run", target="cpu", precision="int8", max_drop=100, controls="none"
+        )
+    )
+
+
+@pytest.fixture
+def copy(full: Build, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(full.run, tmp_path / "copy"))
+
+
+def again(tiny_options: MakeOptions, out: Path, **changes: Any) -> Options:
+    usual = {"target": "cpu", "precision": "int8", "max_drop": 100, "controls": "none"}
+    return tiny_options(out, **{**usual, **changes})
+
+
+# ---------------------------------------------------------------------------------------------- on this machine
+
+
+def test_engines_are_int8_and_it_is_proved(full: Build) -> None:
+    proofs = read_json(full.run / "precision" / "precision.json")
+    assert set(proofs) == {f"{name}/{runtime}" for name in NETWORKS for runtime in ("openvino", "onnxruntime")}
+    for proof in proofs.values():
+        assert proof["shares"] == {"int8": 100.0}
+        assert {layer["asked"] for layer in proof["layers"]} == {"int8"}
+    hops = [(hop.model, hop.hop) for hop in full.hops]
+    for name in NETWORKS:
+        kinds = ("FP32 → int8 ONNX", "ONNX → openvino", "ONNX → onnxruntime", "openvino runs int8")
+        assert {(name, kind) for kind in kinds} <= set(hops)
+    assert all(hop.passed for hop in full.hops)
+
+
+def test_the_report_says_what_was_measured_in_which_type(full: Build) -> None:
+    assert full.table.precision == "int8"
+    typed = read_json(full.run / "typed" / "typed.json")
+    for row in full.table.rows:
+        how = typed[row.name]["int8"]
+        assert row.top1 == how["accuracy"]["top1"], "of the network that the times are of"
+        assert row.size_bytes == (full.run / "typed" / "int8" / f"{row.name}.onnx").stat().st_size
+        assert (how["layout"], how["method"] in ("min-max", "percentile", "entropy")) == (plan_layout(), True)
+        assert how["weights"]["int8"] > how["weights"].get("float", 0) / 4
+        assert how["calibration_images"] == 33, "36 training images, of which one in ten per class is held out"
+    steps = [(entry.network, entry.step) for entry in full.table.ledger]
+    assert steps[-1] == ("ThiNet-GAP", "in int8, as ONNX")
+
+
+def plan_layout() -> str:
+    from thinet_deploy.environment import fingerprint
+
+    return plan.plan_precision(load_profile("cpu"), "int8", fingerprint()["cpu"]["flags"]).layout.name
+
+
+def test_the_bundle_checks_itself_in_int8(full: Build) -> None:
+    manifest, checked = read_manifest(full.bundle), verify_bundle(full.bundle)
+    assert [(engine.runtime, engine.precision) for engine in manifest.engines] == [
+        ("openvino", "int8"),
+        ("onnxruntime", "int8"),
+    ]
+    assert checked["exit_code"] == 0
+    assert manifest.typed == (), "model.onnx is the INT8 file"
+    assert {each.data_type for each in onnx.load(full.bundle / "model.onnx").graph.initializer} >= {TensorProto.INT8}
+
+
+def test_an_engine_in_fp32_does_not_pass_for_int8(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool: Any = registry.converter("onnxruntime")
+    convert = tool.convert
+
+    def widened(job: Conversion) -> Path:
+        path: Path = convert(Conversion(copy / "onnx" / job.source.name, job.folder, job.precision))
+        return path
+
+    (copy / ".records" / "engines.json").unlink()
+    monkeypatch.setattr(tool, "convert", widened)
+    with pytest.raises(GateError) as failure:
+        build(again(tiny_options, copy))
+    assert failure.value.exit_code == 1
+    lines = [line for line in str(failure.value).splitlines() if "gap: onnxruntime runs int8" in line]
+    assert len(lines) == 1
+    assert "fp32 100.0 % of the MACs; features.0 was to be int8 and is fp32; features.2 was to be" in lines[0]
+    assert not (copy / "bundle").exists()
+    assert (copy / "precision" / "precision.json").exists(), "what was found is kept"
+
+
+def test_another_precision_makes_the_engines_anew_and_fp32_is_proved_too(copy: Path, tiny_options: MakeOptions) -> None:
+    done = build(again(tiny_options, copy, precision=None))
+    assert done.table.precision == "fp32"
+    assert {json.dumps(each["shares"]) for each in read_json(copy / "precision" / "precision.json").values()} == {
+        '{"fp32": 100.0}'
+    }
+    assert [engine.precision for engine in read_manifest(done.bundle).engines] == ["fp32", "fp32"]
+
+
+def test_bf16_has_one_engine_and_a_note(copy: Path, tiny_options: MakeOptions) -> None:
+    from thinet_deploy.environment import cpu_precisions, fingerprint
+
+    if "bf16" not in cpu_precisions(fingerprint()["cpu"]["flags"]):
+        pytest.skip("this CPU has neither AVX512_BF16 nor AMX, so bf16 is refused on it")
+    done = build(again(tiny_options, copy, precision="bf16"))
+    assert [(e.runtime, e.precision) for e in read_manifest(done.bundle).engines] == [("openvino", "bf16")]
+    assert "No engine for onnxruntime: it does not compute in bf16 on a CPU." in done.notes
+    assert verify_bundle(done.bundle)["exit_code"] == 0
+
+
+def test_int8_after_the_users_own_training(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    folder = prune(again(tiny_options, tmp_path / "run", precision=None))
+    done = build_from(tmp_path / "run", folder / "model.safetensors", precision="int8")
+    assert {engine.precision for engine in read_manifest(done.bundle).engines} == {"int8"}
+    assert [hop.passed for hop in done.hops if hop.hop.endswith("runs int8")] == [True] * 4
+    with pytest.raises(TargetError, match="cannot compute in fp16"):
+        build_from(tmp_path / "run", folder / "model.safetensors", precision="fp16")
+
+
+# ---------------------------------------------------------------------------------------------- before any work
+
+
+def test_fp16_is_refused_on_cpus_before_anything_is_written(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"cpu cannot compute in fp16: ONNX Runtime widens"):
+        build(again(tiny_options, tmp_path / "run", precision="fp16"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_is_refused_where_the_cpu_has_none(
+    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision_stage, "fingerprint", lambda: {"cpu": {"flags": ["avx2", "avx_vnni"]}})
+    with pytest.raises(TargetError, match="neither AVX512_BF16 nor AMX") as refused:
+        build(again(tiny_options, tmp_path / "run", precision="bf16"))
+    assert "--precision int8" in refused.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cpu_without_vnni_gets_weights_of_seven_bits() -> None:
+    old = plan.plan_precision(load_profile("cpu"), "int8", ["avx2"])
+    assert old.layout.weight_most == 63
+    assert "no VNNI" in old.notes[0]
+    assert plan.plan_precision(load_profile("cpu"), "int8", ["avx512_vnni"]).layout.weight_most == 127
+
+
+def test_without_onnxruntime_int8_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingError, match="fp16, int8 needs ONNX Runtime") as missing:
+        plan.plan_precision(load_profile("jetson"), None, [])
+    assert missing.value.exit_code == 3
+    assert plan.plan_precision(load_profile("cpu"), "fp32", []).files == ()
+
+
+def test_an_unknown_precision_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError) as unknown:
+        make_options({"precision": "int6"})
+    assert "Did you mean 'int8'?" in unknown.value.hint
+
+
+@pytest.mark.usefixtures("quick")
+def test_too_few_images_are_refused_or_told(cli: Callable[..., Any], workplace: Path) -> None:
+    """Twelve training images, of which two are held out."""
+    arguments = ["build", "--data", "data", "--model", "net.py:headless", "--epochs", 1, "--finetune-epochs", 0]
+    asked = cli(*arguments, "--precision", "int8", "--out", "a")
+    assert asked.code == DataError.exit_code == 2
+    assert "--precision int8: there are 10 calibration images, and at least 16 are needed" in asked.err
+    assert not Path("a").exists()
+    told = cli(*arguments, "--target", "jetson", "--controls", "none", "--out", "b")
+    assert told.code == 0, told.err
+    assert "No fp16 or int8 file: there are 10 calibration images" in told.out
+
+
+# ---------------------------------------------------------------------------------------------- for a device
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["jetpack-6.2", "jetpack-6.0"])
+def test_a_jetson_gets_its_typed_files(
+    old: bool, full: Build, copy: Path, tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    profile = tmp_path / "old-jetson.toml"
+    profile.write_text(OLD_JETSON)
+    done = build(again(tiny_options, copy, target=str(profile) if old else "jetson", precision=None))
+    manifest = read_manifest(done.bundle)
+    assert [(each.precision, each.path, each.layout) for each in manifest.typed] == [
+        ("fp16", "typed/model-fp16.onnx", ""),
+        ("int8", "typed/model-int8.onnx", "S8S8"),
+    ]
+    golden = np.load(done.bundle / "golden.npz")
+    exact = golden["output:logits"]
+    for each in manifest.typed:
+        file = read_onnx(done.bundle / each.path)
+        assert opset_of(file) == opset_of(read_onnx(done.bundle / "model.onnx")) == (17 if old else 20)
+        assert file.ir_version <= (8 if old else 9)
+        assert 0 < distance(exact, outputs(file, golden["input:input"])) <= each.tolerance
+        assert each.path in manifest.files, "its checksum is kept"
+    kinds = {each.data_type for each in onnx.load(done.bundle / "typed" / "model-int8.onnx").graph.initializer}
+    assert TensorProto.INT8 in kinds
+    assert not {TensorProto.UINT8, TensorProto.INT32} & kinds, "TensorRT's parser takes neither"
+    assert [(engine.runtime, engine.precision) for engine in manifest.engines] == [("onnxruntime", "fp32")]
+    assert verify_bundle(done.bundle)["exit_code"] == 0
+    notes = "\n".join(done.notes)
+    assert f"--onnx=typed/model-int8.onnx {'--int8' if old else '--stronglyTyped'} in place" in notes
+    assert {("gap", "FP32 → fp16 ONNX"), ("gap", "FP32 → int8 ONNX")} <= {(hop.model, hop.hop) for hop in done.hops}
+
+
+def test_only_what_is_asked_for_goes_to_the_device(copy: Path, tiny_options: MakeOptions) -> None:
+    done = build(again(tiny_options, copy, target="raspberry-pi-5", precision="fp16"))
+    assert [each.precision for each in read_manifest(done.bundle).typed] == ["fp16"]
+    assert {engine.precision for engine in read_manifest(done.bundle).engines} == {"fp32"}
+
+
+def test_int8_that_costs_too_much_is_told_where_nobody_asked_and_stops_where_someone_did(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise GateError("INT8 costs more than --max-drop 1 allows: …")
+
+    monkeypatch.setattr(precision_stage, "quantise_within", never)
+    done = build(again(tiny_options, copy, target="jetson", precision=None))
+    assert [each.precision for each in read_manifest(done.bundle).typed] == ["fp16"]
+    assert "ThiNet-GAP: no int8 file. INT8 costs more than --max-drop 1 allows: …" in done.notes
+    with pytest.raises(GateError, match="costs more"):
+        build(again(tiny_options, copy, target="jetson", precision="int8"))
+    assert not (copy / "bundle").exists(), "the one without int8 must not be taken for what was asked for"
+    assert (copy / "gap" / "model.safetensors").exists(), "results are kept"

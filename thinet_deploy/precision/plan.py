@@ -1,0 +1,96 @@
+"""Which precision goes where: what engines compute in, which typed files are written, or why it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import util
+
+from ..environment import cpu_precisions
+from ..errors import MissingError, TargetError
+from ..interfaces import Precision
+from ..registry import host_runtimes, runs_here
+from ..target import TargetProfile
+from .int8 import S8S8, U8S7, U8S8, Layout
+
+# What the engines that we make can compute in on a CPU. ONNX Runtime turns every FP16 and BF16 weight back to FP32.
+_COMPUTES: dict[str, frozenset[Precision]] = {
+    "openvino": frozenset({"fp32", "bf16", "int8"}),
+    "onnxruntime": frozenset({"fp32", "int8"}),
+}
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """What to make.
+
+    Attributes:
+        engines: what the engines that are made here compute in.
+        runtimes: that can, in the target's order.
+        files: typed ONNX files to write, for the engines here or for the device to build its own from.
+        layout: of the Q/DQ pairs in INT8.
+        notes: what the user has to know.
+    """
+
+    engines: Precision
+    runtimes: tuple[str, ...]
+    files: tuple[Precision, ...]
+    layout: Layout
+    notes: tuple[str, ...] = ()
+
+
+def plan_precision(target: TargetProfile, asked: Precision | None, cpu_flags: Collection[str]) -> PrecisionPlan:
+    """Decide before any work starts.
+
+    Without a wish, engines made here are fp32, and a target that builds TensorRT engines gets a file for each shorter
+    type it computes in, to choose from by measuring.
+
+    Args:
+        target: to build for.
+        asked: by the user.
+        cpu_flags: of this machine, as /proc/cpuinfo spells them.
+
+    Raises:
+        TargetError: the target, or this machine if it is the target, cannot compute in it.
+        MissingError: ONNX Runtime, which runs the calibration images, is not installed.
+    """
+    if asked:
+        target.require_precision(asked)
+    runtimes = tuple(host_runtimes(target))
+    if runs_here(target):
+        plan = _here(target, asked or "fp32", runtimes, cpu_flags)
+    else:
+        short: tuple[Precision, ...] = ("fp16", "bf16", "int8")
+        usual = short if "tensorrt" in target.runtimes else ()
+        wanted = (asked,) if asked else tuple(each for each in usual if each in target.precisions.supported)
+        plan = PrecisionPlan("fp32", runtimes, tuple(each for each in wanted if each != "fp32"), _layout(target, ()))
+    if plan.files and util.find_spec("onnxruntime") is None:
+        raise MissingError(
+            f"{', '.join(plan.files)} needs ONNX Runtime here, to run the calibration images.",
+            hint='Install it: pip install "thinet-deploy[onnxruntime]"',
+        )
+    return plan
+
+
+def _here(
+    target: TargetProfile, precision: Precision, runtimes: tuple[str, ...], cpu_flags: Collection[str]
+) -> PrecisionPlan:
+    native, notes = cpu_precisions(cpu_flags), []
+    if precision == "bf16" and "bf16" not in native:
+        raise TargetError(
+            "This CPU does not compute in bf16: it has neither AVX512_BF16 nor AMX.",
+            hint=f"Use --precision {'int8' if 'int8' in native else 'fp32'}.",
+        )
+    if precision == "int8" and "int8" not in native:
+        notes.append("This CPU has no VNNI: INT8 may be no faster than fp32 here. Weights have 7 bits for its sake.")
+    able = tuple(each for each in runtimes if precision in _COMPUTES[each])
+    if unable := [each for each in runtimes if each not in able]:
+        notes.append(f"No engine for {', '.join(unable)}: it does not compute in {precision} on a CPU.")
+    files: tuple[Precision, ...] = ("int8",) if precision == "int8" else ()
+    return PrecisionPlan(precision, able, files, _layout(target, native), tuple(notes))
+
+
+def _layout(target: TargetProfile, native: Collection[str]) -> Layout:
+    if "tensorrt" in target.runtimes:
+        return S8S8
+    return U8S8 if "int8" in native or not runs_here(target) else U8S7
