@@ -19,11 +19,12 @@ from onnx.external_data_helper import uses_external_data
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from . import interfaces
 from .artifact import write_bytes
 from .errors import ModelError, TargetError
 from .interfaces import TensorSpec
 
-INPUT, OUTPUT = "input", "logits"
+INPUT, OUTPUT = interfaces.INPUT, interfaces.OUTPUT
 # torch's exporter writes opset 18 or later; older ones need a downgrade pass.
 MIN_OPSET = 18
 _MAX_BYTES = (2 << 30) - 1

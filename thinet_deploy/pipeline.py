@@ -183,11 +183,12 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
     folders = {name: stage.folder for name, stage in made.stages.items()}
     digests = {name: stage.digest for name, stage in made.stages.items()}
     inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
+    inputs["sources"] = sorted(registry.sources(target))
     onnx = run.alone("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
     runtimes = host_runtimes(target)
     engines = run.alone(
         "engines",
-        {"onnx": onnx.digest, "tools": [registry.converter(r).made_by() for r in runtimes]},
+        {"onnx": onnx.digest, "tools": [registry.made_by(r) for r in runtimes]},
         lambda f, _: stages.engines(tools, onnx.folder, list(folders), runtimes, f),
     )
     paths = {
@@ -238,7 +239,7 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
 
 def _check_runtimes(target: TargetProfile) -> None:
     for runtime in host_runtimes(target):
-        registry.converter(runtime).check()
+        registry.check(runtime)
 
 
 def _table(job: Job, made: Networks, onnx: Stage, measured: Stage) -> Table:
