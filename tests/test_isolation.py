@@ -65,7 +65,7 @@ def hangs(job, progress):
     time.sleep(600)
 
 
-WAYS = dict(good=good, refuses=refuses, ours=ours, unknown=unknown, crashes=crashes, killed=killed, leaves=leaves, hangs=hangs)
+WAYS = {way.__name__: way for way in (good, refuses, ours, unknown, crashes, killed, leaves, hangs)}
 """
 PARENT = """
 import sys
@@ -161,7 +161,7 @@ def test_a_time_limit_ends_the_toolchain_and_its_children(tmp_path: Path) -> Non
 
 
 def test_ctrl_c_ends_the_toolchain_and_its_children(tmp_path: Path) -> None:
-    def interrupt(*step: object) -> None:
+    def interrupt(stage: str, done: int, total: int, note: str = "") -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -142,9 +142,14 @@ def _parse(trt: Any, network: Any, logger: Any, source: Path, settings: Settings
         parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
     if not parser.parse_from_file(str(source)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        words = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors) or _said(logger)
+        words = "; ".join(map(_parser_words, errors)) or _said(logger)
         raise BuildError(f"TensorRT {trt.__version__} cannot read {source.name}: {words}")
     return parser
+
+
+def _parser_words(error: Any) -> str:
+    named = f" ({error.node_operator()} {error.node_name()!r})" if hasattr(error, "node_operator") else ""  # from 10 on
+    return f"node {error.node()}{named}: {error.desc()}"
 
 
 def _inputs(network: Any) -> List[Any]:
