@@ -28,4 +28,5 @@ def convert(job: Conversion, progress: Progress) -> Path:
         build(tensorrt_rtx, job.source, path, settings, lambda *step: progress("Building with TensorRT-RTX", *step))
     except BuildError as error:
         raise ConversionError(str(error), hint="The ONNX file itself is fine: see what TensorRT says of it.") from error
+    progress("Building with TensorRT-RTX", 1, 1)
     return path

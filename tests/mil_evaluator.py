@@ -26,10 +26,10 @@ def run_mlpackage(path: Path, images: np.ndarray) -> np.ndarray:
             continue
         given = {name: _value(var, values) for name, var in operation.inputs.items() if var is not None}
         results = OPERATIONS[operation.op_type](given)
-        for var, result in zip(operation.outputs, results if isinstance(results, list) else [results], strict=True):
-            values[var.name] = result
-    result: np.ndarray = values[OUTPUT].numpy()
-    return result
+        for var, made in zip(operation.outputs, results if isinstance(results, list) else [results], strict=True):
+            values[var.name] = made
+    outputs: np.ndarray = values[OUTPUT].numpy()
+    return outputs
 
 
 def _value(var: Any, values: dict[str, Any]) -> Any:
