@@ -17,9 +17,12 @@ import torch
 from torch import nn
 
 from thinet_deploy import registry
+from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Conversion
-from thinet_deploy.runner import open_engine
+from thinet_deploy.pipeline import build
+from thinet_deploy.runner import ENGINES, open_engine
+from thinet_deploy.target import load_profile
 from thinet_deploy.verify import compare, rounding_noise, tolerance
 
 EVALUATOR = Path(__file__).with_name("mil_evaluator.py")
@@ -28,6 +31,8 @@ SHAPE: tuple[int, int, int] = SHARED["INPUT_SHAPE"]
 NETWORKS: dict[str, nn.Module] = SHARED["networks"]()
 HEAVY = ("coreml", "litert", "executorch")
 RUNTIMES = [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else ()) for name in registry.CONVERTERS]
+
+INSTALLED = registry.installed  # before conftest.py stands in for it
 
 Engine = tuple[Path, dict[str, Any]]
 Make = Callable[[str, str], Engine]
@@ -107,6 +112,29 @@ def test_what_stays_outside_of_xnnpack_is_said(runtime: str, name: str, make: Ma
         assert record["all"] == (not record["left"])
         assert record["operators"] > sum(record["left"].values())
         assert any("permute" in kind or "transpose" in kind for kind in record["left"]) == (name == "shuffle")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["raspberry-pi-5", "android", "ios"])
+def test_a_build_makes_every_engine_whose_toolchain_is_here(
+    target: str, tiny_options: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "installed", INSTALLED)
+    runtimes = registry.host_runtimes(load_profile(target))
+    done = build(tiny_options(tmp_path / "run", target=target, epochs=1, finetune_epochs=0, controls="none"))
+    assert [engine.runtime for engine in read_manifest(done.bundle).engines] == runtimes
+    assert {hop.hop for hop in done.hops if hop.hop.startswith("ONNX")} == {
+        f"ONNX → {r}" for r in runtimes if r in ENGINES
+    }
+    report = verify_bundle(done.bundle)
+    for engine in report["engines"]:
+        assert engine["verdict"] == ("passed" if engine["runtime"] in ENGINES else "not run"), engine
+    notes = "\n".join(done.notes)
+    for runtime in ("ncnn", "litert", "executorch", "coreml"):
+        absent = runtime in load_profile(target).runtimes and runtime not in runtimes
+        assert (f'"thinet-deploy[{runtime}]"' in notes) == absent
+    assert ("coreml engine was made, but" in notes) == ("coreml" in runtimes)
+    assert {path.name for path in (done.run / "logs").iterdir()} >= {f"original-{runtime}.log" for runtime in runtimes}
 
 
 def test_ncnn_computes_in_fp16_only_when_asked_to(make: Make) -> None:
