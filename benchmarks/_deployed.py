@@ -62,9 +62,23 @@ def _head(width: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
 
 
+class RunningSum(nn.Module):
+    """An operation that the mobile delegates do not have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cumsum(x, 3)
+
+
+def undelegated() -> nn.Module:
+    """A network with one operation that is left to slow kernels on phones."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), RunningSum(), *_head(8)).eval()
+
+
 def _squeezenet() -> nn.Module:
+    """Both pools look beyond the border: 16 → 8 → 4."""
     return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), Fire(16, 5, 12)),
+        *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), Fire(16, 5, 12)),
         *(nn.MaxPool2d(3, 2, ceil_mode=True), Fire(24, 6, 16), nn.Conv2d(32, CLASSES, 1), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
