@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import metadata, util
 from pathlib import Path
 
-from ..errors import MissingError
-from ..interfaces import Conversion
+from ..interfaces import Contract, Conversion, Progress
+
+CONTRACT = Contract(
+    source="onnx",
+    suffix=".onnx",
+    modules=("onnxruntime",),
+    extra="onnxruntime",
+    precisions=("fp32", "int8"),  # the file's own types decide; on a CPU it turns FP16 and BF16 back to FP32
+)
 
 
-def check() -> None:
-    """Raise MissingError unless ONNX Runtime is installed."""
-    if util.find_spec("onnxruntime") is None:
-        raise MissingError(
-            "ONNX Runtime is not installed.", hint='Install it: pip install "thinet-deploy[onnxruntime]"'
-        )
-
-
-def made_by() -> str:
-    """ONNX Runtime and its version."""
-    return f"onnxruntime {metadata.version('onnxruntime')}"
-
-
-def convert(job: Conversion) -> Path:
+def convert(job: Conversion, progress: Progress) -> Path:
     """Optimise off-line at the extended level: fusions that hold on every machine.
 
     The layout optimisations above that level depend on the processor, so ONNX Runtime does them when it loads the file.
@@ -34,5 +27,7 @@ def convert(job: Conversion) -> Path:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
     options.log_severity_level = 3
+    if job.batch:
+        options.add_free_dimension_override_by_name("batch", job.batch)
     onnxruntime.InferenceSession(str(job.source), options, providers=["CPUExecutionProvider"])
     return path

@@ -87,6 +87,14 @@ class Done(NamedTuple):
     err: str
 
 
+@pytest.fixture(autouse=True)
+def _usual_toolchains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds make the engines that always belong to a target, whatever else is installed and would take minutes."""
+    from thinet_deploy import registry
+
+    monkeypatch.setattr(registry, "installed", lambda runtime: False)
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Runs `thinet-deploy ARGUMENTS` in this process, through main()."""

@@ -1,13 +1,16 @@
 """The contract that every converter holds."""
 
 import ast
+import functools
 import inspect
 import json
 import os
 import subprocess
 import sys
-from importlib import util
+from collections.abc import Callable
+from importlib import metadata, util
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,14 +19,20 @@ from torch import nn
 
 from thinet_deploy import registry
 from thinet_deploy.artifact import Artifact, sha256_of, size_of
-from thinet_deploy.errors import MissingError, UnknownNameError
-from thinet_deploy.export import INPUT, OUTPUT, export_onnx
-from thinet_deploy.interfaces import Conversion, Converter
+from thinet_deploy.errors import ConversionError, InputError, MissingError, UnknownNameError
+from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
+from thinet_deploy.interfaces import Contract, Conversion, Precision
+from thinet_deploy.reproduce import SCRIPT
 from thinet_deploy.runner import ENGINES, open_engine
 from thinet_deploy.target import load_profile, profile_names
 
+# Their toolchains take a gigabyte and some seconds to import.
+HEAVY = ("coreml", "litert", "executorch")
+RUNTIMES = [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else ()) for name in registry.CONVERTERS]
 EVERY = pytest.mark.parametrize("runtime", registry.CONVERTERS)
-PROTOCOL = {name for name, value in vars(Converter).items() if inspect.isfunction(value) and name[0] != "_"}
+EACH = pytest.mark.parametrize("runtime", RUNTIMES)
+# What there is no runner for here: the library or the GPU that it needs cannot be had, or the system is another.
+NOT_RUN_HERE = {"tensorrt", "tensorrt-rtx", "coreml"}
 IMPORT_ALONE = """
 import json, sys
 from thinet_deploy import registry
@@ -33,7 +42,9 @@ print(json.dumps([name for name in sys.argv[2:] if name in sys.modules]))
 
 
 def installed(runtime: str) -> None:
-    pytest.importorskip(ENGINES[runtime].package, reason=f"{runtime} is not installed")
+    for name in registry.converter(runtime).CONTRACT.modules:
+        if util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -46,54 +57,70 @@ def network() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def source(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
-    export_onnx(network, (3, 12, 12), path, opset=20, ir_version=9)
-    return path
+def sources(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    export_onnx(network, (3, 12, 12), folder / "net.onnx", opset=20, ir_version=9)
+    export_program(network, (3, 12, 12), folder / "net.pt2")
+    return {"onnx": folder / "net.onnx", "program": folder / "net.pt2"}
 
 
-@pytest.fixture
-def made(runtime: str, source: Path, tmp_path: Path) -> tuple[Artifact, Path]:
-    installed(runtime)
-    place = tmp_path / "engines" / runtime
-    place.mkdir(parents=True)
-    return registry.convert(runtime, Conversion(source, place), tmp_path), tmp_path
+Made = tuple[Artifact, Path]
+Make = Callable[[str], Made]
+
+
+@pytest.fixture(scope="module")
+def make(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Converts the network once for each runtime."""
+
+    @functools.cache
+    def once(runtime: str) -> Made:
+        installed(runtime)
+        root = tmp_path_factory.mktemp("made")
+        place = root / "engines" / runtime
+        place.mkdir(parents=True)
+        source = sources[registry.converter(runtime).CONTRACT.source]
+        return registry.convert(runtime, Conversion(source, place), root), root
+
+    return once
 
 
 @EVERY
-def test_it_has_exactly_the_functions_of_the_protocol(runtime: str) -> None:
-    tool = registry.converter(runtime)
-    own = {n for n, f in inspect.getmembers(tool, inspect.isfunction) if f.__module__ == tool.__name__ and n[0] != "_"}  # type: ignore[attr-defined]
-    assert own == PROTOCOL == {"check", "made_by", "convert"}
-    for name in PROTOCOL:
-        asked, given = inspect.signature(getattr(Converter, name)), inspect.signature(getattr(tool, name))
-        assert list(asked.parameters)[1:] == list(given.parameters)
-        assert asked.return_annotation == given.return_annotation
+def test_it_has_exactly_what_the_protocol_asks_for(runtime: str) -> None:
+    tool: Any = registry.converter(runtime)
+    own = {n for n, f in inspect.getmembers(tool, inspect.isfunction) if f.__module__ == tool.__name__ and n[0] != "_"}
+    assert own == {"convert"}
+    assert inspect.signature(tool.convert).parameters.keys() == {"job", "progress"}
+    assert isinstance(tool.CONTRACT, Contract)
+    assert Path(inspect.getfile(tool)).stem.startswith(f"{tool.CONTRACT.source}_to_")
 
 
 @EVERY
 def test_it_loads_its_runtime_only_when_it_converts(runtime: str) -> None:
-    command = [sys.executable, "-c", IMPORT_ALONE, runtime, "torch", "onnx", *registry.CONVERTERS]
+    modules = {name for known in registry.CONVERTERS for name in registry.converter(known).CONTRACT.modules}
+    command = [sys.executable, "-c", IMPORT_ALONE, runtime, *sorted(modules)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
 
 
 @EVERY
-def test_a_missing_runtime_names_the_extra(
-    runtime: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_runtime_names_an_extra_that_exists(
+    runtime: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(util, "find_spec", lambda name: None)
-    job = Conversion(source, tmp_path)
-    for call in (registry.converter(runtime).check, lambda: registry.convert(runtime, job, tmp_path)):
-        with pytest.raises(MissingError, match="is not installed") as failure:
+    job, contract = Conversion(sources["onnx"], tmp_path), registry.converter(runtime).CONTRACT
+    for call in (lambda: registry.check(runtime), lambda: registry.convert(runtime, job, tmp_path)):
+        with pytest.raises(MissingError, match="not installed") as failure:
             call()
-        assert f'pip install "thinet-deploy[{runtime}]"' in failure.value.hint
+        assert f'pip install "thinet-deploy[{contract.extra}]"' in failure.value.hint
     assert list(tmp_path.iterdir()) == []
+    assert contract.extra in metadata.metadata("thinet-deploy").get_all("Provides-Extra", [])
 
 
-@EVERY
-def test_the_engine_computes_what_torch_computes(runtime: str, made: tuple[Artifact, Path], network: nn.Module) -> None:
-    artifact, root = made
+@EACH
+def test_the_engine_computes_what_torch_computes(runtime: str, make: Make, network: nn.Module) -> None:
+    artifact, root = make(runtime)
+    if runtime in NOT_RUN_HERE:
+        pytest.skip(f"nothing on this machine can run an engine for {runtime}")
     engine = open_engine(runtime, str(root / artifact.path), 1, "fp32")
     try:
         assert engine.input_names == [INPUT]
@@ -106,67 +133,124 @@ def test_the_engine_computes_what_torch_computes(runtime: str, made: tuple[Artif
         engine.close()
 
 
-@EVERY
-def test_it_says_where_the_engine_came_from(runtime: str, made: tuple[Artifact, Path], source: Path) -> None:
-    artifact, root = made
-    path = root / artifact.path
-    assert path.is_file()
+@EACH
+def test_it_says_where_the_engine_came_from(runtime: str, make: Make, sources: dict[str, Path]) -> None:
+    artifact, root = make(runtime)
+    path, contract = root / artifact.path, registry.converter(runtime).CONTRACT
+    assert path.suffix == contract.suffix
     assert path.parent == root / "engines" / runtime
     assert artifact.kind == runtime
     assert artifact.sha256 == sha256_of(path)
-    assert artifact.size_bytes == size_of(path.parent)
-    assert artifact.inputs == (sha256_of(source),)
+    assert artifact.size_bytes == size_of(path.parent) - (path.parent / SCRIPT).stat().st_size
+    assert artifact.inputs == (sha256_of(sources[contract.source]),)
     name, version = artifact.made_by.split()
-    assert name == runtime
+    assert name == contract.modules[0]
     assert version[0].isdigit()
     read = json.loads(json.dumps(artifact.to_json()))
     assert Artifact(**{**read, "inputs": tuple(read["inputs"])}) == artifact
 
 
-@EVERY
-def test_its_files_tell_nothing_of_this_machine(runtime: str, made: tuple[Artifact, Path], source: Path) -> None:
-    artifact, root = made
-    words = [str(root), str(source.parent), str(Path.cwd()), os.fspath(Path.home()), "site-packages", "pytest"]
-    for file in (root / artifact.path).parent.iterdir():
+@EACH
+def test_its_files_tell_nothing_of_this_machine(runtime: str, make: Make, sources: dict[str, Path]) -> None:
+    artifact, root = make(runtime)
+    folder = str(sources["onnx"].parent)
+    words = [str(root), folder, str(Path.cwd()), os.fspath(Path.home()), "site-packages", "pytest"]
+    for file in filter(Path.is_file, (root / artifact.path).parent.rglob("*")):
         data = file.read_bytes()
-        assert [word for word in words if len(word) > 4 and word.encode() in data] == [], file.name
+        assert [word for word in words if len(word) > 5 and word.encode() in data] == [], file.name
 
 
-@EVERY
+@EACH
 def test_it_leaves_its_source_alone_and_writes_into_its_folder_only(
-    runtime: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also that a batch size can be fixed, or is refused."""
     installed(runtime)
-    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    place, elsewhere, contract = tmp_path / "place", tmp_path / "elsewhere", registry.converter(runtime).CONTRACT
     place.mkdir()
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
+    source = sources[contract.source]
     before = sha256_of(source.parent)
-    registry.convert(runtime, Conversion(source, place), tmp_path)
+    batch = 1 if contract.batch == "one" else 3
+    artifact = registry.convert(runtime, Conversion(source, place, batch=batch), tmp_path)
     assert sha256_of(source.parent) == before
     assert list(elsewhere.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"place", "place.log", "elsewhere"}
+    if contract.batch == "one":
+        with pytest.raises(InputError, match="one image at a time, but batch 3"):
+            registry.convert(runtime, Conversion(source, place, batch=3), tmp_path)
+    if runtime not in NOT_RUN_HERE:
+        images = np.zeros((batch, 3, 12, 12), np.float32)
+        assert open_engine(runtime, str(tmp_path / artifact.path), 1).run({INPUT: images})[OUTPUT].shape == (batch, 5)
+
+
+@EACH
+def test_the_script_beside_it_makes_it_again(
+    runtime: str, make: Make, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    artifact, root = make(runtime)
+    source = sources[registry.converter(runtime).CONTRACT.source]
+    command = [sys.executable, str((root / artifact.path).with_name(SCRIPT))]
+    done = subprocess.run([*command, str(source), str(tmp_path / "again")], capture_output=True, text=True, check=True)
+    name = Path(artifact.path).name
+    assert done.stdout.startswith(f"{name}: ")
+    assert artifact.made_by in done.stdout
+    assert (tmp_path / "again" / name).exists()
+    other = subprocess.run([*command, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert other.returncode == 1
+    assert "is not the file that the engine was made from" in other.stderr
+
+
+@EACH
+def test_a_damaged_source_is_one_clear_message(runtime: str, tmp_path: Path) -> None:
+    installed(runtime)
+    source, place = tmp_path / "net.onnx", tmp_path / "place"
+    source.write_bytes(b"\x08\x09garbage" * 50)
+    place.mkdir()
+    with pytest.raises(ConversionError) as failure:
+        registry.convert(runtime, Conversion(source, place), tmp_path)
+    assert failure.value.exit_code == 2
+    assert "\n" not in failure.value.what
+    assert (tmp_path / "place.log").exists()
 
 
 @EVERY
-def test_it_reports_to_nobody(runtime: str, source: Path, tmp_path: Path) -> None:
-    """No process is forked that would outlive the conversion, hold the run's lock, and call its maker."""
+def test_a_precision_it_does_not_know_is_refused(runtime: str, tmp_path: Path, sources: dict[str, Path]) -> None:
     installed(runtime)
+    contract = registry.converter(runtime).CONTRACT
+    for precision in {"fp32", "fp16", "bf16", "int8"} - set(contract.precisions):
+        job = Conversion(sources[contract.source], tmp_path, cast("Precision", precision))
+        with pytest.raises(InputError, match=f"cannot be asked for {precision}"):
+            registry.convert(runtime, job, tmp_path)
+
+
+def test_openvino_reports_to_nobody(sources: dict[str, Path], tmp_path: Path) -> None:
+    """No process is forked that would outlive the conversion and call its maker."""
+    installed("openvino")
     code = (
         "import multiprocessing.process as p, sys; from pathlib import Path\n"
         "p.BaseProcess.start = lambda self: sys.exit('a process was started')\n"
-        "from thinet_deploy import registry; from thinet_deploy.interfaces import Conversion\n"
-        "registry.convert(sys.argv[1], Conversion(Path(sys.argv[2]), Path(sys.argv[3])), Path(sys.argv[3]))\n"
+        "from thinet_deploy import registry; from thinet_deploy.interfaces import Conversion, silent\n"
+        "registry.converter('openvino').convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2])), silent)\n"
         "assert 'openvino_telemetry.backend.backend_ga4' not in sys.modules\n"
     )
-    command = [sys.executable, "-c", code, runtime, str(source), str(tmp_path)]
+    command = [sys.executable, "-c", code, str(sources["onnx"]), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_ort_format_comes_with_the_operators_of_a_reduced_build(make: Make) -> None:
+    artifact, root = make("ort")
+    lines = (root / artifact.path).with_name("required_operators.config").read_text().splitlines()
+    assert all(len(line.split(";")) == 3 for line in lines)
+    assert any(line.endswith("Conv") for line in lines)
 
 
 def test_every_file_in_converters_is_registered_and_every_runtime_can_be_run() -> None:
     folder = Path(inspect.getfile(registry.converter(next(iter(registry.CONVERTERS))))).parent  # type: ignore[arg-type]
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(registry.CONVERTERS.values())
-    assert set(registry.CONVERTERS) <= set(ENGINES)
+    assert set(registry.CONVERTERS) == set(ENGINES) | NOT_RUN_HERE
     assert all(ast.get_docstring(ast.parse(path.read_text())) for path in folder.glob("*.py"))
 
 
@@ -177,7 +261,8 @@ def test_an_unknown_runtime_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_every_target_is_told_what_is_left_to_do(name: str) -> None:
+def test_every_target_is_told_what_is_left_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(util, "find_spec", lambda module: None)
     target = load_profile(name)
     notes = "\n".join(registry.device_notes(target, INPUT, (3, 8, 8)))
     local = name == "cpu"
@@ -188,3 +273,12 @@ def test_every_target_is_told_what_is_left_to_do(name: str) -> None:
     assert ("python3 run.py latency" in notes) == (not local and target.os == "linux")
     for runtime in ("ncnn", "litert", "coreml", "executorch"):
         assert (runtime in notes) == (runtime in target.runtimes)
+        assert (f'"thinet-deploy[{runtime}]"' in notes) == (runtime in target.runtimes)
+    monkeypatch.setattr(registry, "installed", lambda runtime: True)
+    everything = registry.host_runtimes(target)
+    assert everything == [
+        r for r in target.runtimes if r != "torch" and (r != "tensorrt" or not target.builds_on_device)
+    ]
+    assert ("coreml engine was made, but" in "\n".join(registry.device_notes(target, INPUT, (3, 8, 8)))) == (
+        name == "ios"
+    )

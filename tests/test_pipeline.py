@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from thinet_deploy import pipeline, prune_stage, registry, report, stages, verify
-from thinet_deploy.artifact import read_json
+from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.errors import GateError
 from thinet_deploy.interfaces import Conversion
@@ -104,7 +105,7 @@ def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
 def test_every_stage_leaves_its_files(full: Build) -> None:
     run = full.run
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
-        *("run.json", "options.json"),
+        *("run.json", "options.json", "logs"),
         *TRAINED,
         *DEPLOYED,
     }
@@ -243,17 +244,16 @@ def redo(run: Path, stage: str) -> None:
 def test_an_engine_of_another_network_does_not_pass(
     copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any], made: Made
 ) -> None:
-    tool: Any = registry.converter("onnxruntime")
-    convert = tool.convert
 
-    def mixed_up(job: Conversion) -> Path:
-        """The engine for ThiNet-Conv is made from the original."""
-        path: Path = convert(Conversion(job.source.with_name(job.source.name.replace("conv", "original")), job.folder))
-        return path.rename(path.with_name(job.source.name))
+    def mixed_up(runtime: str, job: Conversion, *rest: Any, **others: Any) -> Artifact:
+        """The engine for ThiNet-Conv in ONNX Runtime is made from the original."""
+        if runtime == "onnxruntime":
+            job = replace(job, source=job.source.with_name(job.source.name.replace("conv", "original")))
+        return registry.convert(runtime, job, *rest, **others)
 
     redo(copy, "engines")
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "convert", mixed_up)
+        patch.setattr(stages, "convert", mixed_up)
         with pytest.raises(GateError, match=r"conv: ONNX → onnxruntime: error .*allowed") as failure:
             build(tiny_options(copy, target="cpu"))
     assert failure.value.exit_code == 1

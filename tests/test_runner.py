@@ -9,11 +9,14 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from thinet_deploy import runner
 
@@ -190,7 +193,7 @@ def test_missing_and_misshapen_outputs_are_named() -> None:
 # -------------------------------------------------------------------------------------------- engines
 
 
-@pytest.mark.parametrize("runtime", sorted(runner.ENGINES))
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])  # test_converters.py has them all
 def test_an_engine_runs_at_any_batch_and_tells_about_itself(runtime: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="ReferenceEvaluator gives the expected output")
     from onnx.reference import ReferenceEvaluator
@@ -288,6 +291,19 @@ def test_a_child_that_dies_or_hangs_is_reported_and_ended(monkeypatch: pytest.Mo
         with pytest.raises(runner.RunnerError, match=r"hangs: no answer to 'warm' within 0\.2 s"):
             worker.ask("warm", seconds=1)
     assert worker.process.poll() is not None
+
+
+@given(st.integers(1, 9), st.integers(1, 5))
+def test_an_engine_of_one_batch_size_runs_any_number_of_images(count: int, batch: int) -> None:
+    seen = []
+
+    def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        seen.append(len(inputs["x"]))
+        return {"y": inputs["x"] * 2}
+
+    x = np.arange(count * 3).reshape(count, 3)
+    np.testing.assert_array_equal(runner.in_steps({"x": x}, batch, run)["y"], 2 * x)
+    assert seen == [batch] * math.ceil(count / batch)
 
 
 def test_batches_repeat_or_cut() -> None:

@@ -7,6 +7,7 @@
     │   ├── WeightsError                a weights file that does not fit, or is not safe to read
     │   ├── TargetError                 a target profile that does not hold, or a build it cannot take
     │   ├── BundleError                 a bundle that is damaged or is none
+    │   ├── ConversionError             a network that a toolchain cannot turn into an engine
     │   ├── OutputError                 an output folder that cannot be written, or a full disk
     │   └── UnknownNameError            no such model, target, option …: the nearest name is offered
     ├── GateError              exit 1   a parity, precision or budget gate failed
@@ -68,6 +69,10 @@ class TargetError(InputError):
 
 class BundleError(InputError):
     """A bundle that is damaged, incomplete or none at all."""
+
+
+class ConversionError(InputError):
+    """A toolchain refused the network, crashed on it or took too long; the hint names the log."""
 
 
 class OutputError(InputError):

@@ -19,12 +19,13 @@ from onnx.external_data_helper import uses_external_data
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from . import interfaces
 from .artifact import write_bytes
 from .errors import ModelError, TargetError
 from .interfaces import TensorSpec
 from .precision.downgrade import to_opset_17
 
-INPUT, OUTPUT = "input", "logits"
+INPUT, OUTPUT = interfaces.INPUT, interfaces.OUTPUT
 # torch's exporter writes opset 18 or later (and 18 where less is asked for, without a word); 17 is a pass of our own.
 MIN_OPSET = 17
 _WRITTEN = 18

@@ -15,6 +15,9 @@ Selection = Literal["elimination", "thinet", "thinet-omp", "weight-sum", "apoz",
 Reconstruction = Literal["full", "scale", "none"]
 Array = NDArray[np.generic]
 
+INPUT, OUTPUT = "input", "logits"
+"""What the ends of every network are called, in the ONNX file and in every engine."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -36,27 +39,46 @@ class Conversion:
     """One conversion to do.
 
     Attributes:
-        source: the artifact to convert (an ONNX file).
+        source: the artifact to convert: what the converter's `Contract.source` says.
         folder: an existing empty folder that takes what the converter writes.
         precision: the numeric type that the engine must compute in.
+        batch: the only batch size the engine has to take; None for any (see `Contract.batch`).
+        max_batch: the largest batch of an engine for any, where the format wants to know it.
+        target: id or file of the target profile, for limits such as the builder's memory; "" for none.
+        dla_core: which of a Jetson's DLAs takes the layers that it can; None for the GPU.
+        cache: a folder that outlives the conversion, for what makes the next one quicker; None for none.
     """
 
     source: Path
     folder: Path
     precision: Precision = "fp32"
+    batch: int | None = None
+    max_batch: int = 32
+    target: str = ""
+    dla_core: int | None = None
+    cache: Path | None = None
 
 
-class Converter(Protocol):
-    """Makes an engine from another artifact: a module in converters/ with these three functions."""
+@dataclass(frozen=True)
+class Contract:
+    """What a converter requires and what it ensures.
 
-    def check(self) -> None:
-        """Raise MissingError when the toolchain is not installed, before any work starts."""
+    Attributes:
+        source: what it converts: an ONNX file, or an ExportedProgram of torch (.pt2).
+        suffix: of the engine's main file (or folder), such as ".xml".
+        modules: that must be installed; the first one's version goes into the provenance.
+        extra: the extra of thinet-deploy that installs them.
+        batch: "any": the engine takes any batch, unless one is fixed; "fixed": it has one size, 1 unless another is
+            asked for; "one": it takes single images.
+        precisions: that it can be asked for.
+    """
 
-    def made_by(self) -> str:
-        """Toolchain and version, such as "openvino 2026.4.1"."""
-
-    def convert(self, job: Conversion) -> Path:
-        """Convert and return the engine's main file inside `job.folder`."""
+    source: Literal["onnx", "program"]
+    suffix: str
+    modules: tuple[str, ...]
+    extra: str
+    batch: Literal["any", "fixed", "one"] = "any"
+    precisions: tuple[Precision, ...] = ("fp32",)
 
 
 class Progress(Protocol):
@@ -64,6 +86,15 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` steps of `stage` are finished; `note` is a short state, such as a loss."""
+
+
+class Converter(Protocol):
+    """Makes an engine from another artifact: a module in converters/ with this constant and this function."""
+
+    CONTRACT: Contract
+
+    def convert(self, job: Conversion, progress: Progress) -> Path:
+        """Convert and return the engine's main file inside `job.folder`; runs in a process of its own."""
 
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:

@@ -204,6 +204,7 @@ def _deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) -
     folders = {name: stage.folder for name, stage in made.stages.items()}
     digests = {name: stage.digest for name, stage in made.stages.items()}
     inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
+    inputs["sources"] = sorted(registry.sources(target))
     onnx = run.alone("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
     typed = _typed(run, tools, plan, onnx, list(folders) if runs_here(target) else [made.ship])
     report = typed.json(precision_stage.TYPED) if typed else {}
@@ -211,7 +212,7 @@ def _deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) -
     sources = {"onnx": onnx.digest, "typed": typed.digest if typed else "", "precision": plan.engines}
     engines = run.alone(
         "engines",
-        {**sources, "tools": [registry.converter(r).made_by() for r in plan.runtimes]},
+        {**sources, "tools": [registry.made_by(r) for r in plan.runtimes]},
         lambda f, _: stages.engines(tools, files, list(folders), plan.runtimes, f),
     )
     paths = {
@@ -306,7 +307,7 @@ def _executed(
 
 def _check_runtimes(plan: PrecisionPlan) -> None:
     for runtime in plan.runtimes:
-        registry.converter(runtime).check()
+        registry.check(runtime)
 
 
 def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, files: stages.Files) -> Table:

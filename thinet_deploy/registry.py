@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata, util
 from pathlib import Path
 from typing import cast
 
 from .artifact import Artifact, sha256_of, size_of
-from .errors import UnknownNameError
-from .interfaces import Conversion, Converter
+from .errors import InputError, MissingError, UnknownNameError
+from .interfaces import Contract, Conversion, Converter, Progress, silent
+from .isolation import LIMIT_S, convert_isolated
+from .reproduce import write_script
+from .runner import ENGINES
 from .target import TargetProfile
 
-# Runtime → module in converters/ that makes its engine from an ONNX file.
-CONVERTERS = {"openvino": "onnx_to_openvino", "onnxruntime": "onnx_to_onnxruntime"}
+# Without these nothing is built that names them; the others are left out, with a note, where they are not installed.
+_EXPECTED = ("openvino", "onnxruntime")
+# Kind of engine → module in converters/ that makes it.
+CONVERTERS = {
+    "openvino": "onnx_to_openvino",
+    "onnxruntime": "onnx_to_onnxruntime",
+    "ort": "onnx_to_ort",
+    "tensorrt": "onnx_to_tensorrt",
+    "tensorrt-rtx": "onnx_to_tensorrt_rtx",
+    "ncnn": "onnx_to_ncnn",
+    "coreml": "program_to_coreml",
+    "litert": "program_to_litert",
+    "executorch": "program_to_executorch",
+}
+
+
+def _module(runtime: str) -> str:
+    if runtime not in CONVERTERS:
+        raise UnknownNameError("converter for the runtime", runtime, CONVERTERS)
+    return f"{__package__}.converters.{CONVERTERS[runtime]}"
 
 
 def converter(runtime: str) -> Converter:
@@ -21,38 +43,103 @@ def converter(runtime: str) -> Converter:
     Raises:
         UnknownNameError: there is none.
     """
-    if runtime not in CONVERTERS:
-        raise UnknownNameError("converter for the runtime", runtime, CONVERTERS)
-    return cast("Converter", importlib.import_module(f"thinet_deploy.converters.{CONVERTERS[runtime]}"))
+    return cast("Converter", importlib.import_module(_module(runtime)))
 
 
-def convert(runtime: str, job: Conversion, root: Path) -> Artifact:
-    """Make an engine and say where it came from.
+def check(runtime: str) -> None:
+    """Raise MissingError when the toolchain that makes engines for a runtime is not installed."""
+    if missing := _missing(runtime):
+        raise MissingError(
+            f"There can be no {runtime} engine, because {' and '.join(missing)} is not installed.",
+            hint=f'Install it: pip install "thinet-deploy[{converter(runtime).CONTRACT.extra}]"',
+        )
+
+
+def _missing(runtime: str) -> list[str]:
+    return [name for name in converter(runtime).CONTRACT.modules if util.find_spec(name) is None]
+
+
+def installed(runtime: str) -> bool:
+    """Whether the toolchain that makes engines for a runtime is there."""
+    return not _missing(runtime)
+
+
+def made_by(runtime: str) -> str:
+    """Toolchain and version, such as "openvino 2026.4.1"."""
+    name = converter(runtime).CONTRACT.modules[0]
+    return f"{name} {metadata.version(name)}"
+
+
+def convert(
+    runtime: str,
+    job: Conversion,
+    root: Path,
+    *,
+    log: Path | None = None,
+    progress: Progress = silent,
+    limit_s: float = LIMIT_S,
+) -> Artifact:
+    """Make an engine, in a process of its own, and say where it came from; reproduce.py beside it makes it again.
 
     Args:
         runtime: that will execute it.
         job: what to convert, and where to.
         root: the folder that the artifact's path is relative to.
+        log: what the toolchain says; by default FOLDER.log beside the job's folder.
+        progress: to report to.
+        limit_s: how long it may take.
 
     Raises:
         MissingError: the runtime's toolchain is not installed.
+        InputError: the converter does not do what is asked.
+        ConversionError: the toolchain failed.
     """
-    tool = converter(runtime)
-    tool.check()
-    path = tool.convert(job)
-    return Artifact(
+    check(runtime)
+    _check_asked(runtime, converter(runtime).CONTRACT, job)
+    log = log or job.folder.with_name(f"{job.folder.name}.log")
+    path = convert_isolated(_module(runtime), job, log=log, progress=progress, limit_s=limit_s)
+    artifact = Artifact(
         kind=runtime,
-        path=path.relative_to(root).as_posix(),
+        path=path.relative_to(root.absolute()).as_posix(),
         sha256=sha256_of(path),
         size_bytes=size_of(job.folder),
-        made_by=tool.made_by(),
+        made_by=made_by(runtime),
         inputs=(sha256_of(job.source),),
     )
+    write_script(job, artifact, path)
+    return artifact
+
+
+def _check_asked(runtime: str, contract: Contract, job: Conversion) -> None:
+    if job.precision not in contract.precisions:
+        raise InputError(
+            f"The converter for {runtime} cannot be asked for {job.precision}.",
+            hint=f"It knows {', '.join(contract.precisions)}.",
+        )
+    if contract.batch == "one" and job.batch not in (None, 1):
+        raise InputError(
+            f"An engine for {runtime} takes one image at a time, but batch {job.batch} was asked for.",
+            hint="Leave the batch size out: the runner takes larger batches image by image.",
+        )
 
 
 def host_runtimes(target: TargetProfile) -> list[str]:
-    """The target's runtimes, in its order, whose engines this version makes on this machine."""
-    return [runtime for runtime in target.runtimes if runtime in CONVERTERS]
+    """The target's runtimes, in its order, whose engines are made on this machine.
+
+    OpenVINO and ONNX Runtime always belong to them, the others where their toolchains are installed. An engine of
+    TensorRT is built on the device.
+    """
+    return [runtime for runtime in _made_here(target) if runtime in _EXPECTED or installed(runtime)]
+
+
+def sources(target: TargetProfile) -> set[str]:
+    """What the converters of `host_runtimes` start from: "onnx", "program"."""
+    return {converter(runtime).CONTRACT.source for runtime in host_runtimes(target)}
+
+
+def _made_here(target: TargetProfile) -> list[str]:
+    on_device = {"tensorrt"} if target.builds_on_device else set()
+    return [runtime for runtime in target.runtimes if runtime in CONVERTERS and runtime not in on_device]
 
 
 def runs_here(target: TargetProfile) -> bool:
@@ -70,13 +157,19 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
             f"  {_trtexec(target, input_name, input_shape)}\n"
             f"  python3 run.py    # checks the bundle there with ONNX Runtime (pip install onnxruntime numpy)"
         )
-    missing = [r for r in target.runtimes if r not in (*CONVERTERS, "tensorrt", "torch")]
-    if missing:
-        notes.append(
-            f"This version makes no engines for {', '.join(missing)}. Their own tools make them from model.onnx, or "
-            "from the torch network (thinet_deploy.load_thin with the run's plan.json and model.safetensors)."
-        )
-    if not host_runtimes(target):
+    made = host_runtimes(target)
+    for runtime in _made_here(target):
+        if runtime not in made:
+            extra = converter(runtime).CONTRACT.extra
+            notes.append(
+                f"This bundle has no {runtime} engine, because {' and '.join(_missing(runtime))} is not installed "
+                f'here: pip install "thinet-deploy[{extra}]", and run the same command again.'
+            )
+        elif runtime not in ENGINES:
+            notes.append(
+                f"The {runtime} engine was made, but nothing on this machine can run it: check it on the device."
+            )
+    if not made:
         notes.append("So there is no engine in this bundle: it ships model.onnx, and run.py can only check the files.")
     if not runs_here(target):
         there = " `python3 run.py latency` measures it there." if target.os == "linux" else ""

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import math
 import platform
@@ -64,11 +65,15 @@ class Engine(abc.ABC):
     """An engine loaded by its runtime; see `open_engine`. A new runtime is a subclass and a line in ENGINES.
 
     Attributes:
-        package: what pip installs and Python imports.
+        package: what pip installs.
+        module: what Python imports, where it is called otherwise.
+        environment: variables that the runtime reads when it is imported.
         input_names: the names `run` expects.
     """
 
     package = ""
+    module = ""
+    environment: Mapping[str, str] = MappingProxyType({})
     input_names: list[str]
 
     @abc.abstractmethod
@@ -121,7 +126,7 @@ class _OpenVino(Engine):
 
 
 class _OnnxRuntime(Engine):
-    """An ONNX file on ONNX Runtime's CPU provider. The file decides the precision, the runtime does not tell."""
+    """An ONNX or .ort file on ONNX Runtime's CPU provider. It decides the precision; the runtime does not tell."""
 
     package = "onnxruntime"
 
@@ -146,7 +151,108 @@ class _OnnxRuntime(Engine):
         return dict(self.about)
 
 
-ENGINES: dict[str, type[Engine]] = {"openvino": _OpenVino, "onnxruntime": _OnnxRuntime}
+class _Ncnn(Engine):
+    """An ncnn network (.param beside its .bin) on the CPU."""
+
+    package = "ncnn"
+    environment = MappingProxyType({"OMP_WAIT_POLICY": "passive"})  # threads that spin cost up to 250 ms a run
+
+    def __init__(self, runtime: Any, path: str, threads: int, precision: str) -> None:
+        self.net, half, brain = runtime.Net(), precision == "fp16", precision == "bf16"
+        options = self.net.opt
+        options.num_threads = threads
+        # Left alone, it would store and compute in fp16 wherever the CPU can.
+        options.use_fp16_packed = options.use_fp16_storage = options.use_fp16_arithmetic = half
+        options.use_bf16_packed = options.use_bf16_storage = brain
+        if self.net.load_param(path) or self.net.load_model(str(Path(path).with_suffix(".bin"))):
+            raise RunnerError("it, or the .bin beside it, cannot be read")
+        self.input_names, self.output_names = list(self.net.input_names()), list(self.net.output_names())
+        self.array, about = runtime.Mat, {"runtime": "ncnn", "version": str(runtime.__version__), "device": "CPU"}
+        asked = {"threads": threads, "precision_asked": precision, "precision_in_use": None, "executed_layers": {}}
+        self.about = {**about, **asked}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return in_steps(inputs, 1, self._run_one)  # it knows no batch
+
+    def _run_one(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        extractor = self.net.create_extractor()
+        for name, array in inputs.items():
+            extractor.input(name, self.array(array[0]).clone())
+        return {name: np.array(extractor.extract(name)[1])[None] for name in self.output_names}
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.about)
+
+
+class _LiteRt(Engine):
+    """A LiteRT flatbuffer (.tflite) on the CPU, by XNNPACK; it has one batch size."""
+
+    package, module = "ai-edge-litert", "ai_edge_litert.interpreter"
+
+    def __init__(self, runtime: Any, path: str, threads: int, precision: str) -> None:
+        self.interpreter = runtime.Interpreter(path, num_threads=threads)
+        self.signature = self.interpreter.get_signature_runner()
+        details = self.signature.get_input_details()
+        self.input_names, self.batch = list(details), int(next(iter(details.values()))["shape"][0])
+        about = {"runtime": "litert", "version": _version(self.package), "device": "CPU", "threads": threads}
+        self.about = {**about, "precision_asked": precision, "precision_in_use": None, "executed_layers": {}}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return in_steps(inputs, self.batch, lambda part: dict(self.signature(**part)))
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.about)
+
+
+class _ExecuTorch(Engine):
+    """An ExecuTorch program (.pte) on the CPU; it has one batch size, and its names in constant methods."""
+
+    package, module = "executorch", "executorch.runtime"
+
+    def __init__(self, runtime: Any, path: str, threads: int, precision: str) -> None:
+        program = runtime.Runtime.get().load_program(path)
+        self.method, self.tensor = program.load_method("forward"), importlib.import_module("torch").from_numpy
+        read = {name: program.load_method(name).execute([]) for name in ("input_names", "output_names")}
+        self.input_names, self.output_names = read["input_names"], read["output_names"]
+        self.batch = int(self.method.metadata.input_tensor_meta(0).sizes()[0])
+        about = {"runtime": "executorch", "version": _version(self.package), "device": "CPU"}
+        # Its Python interface cannot set the threads: it takes one for each core.
+        self.about = {**about, "threads": None, "precision_asked": precision, "precision_in_use": None}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return in_steps(inputs, self.batch, self._run_batch)
+
+    def _run_batch(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        results = self.method.execute([self.tensor(inputs[name]) for name in self.input_names])
+        return {name: result.numpy().copy() for name, result in zip(self.output_names, results)}
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.about)
+
+
+def in_steps(
+    inputs: Mapping[str, Array], batch: int, run: Callable[[Mapping[str, Array]], dict[str, Array]]
+) -> dict[str, Array]:
+    """Run an engine that has one batch size on any number of images: the last batch is filled up, and the rest cut."""
+    count, parts = len(next(iter(inputs.values()))), []
+    for start in range(0, count, batch):
+        outputs = run({name: to_batch(array[start : start + batch], batch) for name, array in inputs.items()})
+        parts.append({name: array[: count - start] for name, array in outputs.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "openvino": _OpenVino,
+    "onnxruntime": _OnnxRuntime,
+    "ort": _OnnxRuntime,  # its own format, and the same runtime
+    "ncnn": _Ncnn,
+    "litert": _LiteRt,
+    "executorch": _ExecuTorch,
+}
 
 
 def import_runtime(runtime: str) -> Any:
@@ -154,10 +260,12 @@ def import_runtime(runtime: str) -> Any:
     if runtime not in ENGINES:
         raise MissingRuntimeError(f"This runner has no runtime called {runtime!r}. It knows: {', '.join(ENGINES)}.")
     package = ENGINES[runtime].package
+    for name, value in ENGINES[runtime].environment.items():
+        os.environ.setdefault(name, value)
     try:
         # OpenVINO reports to its maker when it is imported, from a process of its own; without this module it does not.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # absent
-        return importlib.import_module(package)
+        return importlib.import_module(ENGINES[runtime].module or package)
     except ImportError as error:
         raise MissingRuntimeError(f"{runtime} cannot be imported: {error}. Do: pip install {package}") from error
 
@@ -166,8 +274,8 @@ def open_engine(runtime: str, path: str, threads: int, precision: str = "fp32") 
     """Load an engine.
 
     Args:
-        runtime: "openvino" or "onnxruntime".
-        path: its main file (.xml or .onnx).
+        runtime: one of ENGINES.
+        path: its main file (.xml, .onnx …).
         threads: CPU threads that one inference may use.
         precision: "fp32", "fp16", "bf16" or "int8": what the engine has to compute in.
 

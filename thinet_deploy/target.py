@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import TargetError, UnknownNameError
 from .interfaces import Precision
 
-Runtime = Literal["tensorrt", "openvino", "onnxruntime", "ncnn", "litert", "executorch", "coreml", "torch"]
+Runtime = Literal[
+    "tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "ort", "ncnn", "litert", "executorch", "coreml", "torch"
+]
 Confidence = Literal["documented", "third-party", "check"]
 
 EXPORT_OPSET = 20

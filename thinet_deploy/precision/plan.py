@@ -83,7 +83,7 @@ def _here(
         )
     if precision == "int8" and "int8" not in native:
         notes.append("This CPU has no VNNI: INT8 may be no faster than fp32 here. Weights have 7 bits for its sake.")
-    able = tuple(each for each in runtimes if precision in _COMPUTES[each])
+    able = tuple(each for each in runtimes if precision in _COMPUTES.get(each, {"fp32"}))
     if unable := [each for each in runtimes if each not in able]:
         notes.append(f"No engine for {', '.join(unable)}: it does not compute in {precision} on a CPU.")
     files: tuple[Precision, ...] = ("int8",) if precision == "int8" else ()

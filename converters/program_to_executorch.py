@@ -1,0 +1,49 @@
+"""ExportedProgram → ExecuTorch (.pte), lowered to XNNPACK, with a fixed batch.
+
+With a dynamic one memory is planned for the largest batch, and more operators stay outside of XNNPACK.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..interfaces import INPUT, OUTPUT, Contract, Conversion, Progress
+from ..program import load_program
+
+CONTRACT = Contract(
+    source="program",
+    suffix=".pte",
+    modules=("executorch", "torch"),
+    extra="executorch",
+    batch="fixed",
+)
+# Ways to reach another one's results; they compute nothing.
+_PLUMBING = {"getitem", "Total"}
+
+
+def convert(job: Conversion, progress: Progress) -> Path:
+    """Convert; NAME.delegation.json counts the operators that XNNPACK takes, and names those left to slow kernels."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = load_program(job.source, job.batch or 1)
+    # The format knows no names; constant methods take them along.
+    names: dict[str, Any] = {"input_names": INPUT, "output_names": OUTPUT}
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=names)
+    path = job.folder / f"{job.source.stem}.pte"
+    _write_delegation(lowered.exported_program().graph_module, path)
+    path.write_bytes(lowered.to_executorch().buffer)
+    return path
+
+
+def _write_delegation(graph_module: Any, path: Path) -> None:
+    from executorch.devtools.backend_debug import get_delegation_info
+
+    table = get_delegation_info(graph_module).get_operator_delegation_dataframe().to_dict("records")
+    rows = [row for row in table if row["op_type"] not in _PLUMBING]
+    left = {row["op_type"]: int(n) for row in rows if (n := row["occurrences_in_non_delegated_graphs"])}
+    taken = sum(int(row["occurrences_in_delegated_graphs"]) for row in rows)
+    record = {"delegate": "XNNPACK", "all": not left, "operators": taken + sum(left.values()), "left": left}
+    path.with_suffix(".delegation.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

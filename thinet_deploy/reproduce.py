@@ -1,0 +1,68 @@
+"""reproduce.py, which lies beside every engine: how it was made, and a program that makes it again."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from pprint import pformat
+
+from .artifact import Artifact, write_bytes
+from .interfaces import Conversion
+
+SCRIPT = "reproduce.py"
+_LOCAL = ("source", "folder", "cache")  # places on this machine, which are nobody's business
+_TEXT = '''"""Makes {name} again: python {script} SOURCE FOLDER
+
+SOURCE is the file that it was made from ({suffix}), FOLDER an empty folder for the result.
+Made by {made_by}, with thinet-deploy {version} on Python {python}, {machine}.
+"""
+
+import sys
+from pathlib import Path
+
+from thinet_deploy import registry
+from thinet_deploy.artifact import sha256_of
+from thinet_deploy.interfaces import Conversion
+
+RUNTIME = {runtime!r}
+SOURCE_SHA256 = {source!r}
+ENGINE_SHA256 = {engine!r}
+JOB = {job}
+
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+source, folder = Path(sys.argv[1]), Path(sys.argv[2]).absolute()
+if sha256_of(source) != SOURCE_SHA256:
+    sys.exit(f"{{source}} is not the file that the engine was made from, whose SHA-256 is {{SOURCE_SHA256}}.")
+folder.mkdir(parents=True, exist_ok=True)
+made = registry.convert(RUNTIME, Conversion(source, folder, **JOB), folder)
+same = "the same bytes" if made.sha256 == ENGINE_SHA256 else "other bytes (compare the outputs)"
+print(f"{{made.path}}: {{same}}, made by {{made.made_by}}")
+'''
+
+
+def write_script(job: Conversion, artifact: Artifact, engine: Path) -> None:
+    """Write reproduce.py into the job's folder.
+
+    Args:
+        job: that was done.
+        artifact: its result.
+        engine: the engine's main file.
+    """
+    settings = {name: value for name, value in asdict(job).items() if name not in _LOCAL}
+    text = _TEXT.format(
+        name=engine.name,
+        script=SCRIPT,
+        suffix=job.source.suffix,
+        made_by=artifact.made_by,
+        version=metadata.version("thinet-deploy"),
+        python=platform.python_version(),
+        machine=platform.machine(),
+        runtime=artifact.kind,
+        source=artifact.inputs[0],
+        engine=artifact.sha256,
+        job=pformat(settings),
+    )
+    write_bytes(job.folder / SCRIPT, text.encode())
