@@ -55,10 +55,10 @@ test: $(STAMP) ## the tests, without those marked slow
 test-all: $(STAMP) ## all tests, also the slow ones
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_OPTIONS)
 
-lint: $(STAMP) ## ruff, formatting, and that runner.py is Python 3.8
+lint: $(STAMP) ## ruff, formatting, and that what goes into bundles is Python 3.8
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/vermin --target=3.8- --violations --no-tips thinet_deploy/runner.py
+	$(BIN)/vermin --target=3.8- --violations --no-tips thinet_deploy/runner.py thinet_deploy/samples.py thinet_deploy/sensors.py
 
 format: $(STAMP) ## let ruff fix and format
 	$(BIN)/ruff check --fix .

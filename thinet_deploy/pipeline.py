@@ -18,14 +18,15 @@ from .options import Options, make_options
 from .parallel import join
 from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
+from .runner import COMPANIONS, usable_cores
 from .runner import __file__ as _RUNNER_FILE
-from .runner import usable_cores
 from .shared_run import SharedRun
 from .store import Stage, open_run
 from .target import TargetProfile, load_profile
 from .tools import Tools, read_accuracy
 
 RUNNER = Path(_RUNNER_FILE)
+RUNNER_FILES = (RUNNER, *(RUNNER.with_name(f"{name}.py") for name in COMPANIONS))
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
             "onnx": onnx.digest,
             "engines": engines.digest,
             "parity": parity.digest,
-            "runner": sha256_of(RUNNER),
+            "runner": [sha256_of(file) for file in RUNNER_FILES],
             "target": [target.id, target.builds_on_device],
             "model": [job.model_name, made.labels],
             "notes": list(notes),

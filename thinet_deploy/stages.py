@@ -28,6 +28,7 @@ from .registry import convert
 from .seeds import derive
 from .store import Checkpoint
 from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, json_ready, write_network
+from .torch_latency import measure_torch
 from .training import hits
 
 ONNX_IMAGES = 8
@@ -230,7 +231,7 @@ def measured(tools: Tools, folders: dict[str, Path], engine_paths: dict[tuple[st
         seconds=ENGINE_SECONDS,
         progress=tools.progress,
     )
-    torch_rows = latency.measure_torch(
+    torch_rows = measure_torch(
         {name: tools.load(path) for name, path in folders.items()},
         job.input_shape,
         batch=TORCH_BATCH,
