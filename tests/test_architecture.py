@@ -23,7 +23,17 @@ PROFILES = f"{CORE}.profiles"
 # A module may import from its own level and from lower ones. Names are relative to thinet_deploy; a sub-package stands
 # for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
 LEVELS = {
-    4: {"cli", "cli_options", "cli_processes", "cli_progress", "cli_tables", "cli_scatter", "__main__"},
+    4: {
+        "cli",
+        "cli_compare",
+        "cli_latency",
+        "cli_options",
+        "cli_processes",
+        "cli_progress",
+        "cli_tables",
+        "cli_scatter",
+        "__main__",
+    },
     3: {"pipeline", "networks", "stages", "prune_stage", "feasibility_stage", "tools", "job"},
     2: {
         "pruning",
@@ -35,8 +45,13 @@ LEVELS = {
         "verify",
         "latency",
         "torch_latency",
+        "things",
         "bundle",
         "report",
+        "html_report",
+        "report_plots",
+        "comparison",
+        "contract",
         "plots",
         "counting",
     },

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .cli_compare import compare, exit_on_broken, show_verdicts
+from .cli_latency import latency
 from .cli_options import (
     BatchSize,
     CalibrationImages,
@@ -35,6 +37,7 @@ from .cli_options import (
     Preset,
     Recipe,
     Reconstruction,
+    Require,
     RoundTo,
     Seed,
     Shortcuts,
@@ -61,8 +64,8 @@ app = typer.Typer(
         "From a trained CNN to a thinner, verified, measured engine on your own device.\n\n"
         "[bold]thinet-deploy build --target cpu[/bold] shows the whole way on handwritten digits that are built in. "
         "Then give your own: [bold]--data DIR --model file.py:factory --weights FILE[/bold].\n\n"
-        "Exit codes: 0 done, 1 a parity gate failed, 2 the input is wrong, 3 something is not installed, "
-        "130 interrupted (run the same command again to go on)."
+        "Exit codes: 0 done, 1 a parity gate failed or a requirement is not met, 2 the input is wrong, 3 something is "
+        "not installed, 130 interrupted (run the same command again to go on)."
     ),
 )
 
@@ -100,6 +103,7 @@ def build(  # noqa: PLR0917 - one argument per option
     batch_size: BatchSize = None,
     trainer: Trainer = None,
     threads: Threads = None,
+    require: Require = None,
     seed: Seed = None,
     from_run: Annotated[
         Path | None, typer.Option("--from", help="Go on from a run of `prune`, with the --weights you trained.")
@@ -122,12 +126,12 @@ def build(  # noqa: PLR0917 - one argument per option
 
     with bars(_ERR) as progress:
         if from_run:
-            if weights is None or set(given) - {"weights", "target"} or config:
+            if weights is None or set(given) - {"weights", "target", "require"} or config:
                 raise InputError(
-                    "--from takes --weights and, if it changes, --target; all else comes from the run.",
+                    "--from takes --weights, --require and, if it changes, --target; all else comes from the run.",
                     hint="thinet-deploy build --from RUN --weights mine.safetensors",
                 )
-            done = pipeline.build_from(from_run, weights, target, progress)
+            done = pipeline.build_from(from_run, weights, target, progress, tuple(require or ()))
         else:
             done = pipeline.build(_options(given, config), progress)
     if as_json:
@@ -138,16 +142,21 @@ def build(  # noqa: PLR0917 - one argument per option
                 "table": done.table.to_json(),
                 "parity": [vars(hop) for hop in done.hops],
                 "notes": list(done.notes),
+                "contract": [vars(verdict) for verdict in done.verdicts],
             }
         )
+        exit_on_broken(done.verdicts)
         return
     console = _stdout()
     console.print(report.render([done.table], console.width))
     console.print(render_ledger(done.table.ledger))
     console.print(report.render_hops(done.hops, done.table))
     typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
+    typer.echo(f"Report: {done.run / 'report' / 'report.html'}")
     for note in done.notes:
         typer.echo(note)
+    show_verdicts([("", verdict) for verdict in done.verdicts])
+    exit_on_broken(done.verdicts)
 
 
 @app.command()
@@ -220,33 +229,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     show_pruned(_stdout(), folder, report)
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished builds.")],
-    output: Annotated[
-        Literal["table", "markdown", "csv", "json"], typer.Option("--format", help="How to print the table.")
-    ] = "table",
-    across_machines: Annotated[
-        bool, typer.Option("--across-machines", help="Show runs of different machines side by side all the same.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """The papers' table of one or more runs.
-
-    [bold]thinet-deploy compare runs/vgg-50 runs/vgg-30 --format markdown[/bold]
-    """
-    from . import report
-
-    tables = [report.read_table(run) for run in runs]
-    if not across_machines:
-        report.check_machines(tables)
-    if as_json or output == "json":
-        _print_json([table.to_json() for table in tables])
-    elif output == "table":
-        console = _stdout()
-        console.print(report.render(tables, console.width))
-    else:
-        typer.echo((report.to_markdown if output == "markdown" else report.to_csv)(tables), nl=False)
+app.command()(latency)
+app.command()(compare)
 
 
 @app.command()

@@ -62,6 +62,7 @@ class Options(BaseModel):
         batch_size: images per training step; if not given, the recipe's.
         trainer: "file.py:fit", the user's own training instead of ours.
         threads: CPU threads of an engine while its latency is measured.
+        require: what the network that ships has to reach, such as "latency<=8ms": see `contract`.
         seed: same seed, same widths and same kept filters.
         out: the run directory.
     """
@@ -97,6 +98,7 @@ class Options(BaseModel):
     batch_size: int = Field(default=32, ge=1)
     trainer: str | None = None
     threads: int = Field(default=1, ge=1)
+    require: tuple[str, ...] = ()
     seed: int = 0
     out: Path = Path("thinet-run")
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from . import feasibility_stage, networks, registry, stages, verify
-from .artifact import hash_json, read_json, sha256_of, write_json
+from . import contract, feasibility_stage, html_report, networks, registry, stages, verify
+from .artifact import hash_json, read_json, sha256_of, write_bytes, write_json
 from .environment import fingerprint, machine_id
 from .errors import InputError, first_line
 from .export import INPUT
 from .interfaces import Progress, silent
+from .intervals import Interval
 from .job import Job, load_job
 from .networks import Networks, Pruning, gate
 from .options import Options, make_options
@@ -39,6 +40,7 @@ class Build:
         hops: the parity verdicts.
         bundle: the bundle's folder.
         notes: what the user has to know or to do.
+        verdicts: on every requirement.
     """
 
     run: Path
@@ -46,6 +48,7 @@ class Build:
     hops: tuple[verify.Hop, ...]
     bundle: Path
     notes: tuple[str, ...]
+    verdicts: tuple[contract.Verdict, ...] = ()
 
 
 def prune(options: Options, progress: Progress = silent) -> Path:
@@ -109,6 +112,7 @@ def build(options: Options, progress: Progress = silent) -> Build:
         GateError: a parity verdict failed; all results so far are kept in the run directory.
     """
     progress = join().speaking(progress)
+    _check_contract(options.require, load_profile(options.target))
     job = load_job(options, progress)
     _check_runtimes(job.target)
     run = SharedRun(options.out)
@@ -127,7 +131,13 @@ def _remember(options: Options, root: Path) -> None:
     write_json(root / "options.json", kept)
 
 
-def build_from(root: Path, weights: Path, target: str | None = None, progress: Progress = silent) -> Build:
+def build_from(
+    root: Path,
+    weights: Path,
+    target: str | None = None,
+    progress: Progress = silent,
+    require: tuple[str, ...] = (),
+) -> Build:
     """Go on after the user's own training of the thin network that `prune` left in RUN.
 
     Args:
@@ -135,6 +145,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
         weights: trained weights of the thin network.
         target: profile to build for, if another one than `prune` was given.
         progress: to report to.
+        require: see `Options.require`.
     """
     if not weights.is_file():
         raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
@@ -142,7 +153,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
     if not stored.exists():
         raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
     try:
-        options = make_options({**read_json(stored), "out": root})
+        options = make_options({**read_json(stored), "out": root, "require": require})
     except (OSError, ValueError, TypeError, InputError) as error:
         raise InputError(
             f"{stored} is damaged, or of another version: {first_line(error)}",
@@ -154,6 +165,7 @@ def build_from(root: Path, weights: Path, target: str | None = None, progress: P
     shipped = job
     if target:
         shipped = replace(job, options=options.model_copy(update={"target": target}), target=load_profile(target))
+    _check_contract(require, shipped.target)
     _check_runtimes(shipped.target)
     run = SharedRun(root)
     with run.locked():
@@ -228,13 +240,46 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
         },
         lambda f, _: stages.bundled(tools, ship, onnx.folder, engine_paths, parity.folder, notes, f),
     )
-    table = _table(job, made, onnx, measured)
+    inputs = {**digests, "data": job.data.digest}
+    drops = run.alone("accuracy", inputs, lambda f, _: stages.drops(tools, folders, f))
+    table = _table(job, made, onnx, measured, drops)
+    required = job.options.require
+    verdicts = tuple(contract.judge(required, table))
+    if required:
+        judged = {"required": list(required), "table": hash_json(table.to_json())}
+        run.alone("contract", judged, lambda f, _: contract.write(f, verdicts))
+    else:
+        run.discard("contract")
     run.alone(
         "report",
-        {"table": hash_json(table.to_json())},
-        lambda f, _: write_json(f / "table.json", table.to_json()),
+        {
+            "table": hash_json(table.to_json()),
+            "parity": parity.digest,
+            "latency": measured.digest,
+            "contract": list(required),
+            "page": html_report.digest(),
+        },
+        lambda f, _: _report(run.root, table, verdicts, f),
     )
-    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes))
+    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes), verdicts)
+
+
+def _report(root: Path, table: Table, verdicts: tuple[contract.Verdict, ...], folder: Path) -> None:
+    write_json(folder / "table.json", table.to_json())
+    write_bytes(folder / "report.html", html_report.render([html_report.Page(root, table, verdicts)]).encode())
+
+
+def _check_contract(required: tuple[str, ...], target: TargetProfile) -> None:
+    """Read the requirements, and refuse what could not be judged after all the work.
+
+    Raises:
+        InputError: one cannot be read, or asks for the speed of engines that do not run on this machine.
+    """
+    if contract.needs_engines(required) and not (runs_here(target) and host_runtimes(target)):
+        raise InputError(
+            f"--require asks for latency or a speed-up, but engines for {target.id} do not run on this machine.",
+            hint="Build for a target that runs here, or require size and accuracy only.",
+        )
 
 
 def _check_runtimes(target: TargetProfile) -> None:
@@ -242,21 +287,20 @@ def _check_runtimes(target: TargetProfile) -> None:
         registry.converter(runtime).check()
 
 
-def _table(job: Job, made: Networks, onnx: Stage, measured: Stage) -> Table:
+def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, drops: Stage) -> Table:
     """The papers' table from the stages' files."""
-    timing, exported = measured.json("latency.json"), onnx.json("export.json")
+    timing, exported, lost = measured.json("latency.json"), onnx.json("export.json"), drops.json("drops.json")
     rows = []
     for name, stage in made.stages.items():
-        rows.append(
-            Row.make(
-                name,
-                made.labels[name],
-                read_accuracy(stage.folder),
-                exported[name]["count"],
-                (onnx.folder / f"{name}.onnx").stat().st_size,
-                timing,
-            )
+        row = Row.make(
+            name,
+            made.labels[name],
+            read_accuracy(stage.folder),
+            exported[name]["count"],
+            (onnx.folder / f"{name}.onnx").stat().st_size,
+            timing,
         )
+        rows.append(replace(row, drop=Interval(**lost[name]) if name in lost else None))
     by_name = {row.name: row for row in rows}
     for name, control in made.controls.items():
         row = by_name[control.like].with_weights(name, control.label, control.accuracy, control.note)
@@ -274,4 +318,5 @@ def _table(job: Job, made: Networks, onnx: Stage, measured: Stage) -> Table:
         runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),
         ledger=tuple(made.ledger),
+        ships=made.ship,
     )

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from .artifact import read_json
 from .errors import InputError, first_line
+from .intervals import Interval
 from .ledger import Entry
 from .store import open_run
 from .training import Accuracy
@@ -37,6 +38,7 @@ class Time:
         speedup: the original's time divided by this one, measured in turn; None for the original.
         speedup_low: lower end of its 95 % interval.
         speedup_high: upper end.
+        invalid: why it does not hold, such as a machine that throttled; "" where it does. It has no speed-up then.
     """
 
     ms: float
@@ -45,13 +47,16 @@ class Time:
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
+    invalid: str = ""
 
     @classmethod
     def of(cls, summary: dict[str, Any], speedup: dict[str, Any] | None) -> Time:
         """From a summary of samples and a speed-up as latency.json has them."""
         low, high = summary["interval_ms"] or (None, None)
-        ratio = (speedup["ratio"], speedup["low"], speedup["high"]) if speedup else (None, None, None)
-        return cls(summary["median_ms"], low, high, *ratio)
+        invalid = "; ".join(summary["invalid"])
+        if invalid or speedup is None:
+            return cls(summary["median_ms"], low, high, invalid=invalid)
+        return cls(summary["median_ms"], low, high, speedup["ratio"], speedup["low"], speedup["high"])
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Row:
         engines: runtime → milliseconds per image.
         size_bytes: of the ONNX file.
         note: shown under the table; such a row has the times of another, of the same architecture.
+        drop: of top-1 against the original on the same images, in percentage points; None where it was not judged.
     """
 
     name: str
@@ -83,6 +89,7 @@ class Row:
     engines: dict[str, Time]
     size_bytes: int
     note: str = ""
+    drop: Interval | None = None
 
     @classmethod
     def make(
@@ -110,7 +117,7 @@ class Row:
 
     def with_weights(self, name: str, label: str, accuracy: Accuracy, note: str) -> Row:
         """The same architecture with other weights: its times and size are this row's."""
-        return replace(self, name=name, label=label, top1=accuracy.top1, top5=accuracy.top5, note=note)
+        return replace(self, name=name, label=label, top1=accuracy.top1, top5=accuracy.top5, note=note, drop=None)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,7 @@ class Table:
         runtimes: the target's; what was not run here is shown as such.
         rows: the networks.
         ledger: accuracy, step by step.
+        ships: name of the row that goes into the bundle.
     """
 
     target: str
@@ -144,6 +152,13 @@ class Table:
     runtimes: tuple[str, ...]
     rows: tuple[Row, ...]
     ledger: tuple[Entry, ...]
+    ships: str = ""
+
+    @property
+    def shipped(self) -> Row:
+        """The row that goes into the bundle; of a table that does not say, the last network that was made for it."""
+        made = [row for row in self.rows if not row.note]
+        return next((row for row in self.rows if row.name == self.ships), made[-1])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -159,7 +174,9 @@ class Table:
 
 def _row(data: dict[str, Any]) -> Row:
     engines = {runtime: Time(**time) for runtime, time in data["engines"].items()}
-    return Row(**{**data, "forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines})
+    times = {"forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines}
+    drop = Interval(**data["drop"]) if data.get("drop") else None
+    return Row(**{**data, **times, "drop": drop})
 
 
 def read_table(run: Path) -> Table:
@@ -222,10 +239,17 @@ def _ms(value: float) -> str:
 def _engine(time: Time | None) -> str:
     if time is None:
         return "not run"
+    if time.invalid:
+        return "invalid"
     if time.speedup is None:
         return _ms(time.ms)
     interval = "" if time.speedup_low is None else f" [{time.speedup_low:.2f}, {time.speedup_high:.2f}]"
-    return f"{_ms(time.ms)}  {time.speedup:.2f}×{interval}"
+    return f"{_ms(time.ms)}  {time.speedup:.2f}×{interval}{' ≈' if within_noise(time) else ''}"
+
+
+def within_noise(time: Time) -> bool:
+    """Whether a speed-up cannot be told from none."""
+    return time.speedup_low is not None and time.speedup_high is not None and time.speedup_low <= 1 <= time.speedup_high
 
 
 def runtimes_of(tables: Sequence[Table]) -> list[str]:
@@ -248,6 +272,14 @@ def notes_of(table: Table) -> list[str]:
         f"{table.model} on {table.data}: accuracy on {table.images} test images. {counted}.",
         f"{torch}. {engines}; {ratio}.",
         f"Measured on {table.processor} ({table.machine}).",
+    ]
+    if any(within_noise(time) for row in table.rows for time in row.engines.values()):
+        notes.append("≈: within the noise, no difference from the original is proven.")
+    notes += [
+        f"{row.label} on {runtime}: invalid because {time.invalid}; measure again."
+        for row in table.rows
+        for runtime, time in row.engines.items()
+        if time.invalid and not row.note
     ]
     return notes + [f"{row.label}: {row.note}." for row in table.rows if row.note]
 

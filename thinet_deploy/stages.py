@@ -217,6 +217,17 @@ def parity(
     write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in hops]})
 
 
+def drops(tools: Tools, folders: Mapping[str, Path], folder: Path) -> None:
+    """How much top-1 each network lost against the original, paired image by image on the test images."""
+    right, images = {}, tools.job.data.test
+    for index, (name, source) in enumerate(folders.items()):
+        tools.progress("Comparing accuracy", index, len(folders), name)
+        right[name] = hits(tools.load(source), images)
+    tools.progress("Comparing accuracy", len(folders), len(folders))
+    lost = {name: asdict(difference_interval(right["original"], own)) for name, own in right.items()}
+    write_json(folder / "drops.json", {name: drop for name, drop in lost.items() if name != "original"})
+
+
 def measured(tools: Tools, folders: dict[str, Path], engine_paths: dict[tuple[str, str], Path], folder: Path) -> None:
     """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
     job = tools.job
