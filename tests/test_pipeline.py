@@ -25,7 +25,7 @@ from thinet_deploy.target import load_profile
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 TRAINED = ["dense", "prune", "conv", "gap", "longer", "scratch"]
-DEPLOYED = ["onnx", "engines", "parity", "latency", "bundle", "report"]
+DEPLOYED = ["onnx", "engines", "parity", "latency", "bundle", "accuracy", "report"]
 MakeOptions = Callable[..., Options]
 
 
@@ -315,7 +315,7 @@ def test_one_json_document(full: Build, copy: Path, tiny_options: MakeOptions, c
     done = cli("build", *arguments(tiny_options(copy, target="cpu")), "--json")
     assert done.code == 0, done.err
     document = json.loads(done.out)
-    assert set(document) == {"run", "bundle", "table", "parity", "notes"}
+    assert set(document) == {"run", "bundle", "table", "parity", "notes", "contract"}
     assert document["table"] == json.loads(json.dumps(full.table.to_json()))
     assert [hop["passed"] for hop in document["parity"]] == [True] * 12
     assert Path(document["bundle"]) == copy / "bundle"

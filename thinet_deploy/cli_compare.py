@@ -13,6 +13,7 @@ from rich.console import Console
 
 from .cli_options import Json, Require
 from .cli_tables import grid
+from .errors import InputError, first_line
 
 if TYPE_CHECKING:
     from . import comparison
@@ -76,7 +77,14 @@ def _print(
         typer.echo(json.dumps(_document(runs, against, verdicts), indent=1))
     elif output == "html":
         pages = [html_report.Page(run.folder, run.table, tuple(own)) for run, own in zip(runs, verdicts, strict=True)]
-        typer.echo(html_report.render(pages, against), nl=False)
+        try:
+            typer.echo(html_report.render(pages, against), nl=False)
+        except (KeyError, TypeError, ValueError) as error:
+            names = ", ".join(run.folder.name for run in runs)
+            raise InputError(
+                f"{names}: there is a file that is damaged, or of another version: {first_line(error)}.",
+                hint="Run the same build again: what is not whole is made anew.",
+            ) from error
     elif output == "csv":
         typer.echo(comparison.to_csv(*against) if against else report.to_csv(tables), nl=False)
     elif output == "markdown":
