@@ -12,6 +12,7 @@ from thinet_deploy import things
 from thinet_deploy.artifact import write_json
 from thinet_deploy.bundle import BundleSpec, EngineFile, write_bundle
 from thinet_deploy.errors import BundleError, InputError, UnknownNameError
+from thinet_deploy.export import INPUT
 from thinet_deploy.interfaces import TensorSpec
 from thinet_deploy.things import Engines, Model, find
 
@@ -146,7 +147,7 @@ def test_what_cannot_be_measured_is_explained(tmp_path: Path) -> None:
         find(str(tmp_path / "net.tflite"), None, "fp32")
     shaped = find(str(tmp_path / "net.tflite"), (3, 8, 8), "fp32")
     assert isinstance(shaped, Engines)
-    assert shaped.inputs[things.INPUT].shape == (1, 3, 8, 8)
+    assert shaped.inputs[INPUT].shape == (1, 3, 8, 8)
 
 
 def test_a_time_that_does_not_hold_ends_with_1(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

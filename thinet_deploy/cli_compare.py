@@ -80,9 +80,9 @@ def _print(
         try:
             typer.echo(html_report.render(pages, against), nl=False)
         except (KeyError, TypeError, ValueError) as error:
-            names = ", ".join(run.folder.name for run in runs)
+            several = ", ".join(run.folder.name for run in runs)
             raise InputError(
-                f"{names}: there is a file that is damaged, or of another version: {first_line(error)}.",
+                f"{several}: there is a file that is damaged, or of another version: {first_line(error)}.",
                 hint="Run the same build again: what is not whole is made anew.",
             ) from error
     elif output == "csv":
