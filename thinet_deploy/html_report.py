@@ -80,6 +80,7 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
         "latency": Markup(report_plots.latency_plot(table, engines)),  # noqa: S704 - the same
         "engines": [_engine(table, engine, labels) for engine in engines],
         "percentiles": sorted(percentiles, key=lambda name: float(name[1:])),
+        "warnings": _warnings(engines, labels),
         "widths": list(_widths(page.folder)),
         "hops": [{**hop, "label": label} for name, label in labels.items() for hop in hops if hop["model"] == name],
         "ledger": [_entry(table, entry) for entry in table.ledger],
@@ -130,7 +131,6 @@ def _engine(table: Table, engine: Mapping[str, Any], labels: Mapping[str, str]) 
     summary, memory = engine["samples"]["summary"], engine.get("memory") or {}
     interval, grown = summary["interval_ms"], memory.get("engine_bytes")
     joules = (engine.get("energy") or {}).get("joules_per_run", {})
-    notes = [f"invalid because {reason}" for reason in summary.get("invalid", [])] + summary["warnings"]
     return {
         "label": labels[engine["model"]],
         **_mark(table, engine["model"]),
@@ -144,8 +144,18 @@ def _engine(table: Table, engine: Mapping[str, Any], labels: Mapping[str, str]) 
         "parts": [f"{name} {value:.4g}" for name, value in (engine.get("clocks_ms") or {}).items()],
         "memory": f"{grown / 2**20:.1f} MB" if grown is not None else "–",
         "energy": [f"{sensor} {1000 * energy:.4g} mJ" for sensor, energy in joules.items()],
-        "notes": notes,
     }
+
+
+def _warnings(engines: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, list[str]]:
+    """What is to be known about times, and of which engines."""
+    found: dict[str, list[str]] = {}
+    for engine in engines:
+        summary = engine["samples"]["summary"]
+        invalid = [f"invalid because {reason}" for reason in summary.get("invalid", [])]
+        for note in [*invalid, *summary["warnings"]]:
+            found.setdefault(note, []).append(f"{labels[engine['model']]} on {engine['runtime']}")
+    return found
 
 
 def _widths(folder: Path) -> Iterator[dict[str, Any]]:
