@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from thinet_deploy import comparison, intervals, samples
+from thinet_deploy import comparison, intervals, report, report_plots, samples
 from thinet_deploy.artifact import write_json
 from thinet_deploy.comparison import Against, Difference
 from thinet_deploy.errors import UnknownNameError
@@ -81,6 +82,21 @@ def test_an_invalid_time_is_compared_with_nothing(tmp_path: Path) -> None:
     hot = replace(CONV, engines={"ov": Time(4, 3.9, 4.1, invalid="the machine throttled")})
     (found,) = comparison.against([finished(tmp_path / "a", ORIGINAL, hot)], "original")[1]
     assert found.faster == {}
+
+
+def test_an_invalid_time_is_not_shown_as_a_time() -> None:
+    hot = Time.of({"median_ms": 4.0, "interval_ms": [3, 5], "invalid": ["the machine throttled: heat"]}, {"ratio": 2.0})
+    assert (hot.speedup, hot.invalid) == (None, "the machine throttled: heat")
+    row = replace(CONV, engines={"ov": hot}, forward=hot, backward=hot)
+    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), (row,), (), "conv")
+    assert report.cells(row, ["ov"])[5:7] == ["invalid", "invalid"]
+    console = Console(file=io.StringIO(), width=160)
+    console.print(report.render([table], 160))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "█" not in text
+    assert "Thin on ov: invalid because the machine throttled: heat; measure again." in text
+    assert report_plots.accuracy_plot(table) == ""
+    assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 
 def test_newcombes_interval_is_the_published_one() -> None:

@@ -20,6 +20,7 @@ from .errors import InputError, MissingError, ThinetDeployError
 from .interfaces import Array, Precision, Progress, silent
 
 BASELINE = "original"
+VERSION = 2  # of latency.json
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class LatencyReport:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict, raw samples included."""
-        return {"schema": "thinet-deploy/latency", "version": 1, **asdict(self)}
+        return {"schema": "thinet-deploy/latency", "version": VERSION, **asdict(self)}
 
 
 def report(

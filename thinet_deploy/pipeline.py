@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from . import contract, feasibility_stage, html_report, networks, registry, stages, verify
+from . import contract, feasibility_stage, html_report, latency, networks, registry, stages, verify
 from .artifact import hash_json, read_json, sha256_of, write_bytes, write_json
 from .environment import fingerprint, machine_id
 from .errors import InputError, first_line
@@ -220,6 +220,7 @@ def _deploy(run: SharedRun, tools: Tools, made: Networks) -> Build:
             "engines": engines.digest,
             "engines run": runs_here(target),
             "threads": job.options.threads,
+            "version": latency.VERSION,
             "machine": machine_id(fingerprint()),
             **digests,
         },

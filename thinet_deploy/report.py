@@ -222,7 +222,7 @@ def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
         f"{row.top5:.2f}",
         _count(row.parameters),
         _count(row.flops),
-        f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
+        "invalid" if row.forward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
         *times,
         f"{row.size_bytes / 2**20:.2f} MB",
     ]
@@ -287,8 +287,7 @@ def notes_of(table: Table) -> list[str]:
 def render(tables: Sequence[Table], width: int) -> RenderableType:
     """The table, then the picture, then the small print, for a console of this width."""
     runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width))
-    measured = [r for r in runtimes if any(r in row.engines for table in tables for row in table.rows)]
-    parts += [_bars(tables, runtime) for runtime in measured]
+    parts += [_bars(tables, runtime) for runtime in runtimes]
     parts += [Text(note, style="dim") for table in tables for note in notes_of(table)]
     return Group("ThiNet: the thin networks beside the original", *parts)
 
@@ -324,8 +323,9 @@ def _grid(tables: Sequence[Table], names: list[str], rows: list[list[list[str]]]
 
 def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
     """Latency as bars, one per network."""
-    rows = [row for table in tables for row in table.rows if runtime in row.engines and not row.note]
-    longest = max(row.engines[runtime].ms for row in rows)
+    every = [row for table in tables for row in table.rows if runtime in row.engines and not row.note]
+    rows = [row for row in every if not row.engines[runtime].invalid]
+    longest = max((row.engines[runtime].ms for row in rows), default=1.0)
     picture = Grid.grid(padding=(0, 1))
     for row in rows:
         ms = row.engines[runtime].ms
