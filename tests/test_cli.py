@@ -138,7 +138,7 @@ def test_build_prune_and_from(cli: Cli, workplace: Path) -> None:
     done = cli("build", *GOOD, "--finetune-epochs", 1, "--json")
     assert done.code == 0, done.err
     built = strict_json(done.out)
-    assert {"run", "bundle", "table", "parity", "notes"} == set(built)
+    assert {"run", "bundle", "table", "parity", "notes", "contract"} == set(built)
     assert [row["name"] for row in built["table"]["rows"]] == ["original", "longer", "conv", "gap"]
     assert all(hop["passed"] for hop in built["parity"])
     assert built["contract"] == []
