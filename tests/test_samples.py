@@ -107,6 +107,7 @@ def test_too_little_or_too_even_a_series_has_no_shift() -> None:
     for series in ([1.0], [1.0, 2.0], [1.0] * 50, [1.0, 2.0] * 30):
         assert samples.shift(series) == (0.0, 0.0)
     assert samples.shift([10.0] * 30 + [10.05] * 30) == (0.0, 0.0), "half a percent is no news"
+    assert samples.shift([0.0] * 30 + [1.0] * 30) == (1.0, 0.5), "also by a clock that is too coarse"
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.5, 15), (0.9, 64), (0.95, 130), (0.99, 662), (0.9, 1000)])

@@ -84,7 +84,8 @@ def shift(samples: Sequence[float]) -> tuple[float, float]:
         return 0.0, 0.0
     # The walk's peak proves that there is a change; in units of its own spread it also says where.
     at = max(range(1, n), key=lambda t: walk[t - 1] / math.sqrt(t * (n - t)))
-    change = statistics.median(blocks[at:]) / statistics.median(blocks[:at]) - 1
+    before, after = statistics.median(blocks[:at]), statistics.median(blocks[at:])
+    change = after / before - 1 if before else math.copysign(1, after)  # a coarse clock can read 0
     return (change, at / n) if abs(change) > STEADY_SHIFT else (0.0, 0.0)
 
 
