@@ -16,6 +16,7 @@ from rich.console import Console
 
 from thinet_deploy import pipeline, report
 from thinet_deploy.artifact import read_json
+from thinet_deploy.hops import render_hops
 from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import make_options
 
@@ -52,7 +53,7 @@ def main() -> None:
     )
     console = Console(width=160)
     console.print(report.render([done.table], console.width), render_ledger(done.table.ledger))
-    console.print(report.render_hops(done.hops, done.table), path)
+    console.print(render_hops(done.hops, done.table), path)
 
 
 if __name__ == "__main__":

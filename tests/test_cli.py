@@ -22,7 +22,7 @@ from thinet_deploy.options import Options
 
 Cli = Callable[..., Any]
 GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--layer-epochs", "1", "--out", "run"]
-COMMANDS = ("build", "prune", "count", "compare", "verify", "targets", "doctor")
+COMMANDS = ("build", "prune", "count", "latency", "compare", "verify", "targets", "doctor")
 
 
 def strict_json(text: str) -> Any:
@@ -53,7 +53,9 @@ def test_help_teaches(command: str, flag: str, cli: Cli) -> None:
 def test_help_of_all_names_the_commands_and_exit_codes(cli: Cli) -> None:
     text = cli("--help").out
     assert [command for command in COMMANDS if f"│ {command} " not in text] == []
-    assert "Exit codes: 0 done, 1 a parity gate failed, 2 the input is wrong" in " ".join(text.split())
+    assert "Exit codes: 0 done, 1 a parity gate failed or a requirement is not met, 2 the input is wrong" in " ".join(
+        text.split()
+    )
 
 
 def test_no_command_shows_the_help(cli: Cli) -> None:
@@ -136,9 +138,10 @@ def test_build_prune_and_from(cli: Cli, workplace: Path) -> None:
     done = cli("build", *GOOD, "--finetune-epochs", 1, "--json")
     assert done.code == 0, done.err
     built = strict_json(done.out)
-    assert {"run", "bundle", "table", "parity", "notes"} == set(built)
+    assert {"run", "bundle", "table", "parity", "notes", "contract"} == set(built)
     assert [row["name"] for row in built["table"]["rows"]] == ["original", "longer", "conv", "gap"]
     assert all(hop["passed"] for hop in built["parity"])
+    assert built["contract"] == []
     again = cli("build", *GOOD, "--finetune-epochs", 1, "--json")
     assert strict_json(again.out) == built, "all stages are kept, with their samples"
     assert "Measuring" not in again.err
@@ -150,7 +153,7 @@ def test_build_prune_and_from(cli: Cli, workplace: Path) -> None:
     thin = strict_json(cli("build", "--from", "run", "--weights", "run/thin/model.safetensors", "--json").out)
     assert [row["name"] for row in thin["table"]["rows"]] == ["original", "own"]
 
-    for output in ("markdown", "csv", "json", "table"):
+    for output in ("markdown", "csv", "json", "html", "table"):
         shown = cli("compare", "run", "run", "--format", output)
         assert (shown.code, shown.err) == (0, "")
         assert "Original" in shown.out

@@ -1,13 +1,17 @@
 """latency.py: engines and models measured in turn, raw samples kept, failures explained. Times are never asserted."""
 
+import functools
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from thinet_deploy import latency, runner
+from thinet_deploy import latency, runner, torch_latency
 from thinet_deploy.errors import InputError, MissingError, ThinetDeployError
 from thinet_deploy.latency import EngineRef
 
@@ -119,12 +123,105 @@ def test_a_child_that_dies_while_measuring_is_explained(tmp_path: Path, monkeypa
 
 
 def test_senseless_measurements_are_refused(tmp_path: Path) -> None:
-    for wrong in ({"rounds": 0}, {"seconds": 0.0}, {"threads": 0}):
+    for wrong in ({"rounds": 0}, {"seconds": 0.0}, {"threads": 0}, {"fps": -1.0}):
         with pytest.raises(InputError, match="have to be positive"):
             latency.measure_engines([], INPUTS, **{"threads": 1, **wrong})  # type: ignore[arg-type]
 
 
+def one_engine(folder: Path) -> EngineRef:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    return EngineRef("original", "onnxruntime", tiny_onnx(folder / "one.onnx", 8))
+
+
+def test_parts_memory_and_the_machine_are_measured_where_there_are_clocks_for_them(tmp_path: Path) -> None:
+    for found in latency.measure_engines(engines(tmp_path), INPUTS, threads=1, rounds=6, seconds=0.1):
+        assert set(found.clocks_ms) == ({"compute", "host"} if found.runtime == "openvino" else set())
+        assert found.machine["seconds"] > 0
+        assert found.fps == 0
+        if Path("/proc/self/status").exists():
+            assert found.memory["engine_bytes"]
+            assert found.memory["process_peak_bytes"]
+            assert 0 < found.memory["engine_bytes"] < found.memory["process_peak_bytes"] < 2**30, "torch is not in it"
+
+
+def test_one_round_of_one_run_is_measured_and_said_to_be_little(tmp_path: Path) -> None:
+    (found,) = latency.measure_engines([one_engine(tmp_path)], INPUTS, threads=1, rounds=1, seconds=1e-6)
+    assert found.samples.summary["n"] == 1
+    assert found.samples.summary["interval_ms"] is None
+    assert "there is 1 sample only" in found.samples.summary["warnings"][0]
+    row = {**vars(found), "summary": found.samples.summary}
+    assert "[" not in runner.latency_words(row)
+
+
+def test_runs_can_be_paced(tmp_path: Path) -> None:
+    (found,) = latency.measure_engines([one_engine(tmp_path)], INPUTS, threads=1, rounds=6, seconds=0.6, fps=50)
+    assert found.fps == 50
+    assert 6 <= found.samples.summary["n"] <= 24, "0.48 s at 50 a second, however fast the engine is"
+
+
+def test_outputs_that_are_no_numbers_make_a_time_invalid(tmp_path: Path) -> None:
+    inputs = {"x": np.full((1, 3, 16, 16), np.nan, "float32")}
+    (found,) = latency.measure_engines([one_engine(tmp_path)], inputs, threads=1, rounds=2, seconds=0.01)
+    assert found.samples.summary["invalid"] == ["the outputs hold NaN or infinity"]
+    row = {**vars(found), "summary": found.samples.summary}
+    assert runner.latency_notes(row)[0] == "INVALID because the outputs hold NaN or infinity"
+
+
+def test_a_machine_that_throttles_makes_a_time_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sensors = runner.beside("sensors")
+    counter = tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+    counter.parent.mkdir(parents=True)
+    counter.write_text("1")
+    monkeypatch.setattr(sensors, "Watch", functools.partial(sensors.Watch, str(tmp_path)))
+    look = sensors.Watch.func.look
+
+    def hotter(self: Any) -> None:
+        counter.write_text(str(int(counter.read_text()) + 1))
+        look(self)
+
+    monkeypatch.setattr(sensors.Watch.func, "look", hotter)
+    (found,) = latency.measure_engines([one_engine(tmp_path)], INPUTS, threads=1, rounds=2, seconds=0.01)
+    (reason,) = found.samples.summary["invalid"]
+    assert reason.startswith("the machine throttled: cpu0 core_throttle_count rose by")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the engine's process in /proc")
+def test_killing_a_measurement_leaves_no_process_behind(tmp_path: Path) -> None:
+    path = one_engine(tmp_path).path
+    arrays: dict[str, Any] = {"input:x": INPUTS["x"]}
+    np.savez(tmp_path / "inputs.npz", **arrays)
+    code = f"""
+from thinet_deploy import runner
+with runner.Worker() as worker:
+    worker.ask("open", runtime="onnxruntime", path={str(path)!r}, threads=1, precision="fp32", batch=1,
+               inputs={str(tmp_path / "inputs.npz")!r})
+    print(worker.process.pid, flush=True)
+    worker.ask("warm", seconds=120)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    child = Path("/proc", parent.stdout.readline().strip())
+    assert child.is_dir()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    # It was in the midst of a warm-up of two minutes.
+    deadline = time.monotonic() + 30
+    while child.is_dir() and "State:\tZ" not in (child / "status").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_dir() or "State:\tZ" in (child / "status").read_text()
+
+
 # ---------------------------------------------------------------------------------------------- torch
+
+
+def test_a_model_whose_outputs_are_no_numbers_has_no_valid_time() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    model[1].bias.data.fill_(float("nan"))
+    (found,) = torch_latency.measure_torch({"original": model}, (3, 2, 2), batch=1)
+    assert found.forward.summary["invalid"] == ["the outputs hold NaN or infinity"]
+    assert (found.peak_memory_bytes, found.launch_share) == (None, None), "unmeasured is not 0"
 
 
 def test_models_are_measured_forward_and_backward_and_left_as_they_were() -> None:
@@ -140,7 +237,7 @@ def test_models_are_measured_forward_and_backward_and_left_as_they_were() -> Non
     before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in models.items()}
     random_state = torch.get_rng_state()
     seen: list[tuple[Any, ...]] = []
-    found = latency.measure_torch(models, (3, 8, 8), batch=4, progress=lambda *state: seen.append(state))
+    found = torch_latency.measure_torch(models, (3, 8, 8), batch=4, progress=lambda *state: seen.append(state))
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, m in models.items():
         assert all(torch.equal(value, before[name][key]) for key, value in m.state_dict().items())
@@ -161,9 +258,9 @@ def test_models_are_measured_forward_and_backward_and_left_as_they_were() -> Non
 def test_nested_outputs_and_too_few_rounds() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     one = torch.ones(1)
-    assert len(latency._tensors({"main": one, "auxiliary": (one, None, [one])})) == 3
+    assert len(torch_latency._tensors({"main": one, "auxiliary": (one, None, [one])})) == 3
     with pytest.raises(InputError, match="3 rounds are too few"):
-        latency.measure_torch({}, (3, 8, 8), rounds=3)
+        torch_latency.measure_torch({}, (3, 8, 8), rounds=3)
 
 
 def test_cuda_is_timed_with_events_or_refused() -> None:
@@ -171,8 +268,8 @@ def test_cuda_is_timed_with_events_or_refused() -> None:
     models = {"original": torch.nn.Conv2d(3, 4, 3)}
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="no CUDA device"):
-            latency.measure_torch(models, (3, 8, 8), device="cuda")
+            torch_latency.measure_torch(models, (3, 8, 8), device="cuda")
         return
-    (found,) = latency.measure_torch(models, (3, 8, 8), device="cuda")
+    (found,) = torch_latency.measure_torch(models, (3, 8, 8), device="cuda")
     assert found.forward.summary["min_ms"] > 0
     assert models["original"].weight.device.type == "cpu"

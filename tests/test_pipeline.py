@@ -15,17 +15,19 @@ from rich.console import Console
 from thinet_deploy import pipeline, prune_stage, registry, report, stages, verify
 from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
+from thinet_deploy.deployment import Build
 from thinet_deploy.errors import GateError
+from thinet_deploy.hops import render_hops
 from thinet_deploy.interfaces import Conversion
 from thinet_deploy.options import Options
-from thinet_deploy.pipeline import Build, build
+from thinet_deploy.pipeline import build
 from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.pruning.proof import Proof
 from thinet_deploy.target import load_profile
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 TRAINED = ["dense", "prune", "conv", "gap", "longer", "scratch"]
-DEPLOYED = ["onnx", "engines", "precision", "parity", "latency", "bundle", "report"]
+DEPLOYED = ["onnx", "engines", "precision", "parity", "latency", "bundle", "accuracy", "report"]
 MakeOptions = Callable[..., Options]
 Made = Callable[[Callable[[], Any]], tuple[Any, list[str]]]
 
@@ -91,7 +93,7 @@ def test_every_hop_has_a_verdict_and_all_pass(full: Build) -> None:
 @pytest.mark.parametrize("width", [80, 160])
 def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
     console = Console(file=io.StringIO(), width=width)
-    console.print(report.render([full.table], console.width), report.render_hops(full.hops, full.table))
+    console.print(report.render([full.table], console.width), render_hops(full.hops, full.table))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -302,7 +304,7 @@ def test_one_json_document(full: Build, copy: Path, tiny_options: MakeOptions, c
     done = cli("build", *arguments(tiny_options(copy, target="cpu")), "--json")
     assert done.code == 0, done.err
     document = json.loads(done.out)
-    assert set(document) == {"run", "bundle", "table", "parity", "notes"}
+    assert set(document) == {"run", "bundle", "table", "parity", "notes", "contract"}
     assert document["table"] == json.loads(json.dumps(full.table.to_json()))
     assert [hop["passed"] for hop in document["parity"]] == [True] * 18
     assert Path(document["bundle"]) == copy / "bundle"

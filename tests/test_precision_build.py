@@ -14,10 +14,11 @@ from onnx import TensorProto
 from thinet_deploy import precision_stage, registry
 from thinet_deploy.artifact import read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
+from thinet_deploy.deployment import Build
 from thinet_deploy.errors import DataError, GateError, MissingError, TargetError, UnknownNameError
 from thinet_deploy.interfaces import Conversion
 from thinet_deploy.options import Options, make_options
-from thinet_deploy.pipeline import Build, build, build_from, prune
+from thinet_deploy.pipeline import build, build_from, prune
 from thinet_deploy.precision import plan
 from thinet_deploy.precision.accuracy_gate import outputs
 from thinet_deploy.precision.graph import opset_of, read_onnx

@@ -24,7 +24,7 @@ from thinet_deploy.runner import load_arrays, open_engine, verify
 
 SERVER = Path(__file__).with_name("build_server.py")
 TRAINED = ["dense", "prune", "conv", "gap", "longer", "scratch"]
-STAGES = [*TRAINED, "onnx", "engines", "precision", "parity", "latency", "bundle", "report"]
+STAGES = [*TRAINED, "onnx", "engines", "precision", "parity", "latency", "bundle", "accuracy", "report"]
 MEASURED = {"forward", "backward", "engines", "machine", "processor", "cores"}
 TIMEOUT_S = 120
 

@@ -4,11 +4,10 @@ import ast
 import json
 import math
 import os
-import random
 import signal
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,22 +53,6 @@ def tiny_engine(runtime: str, folder: Path) -> Path:
 # --------------------------------------------------------------------------------------- the language
 
 
-def test_it_is_python_3_8() -> None:
-    ast.parse(SOURCE.read_text(encoding="utf-8"), feature_version=(3, 8))
-    pytest.importorskip("vermin", reason="vermin is not installed")
-    command = [
-        sys.executable,
-        "-c",
-        "import vermin; vermin.main()",
-        "-t=3.8-",
-        "--no-tips",
-        "--violations",
-        str(SOURCE),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-
-
 def test_nothing_beside_the_script_stands_in_for_a_module(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_bytes(SOURCE.read_bytes())
     for name in ("json", "numpy", "queue"):
@@ -78,78 +61,31 @@ def test_nothing_beside_the_script_stands_in_for_a_module(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# ----------------------------------------------------------------------------------------- statistics
+# -------------------------------------------------------------------------------------- one file and two beside it
 
 
-@pytest.mark.parametrize("n", [6, 7, 15, 40])
-def test_the_interval_covers_the_median_as_often_as_it_says(n: int) -> None:
-    draw, repetitions = random.Random(n), 2000
-    inside = 0
-    for _ in range(repetitions):
-        _, low, high = runner.median_interval([draw.lognormvariate(0, 1) for _ in range(n)])
-        assert low is not None
-        assert high is not None
-        inside += low <= 1.0 <= high
-    slack = 4 * math.sqrt(0.95 * 0.05 / repetitions)
-    assert inside / repetitions >= 0.95 - slack
+@pytest.mark.parametrize("name", ["runner", *runner.COMPANIONS])
+def test_what_goes_into_bundles_is_python_3_8_and_needs_no_package(name: str) -> None:
+    path = SOURCE.with_name(f"{name}.py")
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+    statements = [s for s in ast.walk(tree) if isinstance(s, ast.ImportFrom)]
+    assert not [s for s in statements if s.level or (s.module or "").startswith("thinet")]
+    pytest.importorskip("vermin", reason="vermin is not installed")
+    code, options = "import vermin; vermin.main()", ["-t=3.8-", "--no-tips", "--violations", str(path)]
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
-def test_the_interval_is_the_narrowest_exact_one() -> None:
-    for n in (6, 11, 50, 401):
-        k = next(k for k in range(1, n) if sum(math.comb(n, i) for i in range(k + 1)) * 2 > 0.05 * 2**n)
-        assert runner.median_interval(range(n)) == (statistics.median(range(n)), k - 1, n - k)
-    assert runner.median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, None, None)
-    with pytest.raises(ValueError, match="at least one"):
-        runner.median_interval([])
+def test_a_bundle_that_lacks_a_file_beside_the_runner_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "run.py"))
+    with pytest.raises(runner.RunnerError, match=r"rust\.py is missing: copy the whole bundle"):
+        runner.beside("rust")
 
 
-@pytest.mark.parametrize(
-    ("n", "known"), [(63, 0), (64, 1), (129, 1), (130, 2), (661, 2), (662, 3), (6635, 3), (6636, 4)]
-)
-def test_percentiles_are_hidden_below_their_least_number_of_samples(n: int, known: int) -> None:
-    found = runner.summarize([1.0 + i / n for i in range(n)])["percentiles_ms"]
-    assert list(found) == ["p90", "p95", "p99", "p99.9"][:known]
-
-
-def test_percentiles_are_samples_with_the_right_share_below() -> None:
-    found = runner.summarize([float(i) for i in range(1, 10001)])["percentiles_ms"]
-    assert found == {"p90": 9000.0, "p95": 9500.0, "p99": 9900.0, "p99.9": 9990.0}
-
-
-def test_a_steady_series_has_no_warning_and_an_unsteady_one_says_why() -> None:
-    draw = random.Random(1)
-    steady = [draw.gauss(10, 0.05) for _ in range(300)]
-    assert runner.summarize(steady)["warnings"] == []
-    assert "coefficient of variation" in runner.summarize([draw.gauss(10, 1) for _ in range(300)])["warnings"][0]
-    (warning,) = runner.summarize([sample * (1 + i / 300 * 0.05) for i, sample in enumerate(steady)])["warnings"]
-    assert "drifted by +3" in warning
-    assert "only 5 samples" in runner.summarize([1.0] * 5)["warnings"][0]
-
-
-def test_drift_is_rarely_seen_where_there_is_none() -> None:
-    draw = random.Random(2)
-    alarms = sum(runner.drift([draw.gauss(10, 1) for _ in range(90)]) != 0 for _ in range(1000))
-    assert alarms <= 10
-
-
-def test_rounds_give_the_interval_where_there_are_enough() -> None:
-    rounds = [[float(r), r + 0.5, r + 9.0] for r in range(1, 8)]
-    assert runner.summarize_rounds(rounds)["interval_over"] == "rounds"
-    assert runner.summarize_rounds(rounds)["interval_ms"] == [1.5, 7.5]
-    assert runner.summarize_rounds(rounds[:3])["interval_over"] == "samples"
-
-
-def test_the_ratio_is_free_of_what_disturbs_both() -> None:
-    draw = random.Random(3)
-    pace = [draw.uniform(1, 5) for _ in range(11)]
-    rounds_a = [[2 * speed * draw.gauss(1, 0.01) for _ in range(9)] for speed in pace]
-    rounds_b = [[speed * draw.gauss(1, 0.01) for _ in range(9)] for speed in pace]
-    ratio, low, high = runner.ratio_interval(rounds_a, rounds_b)
-    assert low is not None
-    assert high is not None
-    assert 1.98 < low <= ratio <= high < 2.02
-    with pytest.raises(ValueError, match="equally many rounds"):
-        runner.ratio_interval(rounds_a, rounds_b[1:])
+def test_runs_are_paced() -> None:
+    calls: list[float] = []
+    runner.time_run(lambda: calls.append(time.perf_counter()), 5, fps=100)
+    assert calls[-1] - calls[0] > 0.02, "five runs a hundredth of a second apart, of which the first may come late"
 
 
 def test_time_run_and_warm_up_count_their_calls() -> None:

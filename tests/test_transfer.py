@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from thinet_deploy.bundle import read_manifest
+from thinet_deploy.deployment import Build
 from thinet_deploy.options import Options
-from thinet_deploy.pipeline import Build, build
+from thinet_deploy.pipeline import build
 from thinet_deploy.pruning.plan import load_plan
 
 Made = Callable[[Callable[[], Any]], tuple[Any, list[str]]]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .data import Dataset, load_digits, load_folder
     from .errors import GateError, InputError, MissingError, ThinetDeployError
     from .export import export_onnx
-    from .latency import measure_engines, measure_torch
+    from .latency import measure_engines
     from .options import Options
     from .pipeline import Build, build, build_from, feasibility, prune
     from .preprocess import Preprocess
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pruning.surgery import load_thin
     from .report import read_table
     from .target import TargetProfile, load_profile
+    from .torch_latency import measure_torch
 
 _HOME = {
     "Build": "pipeline",
@@ -46,7 +47,7 @@ _HOME = {
     "load_profile": "target",
     "load_thin": "pruning.surgery",
     "measure_engines": "latency",
-    "measure_torch": "latency",
+    "measure_torch": "torch_latency",
     "prune": "pipeline",
     "read_table": "report",
     "verify_bundle": "bundle",

@@ -3,6 +3,7 @@
     manifest.json      what everything is, with the SHA-256 of every file
     typed/…            the same network in other precisions, for engines that the device builds
     run.py             a copy of runner.py: `python run.py` verifies the bundle without this package
+    samples.py  sensors.py   what `python run.py latency` needs beside it
     model.onnx  engines/RUNTIME-PRECISION/…  golden.npz  labels.txt  preprocess.json
 
 Checksums show damage, not origin: who can change a file can change the manifest as well.
@@ -173,6 +174,8 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
         write_json(folder / "preprocess.json", spec.preprocess)
         _write_golden(folder / GOLDEN, spec)
         shutil.copyfile(runner.__file__, folder / "run.py")
+        for name in runner.COMPANIONS:
+            shutil.copyfile(Path(runner.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         manifest = _manifest(folder, spec, engines, typed)
         write_json(folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest

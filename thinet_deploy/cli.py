@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .cli_compare import compare, exit_on_broken, show_verdicts
 from .cli_count import count
+from .cli_latency import latency
 from .cli_options import (
     BatchSize,
     CalibrationImages,
@@ -39,6 +41,7 @@ from .cli_options import (
     Preset,
     Recipe,
     Reconstruction,
+    Require,
     RoundTo,
     Seed,
     Shortcuts,
@@ -66,8 +69,8 @@ app = typer.Typer(
         "From a trained CNN to a thinner, verified, measured engine on your own device.\n\n"
         "[bold]thinet-deploy build --target cpu[/bold] shows the whole way on handwritten digits that are built in. "
         "Then give your own: [bold]--data DIR --model file.py:factory --weights FILE[/bold].\n\n"
-        "Exit codes: 0 done, 1 a parity gate failed, 2 the input is wrong, 3 something is not installed, "
-        "130 interrupted (run the same command again to go on)."
+        "Exit codes: 0 done, 1 a parity gate failed or a requirement is not met, 2 the input is wrong, 3 something is "
+        "not installed, 130 interrupted (run the same command again to go on)."
     ),
 )
 
@@ -112,6 +115,7 @@ def build(  # noqa: PLR0917 - one argument per option
     precision: Precision = None,
     max_drop: MaxDrop = None,
     threads: Threads = None,
+    require: Require = None,
     seed: Seed = None,
     from_run: Annotated[
         Path | None, typer.Option("--from", help="Go on from a run of `prune`, with the --weights you trained.")
@@ -130,16 +134,18 @@ def build(  # noqa: PLR0917 - one argument per option
     """
     given = {key: value for key, value in locals().items() if value not in (None, []) and key not in _NOT_OPTIONS}
     from . import pipeline, report
+    from .hops import render_hops
     from .ledger import render_ledger
 
     with bars(_ERR) as progress:
         if from_run:
-            if weights is None or set(given) - {"weights", "target", "precision"} or config:
+            if weights is None or set(given) - {"weights", "target", "precision", "require"} or config:
                 raise InputError(
-                    "--from takes --weights and, if they change, --target and --precision; the run has the rest.",
+                    "--from takes --weights, --require and, if they change, --target and --precision.",
                     hint="thinet-deploy build --from RUN --weights mine.safetensors",
                 )
-            done = pipeline.build_from(from_run, weights, target, progress, precision=precision)
+            wanted = tuple(require or ())
+            done = pipeline.build_from(from_run, weights, target, progress, precision=precision, require=wanted)
         else:
             done = pipeline.build(_options(given, config), progress)
     if as_json:
@@ -150,16 +156,21 @@ def build(  # noqa: PLR0917 - one argument per option
                 "table": done.table.to_json(),
                 "parity": [vars(hop) for hop in done.hops],
                 "notes": list(done.notes),
+                "contract": [vars(verdict) for verdict in done.verdicts],
             }
         )
+        exit_on_broken(done.verdicts)
         return
     console = stdout()
     console.print(report.render([done.table], console.width))
     console.print(render_ledger(done.table.ledger))
-    console.print(report.render_hops(done.hops, done.table))
+    console.print(render_hops(done.hops, done.table))
     typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
+    typer.echo(f"Report: {done.run / 'report' / 'report.html'}")
     for note in done.notes:
         typer.echo(note)
+    show_verdicts([("", verdict) for verdict in done.verdicts])
+    exit_on_broken(done.verdicts)
 
 
 @app.command()
@@ -234,33 +245,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     show_pruned(stdout(), folder, report)
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished builds.")],
-    output: Annotated[
-        Literal["table", "markdown", "csv", "json"], typer.Option("--format", help="How to print the table.")
-    ] = "table",
-    across_machines: Annotated[
-        bool, typer.Option("--across-machines", help="Show runs of different machines side by side all the same.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """The papers' table of one or more runs.
-
-    [bold]thinet-deploy compare runs/vgg-50 runs/vgg-30 --format markdown[/bold]
-    """
-    from . import report
-
-    tables = [report.read_table(run) for run in runs]
-    if not across_machines:
-        report.check_machines(tables)
-    if as_json or output == "json":
-        print_json([table.to_json() for table in tables])
-    elif output == "table":
-        console = stdout()
-        console.print(report.render(tables, console.width))
-    else:
-        typer.echo((report.to_markdown if output == "markdown" else report.to_csv)(tables), nl=False)
+app.command()(latency)
+app.command()(compare)
 
 
 @app.command()

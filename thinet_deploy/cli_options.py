@@ -166,6 +166,13 @@ MaxDrop = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What the network that ships has to reach, judged by 95 % intervals: latency<=8ms, speedup>=2, top1>=75, "
+        "top1-drop<=1.0, size<=5MB. Exit code 1 when one is not met; RUN/contract has junit.xml and summary.md."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  \\[default: thinet-run]")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with any of these options; the command line wins.")]

@@ -87,6 +87,28 @@ def difference_interval(first: NDArray[np.bool_], second: NDArray[np.bool_], lev
     return _paired(gained, lost, len(first), _quantile(level))
 
 
+def unpaired_difference(first: Interval, second: Interval) -> Interval:
+    """Newcombe's interval of the difference of two accuracies, `first` - `second`, from their Wilson intervals.
+
+    For different images, or where it is not known which images each network got right: wider than a paired interval
+    when two networks see the same images.
+
+    Source: R. G. Newcombe, Interval estimation for the difference between independent proportions, Statistics in
+    Medicine 17 (1998), 873-890, method 10.
+
+    Args:
+        first: from `accuracy_interval`.
+        second: from `accuracy_interval`, at the same level.
+
+    Returns:
+        In percentage points.
+    """
+    difference = first.value - second.value
+    down = math.hypot(first.value - first.low, second.high - second.value)
+    up = math.hypot(first.high - first.value, second.value - second.low)
+    return Interval(difference, difference - down, difference + up)
+
+
 def _paired(gained: int, lost: int, images: int, z: float) -> Interval:
     """Tango's interval from the discordant pairs: right in the first alone, in the second alone."""
     high = _bound(gained, lost, images, z)

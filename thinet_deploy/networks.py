@@ -267,8 +267,8 @@ def gate(hops: tuple[verify.Hop, ...], run: SharedRun, stage: Stage) -> None:
             + (f"error {hop.error}, allowed {hop.tolerance:.1e}" if hop.tolerance else hop.detail)
             for hop in failed
         )
-        run.discard("bundle")
-        run.discard("report")
+        for name in ("bundle", "report", "contract"):
+            run.discard(name)
         raise GateError(
             f"{len(failed)} of {len(hops)} parity verdicts failed; no bundle was written:\n{lines}",
             hint=f"All results are kept in {run.root}; {stage.folder} has the figures.",

@@ -74,6 +74,7 @@ class Options(BaseModel):
             the device, for a file in each type that it computes in.
         max_drop: points of top-1, on held-out training images, that INT8 may cost; the worst layers return to fp32.
         threads: CPU threads of an engine while its latency is measured.
+        require: what the network that ships has to reach, such as "latency<=8ms": see `contract`.
         seed: same seed, same widths and same kept filters.
         out: the run directory.
     """
@@ -114,6 +115,7 @@ class Options(BaseModel):
     precision: Precision | None = None
     max_drop: float = Field(default=1.0, ge=0)
     threads: int = Field(default=1, ge=1)
+    require: tuple[str, ...] = ()
     seed: int = 0
     out: Path = Path("thinet-run")
 

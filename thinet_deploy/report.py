@@ -17,10 +17,10 @@ from rich.text import Text
 
 from .artifact import read_json
 from .errors import InputError, first_line
+from .intervals import Interval
 from .ledger import Entry
 from .store import open_run
 from .training import Accuracy
-from .verify import Hop
 
 _SCHEMA = {"schema": "thinet-deploy/table", "version": 1}
 _BAR = 32
@@ -37,6 +37,7 @@ class Time:
         speedup: the original's time divided by this one, measured in turn; None for the original.
         speedup_low: lower end of its 95 % interval.
         speedup_high: upper end.
+        invalid: why it does not hold, such as a machine that throttled; "" where it does. It has no speed-up then.
     """
 
     ms: float
@@ -45,13 +46,16 @@ class Time:
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
+    invalid: str = ""
 
     @classmethod
     def of(cls, summary: dict[str, Any], speedup: dict[str, Any] | None) -> Time:
         """From a summary of samples and a speed-up as latency.json has them."""
         low, high = summary["interval_ms"] or (None, None)
-        ratio = (speedup["ratio"], speedup["low"], speedup["high"]) if speedup else (None, None, None)
-        return cls(summary["median_ms"], low, high, *ratio)
+        invalid = "; ".join(summary["invalid"])
+        if invalid or speedup is None:
+            return cls(summary["median_ms"], low, high, invalid=invalid)
+        return cls(summary["median_ms"], low, high, speedup["ratio"], speedup["low"], speedup["high"])
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Row:
         engines: runtime → milliseconds per image.
         size_bytes: of the ONNX file.
         note: shown under the table; such a row has the times of another, of the same architecture.
+        drop: of top-1 against the original on the same images, in percentage points; None where it was not judged.
     """
 
     name: str
@@ -83,6 +88,7 @@ class Row:
     engines: dict[str, Time]
     size_bytes: int
     note: str = ""
+    drop: Interval | None = None
 
     @classmethod
     def make(
@@ -110,7 +116,7 @@ class Row:
 
     def with_weights(self, name: str, label: str, accuracy: Accuracy, note: str) -> Row:
         """The same architecture with other weights: its times and size are this row's."""
-        return replace(self, name=name, label=label, top1=accuracy.top1, top5=accuracy.top5, note=note)
+        return replace(self, name=name, label=label, top1=accuracy.top1, top5=accuracy.top5, note=note, drop=None)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,7 @@ class Table:
         rows: the networks.
         ledger: accuracy, step by step.
         precision: that the engines were asked for.
+        ships: name of the row that goes into the bundle.
     """
 
     target: str
@@ -146,6 +153,13 @@ class Table:
     rows: tuple[Row, ...]
     ledger: tuple[Entry, ...]
     precision: str = "fp32"
+    ships: str = ""
+
+    @property
+    def shipped(self) -> Row:
+        """The row that goes into the bundle; of a table that does not say, the last network that was made for it."""
+        made = [row for row in self.rows if not row.note]
+        return next((row for row in self.rows if row.name == self.ships), made[-1])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -161,7 +175,9 @@ class Table:
 
 def _row(data: dict[str, Any]) -> Row:
     engines = {runtime: Time(**time) for runtime, time in data["engines"].items()}
-    return Row(**{**data, "forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines})
+    times = {"forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines}
+    drop = Interval(**data["drop"]) if data.get("drop") else None
+    return Row(**{**data, **times, "drop": drop})
 
 
 def read_table(run: Path) -> Table:
@@ -207,7 +223,7 @@ def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
         f"{row.top5:.2f}",
         short_count(row.parameters),
         short_count(row.flops),
-        f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
+        "invalid" if row.forward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
         *times,
         f"{row.size_bytes / 2**20:.2f} MB",
     ]
@@ -225,10 +241,17 @@ def _ms(value: float) -> str:
 def _engine(time: Time | None) -> str:
     if time is None:
         return "not run"
+    if time.invalid:
+        return "invalid"
     if time.speedup is None:
         return _ms(time.ms)
     interval = "" if time.speedup_low is None else f" [{time.speedup_low:.2f}, {time.speedup_high:.2f}]"
-    return f"{_ms(time.ms)}  {time.speedup:.2f}×{interval}"
+    return f"{_ms(time.ms)}  {time.speedup:.2f}×{interval}{' ≈' if within_noise(time) else ''}"
+
+
+def within_noise(time: Time) -> bool:
+    """Whether a speed-up cannot be told from none."""
+    return time.speedup_low is not None and time.speedup_high is not None and time.speedup_low <= 1 <= time.speedup_high
 
 
 def runtimes_of(tables: Sequence[Table]) -> list[str]:
@@ -252,14 +275,21 @@ def notes_of(table: Table) -> list[str]:
         f"{torch}. {engines}; {ratio}.",
         f"Measured on {table.processor} ({table.machine}).",
     ]
+    if any(within_noise(time) for row in table.rows for time in row.engines.values()):
+        notes.append("≈: within the noise, no difference from the original is proven.")
+    notes += [
+        f"{row.label} on {runtime}: invalid because {time.invalid}; measure again."
+        for row in table.rows
+        for runtime, time in row.engines.items()
+        if time.invalid and not row.note
+    ]
     return notes + [f"{row.label}: {row.note}." for row in table.rows if row.note]
 
 
 def render(tables: Sequence[Table], width: int) -> RenderableType:
     """The table, then the picture, then the small print, for a console of this width."""
     runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width))
-    measured = [r for r in runtimes if any(r in row.engines for table in tables for row in table.rows)]
-    parts += [_bars(tables, runtime) for runtime in measured]
+    parts += [_bars(tables, runtime) for runtime in runtimes]
     parts += [Text(note, style="dim") for table in tables for note in notes_of(table)]
     return Group("ThiNet: the thin networks beside the original", *parts)
 
@@ -295,39 +325,15 @@ def _grid(tables: Sequence[Table], names: list[str], rows: list[list[list[str]]]
 
 def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
     """Latency as bars, one per network."""
-    rows = [row for table in tables for row in table.rows if runtime in row.engines and not row.note]
-    longest = max(row.engines[runtime].ms for row in rows)
+    every = [row for table in tables for row in table.rows if runtime in row.engines and not row.note]
+    rows = [row for row in every if not row.engines[runtime].invalid]
+    longest = max((row.engines[runtime].ms for row in rows), default=1.0)
     picture = Grid.grid(padding=(0, 1))
     for row in rows:
         ms = row.engines[runtime].ms
         bar = Text("█" * max(1, round(_BAR * ms / longest)), style="red" if row.name == "original" else "green")
         picture.add_row(f"{runtime:>12}", row.label, bar, f"{_ms(ms)} ms")
     return picture
-
-
-def render_hops(hops: Sequence[Hop], table: Table) -> RenderableType:
-    """The parity ledger: a verdict on every hop, network by network with the table's names."""
-    grid, labels = Grid.grid(padding=(0, 1, 0, 0)), {row.name: row.label for row in table.rows}
-    for name, label in labels.items():
-        own = [hop for hop in hops if hop.model == name]
-        if own:
-            grid.add_row(Text(label, style="bold"))
-        for hop in own:
-            verdict = Text("passed", style="green") if hop.passed else Text("FAILED", style="bold red")
-            grid.add_row(f"  {hop.hop}", verdict, _figures(hop))
-    return Group(f"\nParity, hop by hop: {sum(hop.passed for hop in hops)} of {len(hops)} passed", grid)
-
-
-def _figures(hop: Hop) -> str:
-    parts = []
-    if hop.error is not None and hop.tolerance is not None:
-        error = float(hop.error)
-        parts.append(f"error {error:.1e} {'≤' if error <= hop.tolerance else '>'} {hop.tolerance:.1e}")
-    if hop.agreement is None:
-        parts.append(f"{hop.images} images, {hop.detail}" if hop.images else hop.detail)
-    else:
-        parts.append(f"same top-1 {round(hop.agreement * hop.images / 100)}/{hop.images}")
-    return ", ".join(parts)
 
 
 def to_markdown(tables: Sequence[Table]) -> str:

@@ -19,9 +19,11 @@ if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.path.dirname(o
 import abc
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -36,7 +38,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, Callable, Iterable, Mapping, NoReturn, Sequence
+from typing import IO, TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
 
 import numpy as np
 
@@ -45,9 +47,8 @@ if TYPE_CHECKING:
 
 SCHEMA, VERSION = "thinet-deploy/bundle", 1
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-# Fewest samples from which a percentile is known at 99 % confidence; with fewer it is not given.
-PERCENTILES = ((90.0, 64), (95.0, 130), (99.0, 662), (99.9, 6636))
-STEADY_VARIATION, STEADY_DRIFT = 0.025, 0.01
+# Files beside this one that timing needs; they are in every bundle too.
+COMPANIONS = ("samples", "sensors")
 
 
 class RunnerError(Exception):
@@ -88,6 +89,10 @@ class Engine(abc.ABC):
     def describe(self) -> dict[str, Any]:
         """What the runtime says of itself: version, device, threads, precision asked for and in use."""
 
+    def clocks_ms(self) -> dict[str, float]:
+        """Milliseconds of the last run by the runtime's own clocks, such as compute; empty where it has none."""
+        return {}
+
     def close(self) -> None:
         """Free the engine; it cannot run afterwards."""
         self.__dict__.clear()  # the last references to the runtime's objects
@@ -115,6 +120,9 @@ class _OpenVino(Engine):
         results = self.request.infer(dict(inputs))
         # A tensor can have several names; the one that the ONNX file uses is among them.
         return {name: results[i] for i, port in enumerate(self.model.outputs) for name in port.get_names()}
+
+    def clocks_ms(self) -> dict[str, float]:
+        return {"compute": float(self.request.latency)}
 
     def describe(self) -> dict[str, Any]:
         infos = [layer.get_rt_info() for layer in self.model.get_runtime_model().get_ops()]
@@ -305,10 +313,16 @@ def _reason(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------- timing
 
 
-def time_run(fn: Callable[[], object], count: int) -> list[float]:
-    """Milliseconds of each of `count` calls, back to back, none left out."""
-    samples_ms = []
+def time_run(fn: Callable[[], object], count: int, fps: float = 0.0) -> list[float]:
+    """Milliseconds of each of `count` calls, none left out: back to back, or `fps` a second with pauses between.
+
+    In a pause the processor is left alone, as in an app that waits for its camera: clocks fall, caches go cold.
+    """
+    samples_ms, due = [], time.perf_counter()
     for _ in range(count):
+        if fps:
+            time.sleep(max(0.0, due - time.perf_counter()))
+            due = max(due, time.perf_counter() - 1 / fps) + 1 / fps  # late frames are not made up for
         start = time.perf_counter_ns()
         fn()
         samples_ms.append((time.perf_counter_ns() - start) / 1e6)
@@ -324,94 +338,19 @@ def warm_up(fn: Callable[[], object], seconds: float) -> int:
     return calls
 
 
-def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
-    """Median and its confidence interval from order statistics, without assuming a distribution.
-
-    The interval runs from the k-th smallest to the k-th largest sample, k as large as the binomial
-    distribution (n, 1/2) allows. It supposes independent samples. Both ends are None where no such
-    interval exists: below 6 samples at 95 %.
-    """
-    ordered, n = sorted(samples), len(samples)
-    if not n:
-        raise ValueError("a median needs at least one sample")
-    k, tail = 0, 0.0
-    while k < n // 2:
-        tail += math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
-        if 2 * tail > 1 - confidence:
-            break
-        k += 1
-    middle = statistics.median(ordered)
-    return (middle, ordered[k - 1], ordered[n - k]) if k else (middle, None, None)
-
-
-def drift(samples: Sequence[float]) -> float:
-    """Change of the median from the first third of the samples to the last; 0.0 where none is proven.
-
-    Proven: the 99 % intervals of the two medians do not overlap, and they differ by more than 1 %.
-    """
-    third = len(samples) // 3
-    if third < 8:  # with fewer no 99 % interval exists
-        return 0.0
-    first, first_low, first_high = median_interval(samples[:third], 0.99)
-    last, last_low, last_high = median_interval(samples[-third:], 0.99)
-    apart = last_low > first_high or last_high < first_low  # type: ignore[operator]  # None only below 8
-    change = last / first - 1
-    return change if apart and abs(change) > STEADY_DRIFT else 0.0
-
-
-def summarize(samples_ms: Sequence[float]) -> dict[str, Any]:
-    """Figures of one series, in milliseconds, JSON-ready; `warnings` says why they may not hold."""
-    ordered, n = sorted(samples_ms), len(samples_ms)
-    middle, low, high = median_interval(ordered)
-    mean = statistics.fmean(ordered)
-    variation = statistics.stdev(ordered) / mean if n > 1 and mean else None
-    return {
-        "n": n,
-        "min_ms": ordered[0],
-        "median_ms": middle,
-        "interval_ms": None if low is None else [low, high],
-        "interval_over": "samples",
-        "mean_ms": mean,
-        "coefficient_of_variation": variation,
-        "percentiles_ms": {f"p{p:g}": ordered[math.ceil(n * p / 100) - 1] for p, least in PERCENTILES if n >= least},
-        "warnings": _warnings(n, variation, drift(samples_ms)),
-    }
-
-
-def _warnings(n: int, variation: float | None, change: float) -> list[str]:
-    found = []
-    if variation is not None and variation > STEADY_VARIATION:
-        found.append(f"unstable because the coefficient of variation is {variation:.1%}, above {STEADY_VARIATION:.1%}")
-    if change:
-        found.append(f"unstable because the median drifted by {change:+.1%} from the first third to the last")
-    if n < 6:
-        found.append(f"no interval because there are only {n} samples; at least 6 are needed")
-    return found
-
-
-def summarize_rounds(rounds_ms: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """`summarize` all samples, but take median and interval from the rounds' medians where there are 6 or more.
-
-    Neighbouring samples share the machine's state, so an interval over them is too narrow; rounds lie apart.
-    """
-    summary = summarize([sample for samples_ms in rounds_ms for sample in samples_ms])
-    middle, low, high = median_interval([statistics.median(samples_ms) for samples_ms in rounds_ms])
-    if low is not None:
-        summary.update(median_ms=middle, interval_ms=[low, high], interval_over="rounds")
-    return summary
-
-
-def ratio_interval(
-    rounds_a: Sequence[Sequence[float]], rounds_b: Sequence[Sequence[float]], confidence: float = 0.95
-) -> tuple[float, float | None, float | None]:
-    """Ratio a / b of interleaved series: of the medians in each round, then median and interval of those."""
-    if len(rounds_a) != len(rounds_b):
-        raise ValueError(f"interleaved series have equally many rounds, not {len(rounds_a)} and {len(rounds_b)}")
-    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(rounds_a, rounds_b)]
-    return median_interval(ratios, confidence)
-
-
 # ------------------------------------------------------------------------------ one process per engine
+
+
+@functools.lru_cache(maxsize=None)
+def beside(name: str) -> Any:
+    """The module in the file NAME.py beside this one: in the package, and in a bundle, whose folder is not searched."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"_thinet_deploy_{name}", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise RunnerError(f"{path} is missing: copy the whole bundle again.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_arrays(path: str, prefix: str) -> dict[str, Array]:
@@ -455,31 +394,66 @@ class _Server:
         noise = np.random.default_rng(seed)
         given = {name: noise.standard_normal([1, *shape]).astype("float32") for name, shape in shapes.items()}
         arrays = {name: to_batch(array, batch) for name, array in (given or load_arrays(inputs, "input:")).items()}
+        self.memory_before = beside("sensors").memory_bytes()["now"]
         start = time.perf_counter_ns()
         engine = open_engine(runtime, path, threads, precision)
         load_ms = (time.perf_counter_ns() - start) / 1e6
-        self.engine, self.fn = engine, lambda: engine.run(arrays)
-        return {"ok": True, "load_ms": load_ms, "first_ms": time_run(self.fn, 1)[0], "describe": engine.describe()}
+        self.engine, self.fn = engine, functools.partial(engine.run, arrays)
+        reply = {"ok": True, "load_ms": load_ms, "first_ms": time_run(self.fn, 1)[0], "describe": engine.describe()}
+        return {**reply, "finite": all(bool(np.isfinite(array).all()) for array in self.fn().values())}
 
     def warm(self, seconds: float) -> dict[str, Any]:
         start = time.perf_counter()
         calls = warm_up(self.fn, seconds)
         return {"ok": True, "calls": calls, "seconds": time.perf_counter() - start}
 
-    def time(self, count: int) -> dict[str, Any]:
-        return {"ok": True, "samples_ms": time_run(self.fn, count)}
+    def time(self, count: int, fps: float = 0.0) -> dict[str, Any]:
+        return {"ok": True, "samples_ms": time_run(self.fn, count, fps)}
+
+    def clocks(self, count: int) -> dict[str, Any]:
+        """Medians of what the runtime's own clocks say, and of what is left of the whole run: the host's share."""
+        parts: list[dict[str, float]] = []
+        for _ in range(count):
+            (total,) = time_run(self.fn, 1)
+            own = self.engine.clocks_ms()
+            parts.append({**own, "host": max(0.0, total - math.fsum(own.values()))} if own else {})
+        return {"ok": True, "clocks_ms": {name: statistics.median(p[name] for p in parts) for name in parts[0]}}
+
+    def memory(self) -> dict[str, Any]:
+        """The highest memory of this process, and of the engine: what came on top of Python and the runtime."""
+        peak, before = beside("sensors").memory_bytes()["peak"], self.memory_before
+        grown = None if peak is None or before is None else peak - before
+        return {"ok": True, "memory": {"process_peak_bytes": peak, "engine_bytes": grown}}
 
     def close(self) -> dict[str, Any]:
         self.engine.close()
         return {"ok": True}
 
 
+def _requests() -> Iterator[str]:
+    """The lines of stdin; when the parent is gone, this process ends in the midst of whatever it does."""
+    lines: queue.Queue[str] = queue.Queue()
+    parent = os.getppid()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        lines.put("")
+        while os.getppid() == parent:  # the pipe is closed, but the answers may still be read
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return iter(lines.get, "")
+
+
 def serve() -> int:
     """Answer JSON lines from stdin until "close" or the end of stdin, so that no child outlives its parent."""
     replies, server, op = clean_stdout(), _Server(), ""
     operations: dict[str, Callable[..., dict[str, Any]]]
-    operations = {"open": server.open, "warm": server.warm, "time": server.time, "close": server.close}
-    for line in sys.stdin:
+    names = ("open", "warm", "time", "clocks", "memory", "close")
+    operations = {name: getattr(server, name) for name in names}
+    for line in _requests():
         try:
             request = json.loads(line)
             op = request.pop("op")
@@ -551,7 +525,11 @@ class Worker:
 
 
 def interleave(
-    workers: Mapping[str, Worker], rounds: int, seconds: float, on_round: Callable[[int], object] = lambda _: None
+    workers: Mapping[str, Worker],
+    rounds: int,
+    seconds: float,
+    on_round: Callable[[int], object] = lambda _: None,
+    fps: float = 0.0,
 ) -> dict[str, list[list[float]]]:
     """Time opened engines in turn, A B A B …, so that a slow minute of the machine hits all of them.
 
@@ -560,6 +538,7 @@ def interleave(
         rounds: how often each has its turn.
         seconds: per engine, warm-up included.
         on_round: told how many rounds are done.
+        fps: runs a second; 0 for back to back.
 
     Returns:
         Per engine the samples in milliseconds of every round.
@@ -567,15 +546,57 @@ def interleave(
     counts = {}
     for name, worker in workers.items():
         warm = worker.ask("warm", seconds=seconds / 5)
-        counts[name] = max(1, round(seconds * 4 / 5 / rounds * warm["calls"] / warm["seconds"]))
+        rate = warm["calls"] / warm["seconds"]
+        counts[name] = max(1, round(seconds * 4 / 5 / rounds * (min(rate, fps) if fps else rate)))
     rounds_ms: dict[str, list[list[float]]] = {name: [] for name in workers}
     for number in range(rounds):
         order = sorted(workers)
         random.Random(f"latency:{number}").shuffle(order)  # so that nobody keeps its neighbour
         for name in order:
-            rounds_ms[name].append(workers[name].ask("time", count=counts[name])["samples_ms"])
+            rounds_ms[name].append(workers[name].ask("time", count=counts[name], fps=fps)["samples_ms"])
         on_round(number + 1)
     return rounds_ms
+
+
+def measure(
+    opened: Mapping[str, tuple[Worker, Mapping[str, Any]]],
+    rounds: int,
+    seconds: float,
+    on_round: Callable[[int], object] = lambda _: None,
+    fps: float = 0.0,
+) -> dict[str, dict[str, Any]]:
+    """`interleave` while the machine's sensors are watched, then what would disturb it: own clocks, memory, energy.
+
+    Args:
+        opened: by name, the process and its reply to "open".
+        rounds, seconds, on_round, fps: see `interleave`.
+
+    Returns:
+        Per engine, JSON-ready: load_ms, first_ms, describe, rounds_ms (all samples), summary (see samples.py), machine
+        (see sensors.Watch), clocks_ms by part, memory, energy (None where no sensor is), fps.
+    """
+    samples, sensors = beside("samples"), beside("sensors")
+    watch = sensors.Watch()
+
+    def after_round(done: int) -> None:
+        watch.look()
+        on_round(done)
+
+    series = interleave({name: worker for name, (worker, _) in opened.items()}, rounds, seconds, after_round, fps)
+    machine, meter, rows = watch.summary(), sensors.EnergyMeter(), {}
+    for name, (worker, reply) in opened.items():
+        row: dict[str, Any] = {key: reply[key] for key in ("load_ms", "first_ms", "describe")}
+        summary = samples.judged(samples.summarize_rounds(series[name], fps), machine, finite=reply["finite"])
+        count = min(100, max(1, len(series[name][0])))
+        row.update(rounds_ms=series[name], summary=summary, machine=machine, fps=fps)
+        row.update(clocks_ms=worker.ask("clocks", count=count)["clocks_ms"], memory=worker.ask("memory")["memory"])
+        row["energy"] = meter.measure(functools.partial(_run_for, worker, seconds / 5)) if meter.there else None
+        rows[name] = row
+    return rows
+
+
+def _run_for(worker: Worker, seconds: float) -> int:
+    return int(worker.ask("warm", seconds=seconds)["calls"])
 
 
 # ---------------------------------------------------------------------------------------------- bundle
@@ -711,25 +732,24 @@ def verify(folder: str) -> dict[str, Any]:
     return {"bundle": folder, **about, "files": counted, "engines": rows, "exit_code": code}
 
 
-def latency(folder: str, batch: int, threads: int, seconds: float, rounds: int = 9) -> dict[str, Any]:
+def latency(folder: str, batch: int, threads: int, seconds: float, rounds: int = 9, fps: float = 0.0) -> dict[str, Any]:
     """Time every usable engine of a bundle in turn, each in a process of its own; JSON-ready, raw samples kept."""
     manifest = load_manifest(folder)
     files = check_files(folder, manifest["files"])
-    workers: dict[str, Worker] = {}
+    opened: dict[str, tuple[Worker, dict[str, Any]]] = {}
     with contextlib.ExitStack() as children:
 
         def start(path: str, golden: str, engine: Mapping[str, Any]) -> dict[str, Any]:
             worker = children.enter_context(Worker())
             what = {"runtime": engine["runtime"], "path": path, "precision": engine["precision"], "inputs": golden}
-            opened = worker.ask("open", batch=batch, threads=threads, **what)
-            workers[f"{len(workers):03}"] = worker
-            return {"verdict": PASSED, "reason": "", **opened}
+            opened[f"{len(opened):03}"] = (worker, worker.ask("open", batch=batch, threads=threads, **what))
+            return {"verdict": PASSED, "reason": ""}
 
         rows, code = _each_engine(folder, manifest, files["missing"] + files["changed"], start)
-        timed = interleave(workers, rounds, seconds)
-    for row, rounds_ms in zip((row for row in rows if row["verdict"] == PASSED), timed.values()):
-        row.update(rounds_ms=rounds_ms, summary=summarize_rounds(rounds_ms))
-    how = {"batch": batch, "threads": threads, "seconds": seconds, "rounds": rounds}
+        timed = measure(opened, rounds, seconds, fps=fps)
+    for row, figures in zip((row for row in rows if row["verdict"] == PASSED), timed.values()):
+        row.update(figures)
+    how = {"batch": batch, "threads": threads, "seconds": seconds, "rounds": rounds, "fps": fps}
     where = {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()}
     return {"bundle": folder, "model": manifest["model"], **how, **where, "engines": rows, "exit_code": code}
 
@@ -780,22 +800,36 @@ def verify_text(report: Mapping[str, Any]) -> str:
 
 
 def _latency_text(report: Mapping[str, Any]) -> str:
+    pace = "{fps:g} a second".format(**report) if report["fps"] else "back to back"
     lines = ["{model} on {processor}, batch {batch}, threads {threads}".format(**report)]
-    lines += ["milliseconds per run; 95 % interval; engines in turn, one process each, runs back to back"]
+    lines += [f"milliseconds per run; 95 % interval; engines in turn, one process each, runs {pace}"]
     for row in report["engines"]:
-        text, summary = row["verdict"], row.get("summary", {"warnings": []})
+        text, notes = row["verdict"], [row["reason"]]
         if row["verdict"] == PASSED:
-            low, high = summary["interval_ms"]
-            known = {
-                "min": summary["min_ms"],
-                **summary["percentiles_ms"],
-                "load": row["load_ms"],
-                "first": row["first_ms"],
-            }
-            text = f"median {summary['median_ms']:.4g} [{low:.4g} .. {high:.4g}]"
-            text += "".join(f"  {name} {value:.4g}" for name, value in known.items()) + f"  ({summary['n']} runs)"
-        lines += _engine_lines(row, text, [row["reason"], *summary["warnings"]])
+            text, notes = latency_words(row), latency_notes(row)
+        lines += _engine_lines(row, text, notes)
     return "\n".join(lines)
+
+
+def latency_words(row: Mapping[str, Any]) -> str:
+    """One engine's figures in a line: median, interval, percentiles, load, first run, parts, memory, energy."""
+    summary, memory = row["summary"], row["memory"]
+    known = {"min": summary["min_ms"], **summary["percentiles_ms"], "load": row["load_ms"], "first": row["first_ms"]}
+    known.update(row["clocks_ms"])
+    text = f"median {summary['median_ms']:.4g}"
+    if summary["interval_ms"]:
+        text += " [{:.4g} .. {:.4g}]".format(*summary["interval_ms"])
+    text += "".join(f"  {name} {value:.4g}" for name, value in known.items()) + f"  ({summary['n']} runs)"
+    if memory["engine_bytes"] is not None:
+        text += f"  memory {memory['engine_bytes'] / 2**20:.1f} MB"
+    joules = row["energy"]["joules_per_run"] if row["energy"] else {}
+    return text + "".join(f"  {sensor} {1000 * energy:.4g} mJ" for sensor, energy in joules.items())
+
+
+def latency_notes(row: Mapping[str, Any]) -> list[str]:
+    """What has to be known beside an engine's figures."""
+    summary = row["summary"]
+    return [*(f"INVALID because {reason}" for reason in summary["invalid"]), *summary["warnings"]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -818,6 +852,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--batch", type=_count, default=1, metavar="N", help="images per run (default 1)")
     timing.add_argument("--threads", type=_count, default=usable_cores(), metavar="N", help="default: all, %(default)s")
     timing.add_argument("--seconds", type=_count, default=5, metavar="N", help="per engine (default 5)")
+    timing.add_argument("--fps", type=_count, default=0, metavar="N", help="runs a second (default: back to back)")
     return parser
 
 
@@ -845,7 +880,7 @@ def main(arguments: Sequence[str]) -> int:
             report = verify(asked.bundle)
             text = verify_text(report)
         else:
-            report = latency(asked.bundle, asked.batch, asked.threads, asked.seconds)
+            report = latency(asked.bundle, asked.batch, asked.threads, asked.seconds, fps=asked.fps)
             text = _latency_text(report)
     except RunnerError as error:
         report, text = {"error": str(error), "exit_code": 1}, f"error: {error}"

@@ -31,6 +31,7 @@ from .runner import ENGINES
 from .seeds import derive
 from .store import Checkpoint
 from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, json_ready, write_network
+from .torch_latency import measure_torch
 from .training import hits
 
 ONNX_IMAGES = 8
@@ -259,6 +260,17 @@ def parity(
     write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in (*hops, *executed_hops)]})
 
 
+def drops(tools: Tools, folders: Mapping[str, Path], folder: Path) -> None:
+    """How much top-1 each network lost against the original, paired image by image on the test images."""
+    right, images = {}, tools.job.data.test
+    for index, (name, source) in enumerate(folders.items()):
+        tools.progress("Comparing accuracy", index, len(folders), name)
+        right[name] = hits(tools.load(source), images)
+    tools.progress("Comparing accuracy", len(folders), len(folders))
+    lost = {name: asdict(difference_interval(right["original"], own)) for name, own in right.items()}
+    write_json(folder / "drops.json", {name: drop for name, drop in lost.items() if name != "original"})
+
+
 def measured(
     tools: Tools,
     folders: dict[str, Path],
@@ -279,7 +291,7 @@ def measured(
         seconds=ENGINE_SECONDS,
         progress=tools.progress,
     )
-    torch_rows = latency.measure_torch(
+    torch_rows = measure_torch(
         {name: tools.load(path) for name, path in folders.items()},
         job.input_shape,
         batch=TORCH_BATCH,

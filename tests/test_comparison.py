@@ -1,0 +1,144 @@
+"""comparison.py: against a baseline, in turn where the samples are there, and what is noise is called noise."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from thinet_deploy import comparison, intervals, report, report_plots, samples
+from thinet_deploy.artifact import write_json
+from thinet_deploy.comparison import Against, Difference
+from thinet_deploy.errors import UnknownNameError
+from thinet_deploy.intervals import Interval
+from thinet_deploy.report import Row, Table, Time, check_machines
+from thinet_deploy.store import Run
+
+ORIGINAL = Row("original", "Original", 90.0, 99.0, 9, 9, Time(9, 8, 10), Time(9, 8, 10), {"ov": Time(8, 7.9, 8.1)}, 800)
+CONV = replace(ORIGINAL, name="conv", label="Thin", engines={"ov": Time(4, 3.9, 4.1, 2, 1.9, 2.1)}, size_bytes=400)
+CONV = replace(CONV, top1=89.0, drop=Interval(1.0, 0.2, 1.8))
+LONGER = replace(ORIGINAL, name="longer", label="More epochs", note="the same times")
+
+
+def finished(folder: Path, *rows: Row, scale: float = 1.0) -> comparison.Run:
+    """A run whose raw samples give a ratio of exactly 2 in every round."""
+    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), rows, (), "conv")
+    Run(folder)
+    write_json(folder / "report" / "table.json", table.to_json())
+    pace = [scale * (8 + number / 10) for number in range(9)]
+    series = {"original": [[ms, ms] for ms in pace], "conv": [[ms / 2, ms / 2] for ms in pace]}
+    shared = {"runtime": "ov", "precision": "fp32", "load_ms": 1.0, "first_ms": 1.0}
+    of = {name: {"rounds_ms": own, "summary": samples.summarize_rounds(own)} for name, own in series.items()}
+    engines = [{**shared, "model": name, "samples": own} for name, own in of.items()]
+    write_json(folder / "latency" / "latency.json", {"engines": engines})
+    return comparison.Run(folder, table)
+
+
+def by_row(found: list[Against]) -> dict[str, Against]:
+    return {f"{each.run}/{each.row}": each for each in found}
+
+
+def test_rows_of_one_run_are_compared_round_by_round(tmp_path: Path) -> None:
+    name, found = comparison.against([finished(tmp_path / "a", ORIGINAL, CONV, LONGER)], "original")
+    assert name == "a/original"
+    rows = by_row(found)
+    assert rows["a/Thin"].faster["ov"] == Difference(2.0, 2.0, 2.0, 1, in_turn=True)
+    assert rows["a/Thin"].top1 == Difference(-1.0, -1.8, -0.2, 0, in_turn=True)
+    assert not rows["a/Thin"].top1.noise
+    assert rows["a/Thin"].smaller == 2.0
+    control = rows["a/More epochs"]
+    assert control.faster["ov"] == Difference(1.0, 1.0, 1.0, 1, in_turn=True), "it has the original's times"
+    assert control.faster["ov"].noise
+    assert control.top1.noise
+
+
+def test_another_run_is_compared_with_room_for_another_day(tmp_path: Path) -> None:
+    slower = replace(CONV, engines={"ov": Time(4.2, 4.15, 4.25)})
+    runs = [finished(tmp_path / "a", ORIGINAL, CONV), finished(tmp_path / "b", ORIGINAL, slower)]
+    found = by_row(comparison.against(runs, "a")[1])["b/Thin"].faster["ov"]
+    assert not found.in_turn
+    assert found.noise, "5 % between two days is no news"
+    assert found.low is not None
+    assert found.low < 3.9 / 4.25 < found.value < 1
+
+
+def test_the_baseline_may_be_a_row_a_label_or_a_run(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / name, ORIGINAL, CONV) for name in "ab"]
+    names = {"conv": "a/conv", "Thin": "a/conv", "b": "b/conv", "b/original": "b/original"}
+    for given, meant in names.items():
+        name, found = comparison.against(runs, given)
+        assert name == meant
+        assert len(found) == 3
+    with pytest.raises(UnknownNameError, match="Did you mean 'conv'"):
+        comparison.against(runs, "convv")
+
+
+def test_an_invalid_time_is_compared_with_nothing(tmp_path: Path) -> None:
+    hot = replace(CONV, engines={"ov": Time(4, 3.9, 4.1, invalid="the machine throttled")})
+    (found,) = comparison.against([finished(tmp_path / "a", ORIGINAL, hot)], "original")[1]
+    assert found.faster == {}
+
+
+def test_an_invalid_time_is_not_shown_as_a_time() -> None:
+    hot = Time.of({"median_ms": 4.0, "interval_ms": [3, 5], "invalid": ["the machine throttled: heat"]}, {"ratio": 2.0})
+    assert (hot.speedup, hot.invalid) == (None, "the machine throttled: heat")
+    row = replace(CONV, engines={"ov": hot}, forward=hot, backward=hot)
+    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), (row,), (), "conv")
+    assert report.cells(row, ["ov"])[5:7] == ["invalid", "invalid"]
+    console = Console(file=io.StringIO(), width=160)
+    console.print(report.render([table], 160))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "█" not in text
+    assert "Thin on ov: invalid because the machine throttled: heat; measure again." in text
+    assert report_plots.accuracy_plot(table) == ""
+    assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+def test_newcombes_interval_is_the_published_one() -> None:
+    # Newcombe 1998, table II, example (a): 56/70 - 48/80, method 10: 0.0524 to 0.3339.
+    first, second = intervals.accuracy_interval(56, 70), intervals.accuracy_interval(48, 80)
+    found = intervals.unpaired_difference(first, second)
+    assert (found.value, found.low, found.high) == pytest.approx((20.0, 5.24, 33.39), abs=0.01)
+
+
+def test_machines_are_not_mixed_unless_told_to(cli: Callable[..., Any], tmp_path: Path) -> None:
+    a = finished(tmp_path / "a", ORIGINAL, CONV)
+    other = replace(a.table, machine="n", processor="Another CPU")
+    write_json(finished(tmp_path / "b", ORIGINAL, CONV).folder / "report" / "table.json", other.to_json())
+    refused = cli("compare", tmp_path / "a", tmp_path / "b", "--baseline", "a")
+    assert refused.code == 2
+    assert "different machines" in refused.err
+    assert cli("compare", tmp_path / "a", tmp_path / "b", "--baseline", "a", "--across-machines").code == 0
+    check_machines([a.table, a.table])
+
+
+def test_samples_of_another_version_are_explained(cli: Callable[..., Any], tmp_path: Path) -> None:
+    run = finished(tmp_path / "a", ORIGINAL, CONV).folder
+    write_json(run / "latency" / "latency.json", {"engines": [{"model": "conv", "runtime": "ov"}]})
+    wrong = cli("compare", run, "--format", "html")
+    assert wrong.code == 2
+    assert "a file that is damaged, or of another version: 'samples'" in wrong.err
+    assert cli("compare", run, "--baseline", "original").code == 0, "the table alone still compares"
+
+
+def test_every_format_has_the_comparison(cli: Callable[..., Any], tmp_path: Path) -> None:
+    run = finished(tmp_path / "a", ORIGINAL, CONV, LONGER).folder
+    for form in ("table", "markdown", "html"):
+        shown = cli("compare", run, "--baseline", "original", "--format", form)
+        assert (shown.code, shown.err) == (0, "")
+        assert "Against a/original" in shown.out
+        assert "≈" in shown.out
+    rows = list(csv.DictReader(io.StringIO(cli("compare", run, "--baseline", "original", "--format", "csv").out)))
+    thin = next(row for row in rows if (row["model"], row["figure"]) == ("Thin", "ov_times_faster"))
+    assert (float(thin["value"]), thin["within_noise"], thin["in_turn"]) == (2.0, "False", "True")
+    document = json.loads(cli("compare", run, "--baseline", "original", "--json").out)
+    assert document["baseline"] == "a/original"
+    assert {row["row"] for row in document["against"]} == {"Thin", "More epochs"}
+    wrong = cli("compare", run, "--baseline", "gone")
+    assert wrong.code == 2
+    assert "no row or run to compare with called 'gone'" in wrong.err

@@ -1,0 +1,163 @@
+"""contract.py: requirements are read strictly, judged by intervals, and told to CI systems in their own form."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinet_deploy import contract
+from thinet_deploy.artifact import write_json
+from thinet_deploy.errors import InputError, UnknownNameError
+from thinet_deploy.intervals import Interval
+from thinet_deploy.report import Row, Table, Time
+from thinet_deploy.store import Run
+
+TORCH = Time(9, 8, 10)
+ORIGINAL = Row("original", "Original", 90.0, 99.0, 1000, 4000, TORCH, TORCH, {"ov": Time(8, 7, 9)}, 8 << 20)
+THIN = replace(
+    ORIGINAL,
+    name="conv",
+    label="Thin",
+    top1=89.5,
+    engines={"ort": Time(1, 1, 1), "ov": Time(4.0, 3.9, 4.1, 2.0, 1.9, 2.1)},
+    size_bytes=4 << 20,
+    drop=Interval(0.5, -0.2, 1.2),
+)
+
+
+def table(**changes: Any) -> Table:
+    thin = replace(THIN, **changes)
+    return Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov", "ort"), (ORIGINAL, thin), (), "conv")
+
+
+def outcome(required: str, **changes: Any) -> str:
+    (verdict,) = contract.judge([required], table(**changes))
+    return verdict.outcome
+
+
+@pytest.mark.parametrize(
+    ("required", "expected"),
+    [
+        ("latency<=4.2ms", "met"),
+        ("latency <= 4ms", "cannot be told apart"),
+        ("latency<=3.8ms", "not met"),
+        ("latency<=3800us", "not met"),
+        ("latency<=0.0041s", "met"),
+        ("speedup>=1.8", "met"),
+        ("speedup>=2x", "cannot be told apart"),
+        ("speedup>=2.2", "not met"),
+        ("top1-drop<=1.3", "met"),
+        ("top1-drop<=1.0", "cannot be told apart"),
+        ("top1>=80%", "met"),
+        ("top1>=95", "not met"),
+        ("size<=4MB", "met"),
+        ("size<=4095kB", "not met"),
+        ("size<=0.1GB", "met"),
+    ],
+)
+def test_intervals_decide(required: str, expected: str) -> None:
+    assert outcome(required) == expected
+
+
+@given(limit=st.integers(1, 100_000).map(lambda n: n / 1000))
+def test_a_verdict_says_what_its_interval_says(limit: float) -> None:
+    (verdict,) = contract.judge([f"latency<={limit}ms"], table())
+    assert verdict.low is not None
+    assert verdict.high is not None
+    assert (verdict.outcome == "met") == (verdict.high <= limit)
+    assert (verdict.outcome == "not met") == (verdict.low > limit)
+    assert verdict.failed == (verdict.outcome == "not met")
+
+
+def test_the_first_of_the_targets_runtimes_is_judged() -> None:
+    (verdict,) = contract.judge(["latency<=8ms"], table())
+    assert "ov, threads: 1, CPU" in verdict.detail
+
+
+def test_what_was_not_measured_breaks_a_contract_and_is_no_zero() -> None:
+    (nothing,) = contract.judge(["latency<=8ms"], table(engines={}))
+    assert (nothing.outcome, nothing.value, nothing.failed) == ("not measured", None, True)
+    (hot,) = contract.judge(["speedup>=1"], table(engines={"ov": Time(4, 3, 5, invalid="the machine throttled")}))
+    assert hot.outcome == "not measured"
+    assert "invalid because the machine throttled" in hot.detail
+    assert outcome("latency<=8ms", engines={"ov": Time(4, None, None)}) == "cannot be told apart"
+
+
+def test_a_drop_that_is_not_paired_is_known_less_well() -> None:
+    (paired,), (alone,) = (contract.judge(["top1-drop<=1"], t) for t in (table(), table(drop=None)))
+    assert alone.value == paired.value == 0.5
+    assert alone.high is not None
+    assert paired.high is not None
+    assert alone.high > paired.high
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fast", "FIGURE<=NUMBER was expected"),
+        ("latency<8ms", "FIGURE<=NUMBER was expected"),
+        ("latency<=-8ms", "FIGURE<=NUMBER was expected"),
+        ("latency>=8ms", "latency is limited by <="),
+        ("speedup<=2", "speedup is limited by >="),
+        ("latency<=8", "latency is in ms, us, s"),
+        ("size<=5ms", "size is in MB, kB, GB"),
+    ],
+)
+def test_what_is_no_requirement_is_explained(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        contract.parse(text)
+
+
+def test_the_nearest_figure_is_offered() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'latency'"):
+        contract.parse("latnecy<=8ms")
+
+
+def test_ci_systems_are_told_in_their_own_form(tmp_path: Path) -> None:
+    required = ["latency<=8ms", "size<=1MB", "top1-drop<=1.0", "speedup>=2.5"]
+    verdicts = contract.judge(required, table())
+    contract.write(tmp_path, verdicts)
+    suite = ET.fromstring((tmp_path / "junit.xml").read_bytes())
+    assert {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "4",
+        "failures": "2",
+        "errors": "0",
+        "skipped": "1",
+    }
+    assert [case.get("name") for case in suite] == required
+    assert [case[0].tag for case in suite] == ["system-out", "failure", "skipped", "failure"]
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert summary.startswith("**Contract: 2 of 4 requirements broken**")
+    assert "| `size<=1MB` | ❌ not met | 4 MB | Thin, its ONNX file |" in summary
+    assert len(json.loads((tmp_path / "contract.json").read_text())["verdicts"]) == 4
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+
+def write_run(root: Path, found: Table) -> Path:
+    Run(root)
+    write_json(root / "report" / "table.json", found.to_json())
+    return root
+
+
+def test_compare_ends_with_1_only_when_something_is_proven_broken(cli: Callable[..., Any], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", table())
+    fine = cli("compare", run, "--require", "latency<=8ms", "--require", "top1-drop<=1")
+    assert fine.code == 0
+    assert "top1-drop<=1: cannot be told apart" in fine.err
+    broken = cli("compare", run, "--require", "size<=1MB", "--format", "markdown")
+    assert broken.code == 1
+    assert "1 of 1 requirements broken" in broken.out
+    assert "failure" in (run / "contract" / "junit.xml").read_text()
+    document = json.loads(cli("compare", run, "--require", "size<=1MB", "--json").out)
+    assert document["contract"][0][0]["outcome"] == "not met"
+    wrong = cli("compare", run, "--require", "size<=1ms")
+    assert wrong.code == 2
+    assert "size is in MB, kB, GB" in wrong.err

@@ -1,0 +1,122 @@
+"""The HTML report: whole in one file, and in a real browser without a word of complaint, in light and dark."""
+
+import html
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from thinet_deploy import html_report, report_plots
+from thinet_deploy.deployment import Build
+from thinet_deploy.html_report import Page
+from thinet_deploy.pipeline import build
+
+pytestmark = pytest.mark.usefixtures("quick_module")
+SECTIONS = ("contract", "papers", "accuracy", "widths", "latency", "parity", "ledger", "environment")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def built(tiny_options: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A whole build with a contract, of which one line is broken."""
+    out = tmp_path_factory.mktemp("html") / "run <&>"
+    return build(tiny_options(out, target="cpu", require=("top1>=1", "size<=1kB")))
+
+
+@pytest.fixture(scope="module")
+def page(built: Build) -> str:
+    return (built.run / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_build_leaves_a_report_and_a_contract(built: Build, page: str) -> None:
+    assert [verdict.outcome for verdict in built.verdicts] == ["met", "not met"]
+    assert {path.name for path in (built.run / "contract").iterdir()} == {"contract.json", "junit.xml", "summary.md"}
+    for section in SECTIONS:
+        assert f'<section class="{section}">' in page
+    for row in built.table.rows:
+        assert html.escape(row.label) in page
+        assert (row.drop is None) == (row.name in {"original", "longer", "scratch"}), "paired, image by image"
+    assert built.table.shipped.name == "gap"
+    assert page.count(">passed<") == len(built.hops)
+
+
+def test_it_needs_no_other_file(page: str) -> None:
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(link.startswith("#") or link == "data:," for link in links)
+    assert "@import" not in page
+    assert "<script" not in page
+    assert not re.findall(r"url\((?!#)", page)
+
+
+def test_pictures_follow_the_pages_colours(built: Build) -> None:
+    engines = html_report._json(built.run / "latency" / "latency.json")["engines"]
+    for picture in (report_plots.accuracy_plot(built.table), report_plots.latency_plot(built.table, engines)):
+        ET.fromstring(picture)
+        assert "#ab00" not in picture, "every colour of ours has become a variable"
+        colours = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", picture))
+        assert not colours, colours
+        assert "var(--network-0)" in picture
+        assert picture == picture.strip() + "\n" or picture.startswith("<svg")
+
+
+def test_the_same_run_gives_the_same_page(built: Build, page: str) -> None:
+    assert html_report.render([Page(built.run, built.table, built.verdicts)]) == page
+
+
+def test_a_run_without_engines_or_with_lost_files_leaves_sections_out(built: Build, tmp_path: Path) -> None:
+    text = html_report.render([Page(tmp_path, built.table)])
+    for section in ("contract", "widths", "latency", "parity", "environment"):
+        assert f'<section class="{section}">' not in text
+    assert '<section class="papers">' in text
+
+
+def browse(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert BROWSER
+    quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr")
+    command = [BROWSER, *quiet, f"--user-data-dir={file.parent / 'profile'}", *options, file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@needs_browser
+def test_chromium_shows_it_without_complaint(built: Build, page: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    done = browse(file, "--dump-dom")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert done.stdout.count("<table") == 6, "contract, papers, widths, latency, parity, ledger"
+    assert done.stdout.count("<svg") == 2
+    assert "ERR_" not in done.stderr
+
+
+@needs_browser
+def test_light_and_dark_are_both_there_and_legible(page: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    grounds = {}
+    for scheme, options in (("light", ()), ("dark", ("--force-dark-mode",))):
+        shot = tmp_path / f"{scheme}.png"
+        browse(file, *options, "--window-size=1240,3600", f"--screenshot={shot}")
+        with Image.open(shot) as image:
+            grey = image.convert("L")
+            histogram = grey.histogram()
+            grounds[scheme] = max(range(256), key=histogram.__getitem__)
+            ink = sum(histogram[:128]) if grounds[scheme] > 128 else sum(histogram[128:])
+            assert 0.005 < ink / sum(histogram) < 0.3, "text and lines stand out from the ground"
+    assert grounds["light"] > 230
+    assert grounds["dark"] < 60
+
+
+def test_a_complaint_of_chromium_would_be_seen(tmp_path: Path) -> None:
+    """The test above is not blind."""
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    (tmp_path / "bad.html").write_text("<script>nowhere()</script><img src='gone.png'>")
+    assert "CONSOLE" in browse(tmp_path / "bad.html", "--dump-dom").stderr

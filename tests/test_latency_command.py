@@ -1,0 +1,166 @@
+"""`thinet-deploy latency`: engines, bundles, runs and models are told apart, measured, and refused with a reason."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thinet_deploy import things
+from thinet_deploy.artifact import write_json
+from thinet_deploy.bundle import BundleSpec, EngineFile, write_bundle
+from thinet_deploy.errors import BundleError, InputError, UnknownNameError
+from thinet_deploy.export import INPUT
+from thinet_deploy.interfaces import TensorSpec
+from thinet_deploy.things import Engines, Model, find
+
+Cli = Callable[..., Any]
+FAST = ("--seconds", "0.05", "--rounds", "6")
+
+
+def tiny_onnx(path: Path, width: int = 8) -> Path:
+    onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    make = onnx.helper
+    weight = np.random.default_rng(0).standard_normal((width, 3, 3, 3)).astype("float32")
+    nodes = [make.make_node("Conv", ["x", "w"], ["c"]), make.make_node("GlobalAveragePool", ["c"], ["y"])]
+    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 16, 16]), ("y", [width, 1, 1]))]
+    graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def tiny_bundle(folder: Path) -> Path:
+    source = tiny_onnx(folder / "net.onnx")
+    place = folder / "bundle"
+    place.mkdir()
+    x = np.ones((1, 3, 16, 16), "float32")
+    spec = BundleSpec(
+        model="tiny",
+        target="cpu",
+        onnx=source,
+        engines=(EngineFile("onnxruntime", source, "fp32", 1e-5),),
+        inputs=(TensorSpec("x", ("batch", 3, 16, 16), "float32"),),
+        outputs=(TensorSpec("y", ("batch", 8, 1, 1), "float32"),),
+        golden_inputs={"x": x},
+        golden_outputs={"y": np.zeros((1, 8, 1, 1), "float32")},
+        tolerance=1e-5,
+    )
+    write_bundle(place, spec)
+    return place
+
+
+def test_an_engine_says_itself_which_images_it_takes(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    source = tiny_onnx(tmp_path / "net.onnx")
+    openvino.save_model(openvino.convert_model(source), tmp_path / "net.xml", compress_to_fp16=False)
+    for path, runtime in ((source, "onnxruntime"), (tmp_path / "net.xml", "openvino")):
+        found = find(str(path), None, "fp32")
+        assert isinstance(found, Engines)
+        assert [ref.runtime for ref in found.refs] == [runtime]
+        assert {name: array.shape for name, array in found.inputs.items()} == {"x": (1, 3, 16, 16)}
+
+
+def test_two_engines_are_measured_in_turn_also_at_a_frame_rate(cli: Cli, tmp_path: Path) -> None:
+    wide, thin = tiny_onnx(tmp_path / "wide.onnx", 64), tiny_onnx(tmp_path / "thin.onnx", 4)
+    done = cli("latency", wide, thin, *FAST, "--fps", 100, "--out", tmp_path / "out.json")
+    assert done.code == 0
+    assert done.out.count("times faster than wide fp32") == 2
+    assert done.out.count(", 100 a second") == 2
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["model"], row["fps"]) for row in document["engines"]] == [
+        ("wide", 0),
+        ("thin", 0),
+        ("wide", 100),
+        ("thin", 100),
+    ]
+    assert document["environment"]["cpu"]
+    assert all(row["energy"] is None or row["energy"]["joules_per_run"] for row in document["engines"])
+
+
+def test_a_model_is_measured_forward_and_backward(cli: Cli, workplace: Path) -> None:
+    done = cli("latency", "net.py:tiny", *FAST, "--json")
+    (model,) = json.loads(done.out)["models"]
+    assert model["forward"]["summary"]["n"] == model["backward"]["summary"]["n"] == 7
+    text = cli("latency", "net.py:tiny", *FAST)
+    assert "forward " in text.out
+    assert "backward " in text.out
+    wrong = cli("latency", "net.py:shapeless", *FAST)
+    assert wrong.code == 2
+    assert "does not say which images it takes" in wrong.err
+    assert cli("latency", "net.py:shapeless", "--input-shape", "3x16x16", *FAST).code == 0
+
+
+def test_a_bundle_is_measured_on_its_golden_input_unless_damaged(cli: Cli, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path)
+    done = cli("latency", bundle, *FAST, "--batch", 2)
+    assert done.code == 0
+    assert "tiny, onnxruntime fp32, batch 2, threads: 1" in done.out
+    (bundle / "model.onnx").write_bytes(b"not what it was")
+    with pytest.raises(BundleError, match=r"damaged: model\.onnx"):
+        find(str(bundle), None, "fp32")
+
+
+def test_the_bundle_measures_itself_with_the_same_code(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-I", str(tiny_bundle(tmp_path) / "run.py"), "latency", "--seconds", "1", "--json"]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    (row,) = report["engines"]
+    assert row["summary"]["invalid"] == []
+    assert set(row) >= {"machine", "memory", "energy", "clocks_ms", "rounds_ms", "load_ms", "first_ms"}
+
+
+def test_engines_of_a_run_are_found_with_their_precision(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {})
+    made = {"original/openvino": {"path": "a.xml"}, "conv/onnxruntime/int8": {"path": "b.onnx"}}
+    write_json(tmp_path / "engines" / "engines.json", made)
+    (tmp_path / "parity").mkdir()
+    np.savez(tmp_path / "parity" / "original.npz", input=np.ones((4, 3, 8, 8), "float32"))
+    found = find(str(tmp_path), None, "fp32")
+    assert isinstance(found, Engines)
+    assert [(ref.model, ref.runtime, ref.precision) for ref in found.refs] == [
+        ("original", "openvino", "fp32"),
+        ("conv", "onnxruntime", "int8"),
+    ]
+    assert [array.shape for array in found.inputs.values()] == [(1, 3, 8, 8)]
+
+
+def test_what_cannot_be_measured_is_explained(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {})
+    with pytest.raises(InputError, match="has no engines to time"):
+        find(str(tmp_path), None, "fp32")
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(InputError, match="neither an engine"):
+        find(str(tmp_path / "text.txt"), None, "fp32")
+    with pytest.raises(UnknownNameError, match="Did you mean 'vgg16'"):
+        find("vgg61", None, "fp32")
+    for name in ("bad.xml", "bad.onnx"):
+        (tmp_path / name).write_bytes(b"garbage")
+        with pytest.raises(InputError, match="cannot be read"):
+            find(str(tmp_path / name), None, "fp32")
+    (tmp_path / "net.tflite").write_bytes(b"garbage")
+    with pytest.raises(InputError, match="which images it takes"):
+        find(str(tmp_path / "net.tflite"), None, "fp32")
+    shaped = find(str(tmp_path / "net.tflite"), (3, 8, 8), "fp32")
+    assert isinstance(shaped, Engines)
+    assert shaped.inputs[INPUT].shape == (1, 3, 8, 8)
+
+
+def test_a_time_that_does_not_hold_ends_with_1(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noise(path: Path, shape: Any) -> dict[str, Any]:
+        return {"x": np.full((1, 3, 16, 16), np.nan, "float32")}
+
+    monkeypatch.setattr(things, "_noise", noise)
+    done = cli("latency", tiny_onnx(tmp_path / "net.onnx"), *FAST)
+    assert done.code == 1
+    assert "INVALID because the outputs hold NaN or infinity" in done.out
+
+
+def test_models_by_name() -> None:
+    found = find("vgg-small", None, "fp32")
+    assert isinstance(found, Model)
+    assert found.input_shape == (3, 32, 32)

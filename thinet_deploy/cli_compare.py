@@ -1,0 +1,138 @@
+"""`thinet-deploy compare`, and what it shares with `build`: how verdicts on requirements are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from .cli_options import Json, Require
+from .cli_tables import grid
+from .errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from . import comparison
+    from .contract import Verdict
+
+Format = Literal["table", "markdown", "csv", "json", "html"]
+BROKEN = 1
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of finished builds.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Also show everything against this row (original, gap …), run, or RUN/row; as csv only that."
+        ),
+    ] = None,
+    output: Annotated[
+        Format, typer.Option("--format", help="How to print it; html is one page that works offline.")
+    ] = "table",
+    across_machines: Annotated[
+        bool, typer.Option("--across-machines", help="Show runs of different machines side by side all the same.")
+    ] = False,
+    require: Require = None,
+    as_json: Json = False,
+) -> None:
+    """The papers' table of one or more runs, side by side, and differences that are no noise.
+
+    [bold]thinet-deploy compare runs/vgg-50 runs/vgg-30 --format markdown[/bold]
+    [bold]thinet-deploy compare runs/vgg-50 runs/vgg-30 --baseline vgg-50 --format html > report.html[/bold]
+    [bold]thinet-deploy compare runs/vgg-50 --require "latency<=8ms" --require "top1-drop<=1.0"[/bold]   (exit code 1)
+    """
+    from . import comparison, contract, report
+
+    found = [comparison.Run(run, report.read_table(run)) for run in runs]
+    if not across_machines:
+        report.check_machines([run.table for run in found])
+    against = comparison.against(found, baseline) if baseline else None
+    verdicts = [contract.judge(require or (), run.table) for run in found]
+    for run, own in zip(found, verdicts, strict=True):
+        if own:
+            contract.write(run.folder / "contract", own)
+    _print("json" if as_json else output, found, against, verdicts)
+    exit_on_broken([verdict for own in verdicts for verdict in own])
+
+
+Against = tuple[str, list["comparison.Against"]]
+
+
+def _print(
+    output: Format,
+    runs: Sequence[comparison.Run],
+    against: Against | None,
+    verdicts: Sequence[Sequence[Verdict]],
+) -> None:
+    """On stdout what was asked for; verdicts that have no place in it on stderr."""
+    from . import comparison, contract, html_report, report
+
+    tables = [run.table for run in runs]
+    if output == "json":
+        typer.echo(json.dumps(_document(runs, against, verdicts), indent=1))
+    elif output == "html":
+        pages = [html_report.Page(run.folder, run.table, tuple(own)) for run, own in zip(runs, verdicts, strict=True)]
+        try:
+            typer.echo(html_report.render(pages, against), nl=False)
+        except (KeyError, TypeError, ValueError) as error:
+            several = ", ".join(run.folder.name for run in runs)
+            raise InputError(
+                f"{several}: there is a file that is damaged, or of another version: {first_line(error)}.",
+                hint="Run the same build again: what is not whole is made anew.",
+            ) from error
+    elif output == "csv":
+        typer.echo(comparison.to_csv(*against) if against else report.to_csv(tables), nl=False)
+    elif output == "markdown":
+        parts = [report.to_markdown(tables), comparison.to_markdown(*against) if against else ""]
+        parts += [contract.markdown(own) for own in verdicts if own]
+        typer.echo("\n".join(part for part in parts if part), nl=False)
+    else:
+        _show(tables, against)
+    names = [f"{run.folder.name}: " if len(runs) > 1 else "" for run in runs]
+    if output in {"table", "csv"}:
+        show_verdicts([(name, verdict) for name, own in zip(names, verdicts, strict=True) for verdict in own])
+
+
+def _document(runs: Sequence[comparison.Run], against: Against | None, verdicts: Sequence[Sequence[Verdict]]) -> Any:
+    """The tables as a list; with a baseline or requirements, an object that also has these."""
+    tables = [run.table.to_json() for run in runs]
+    if not (against or any(verdicts)):
+        return tables
+    rows = [asdict(each) for each in against[1]] if against else []
+    judged = [[asdict(verdict) for verdict in own] for own in verdicts]
+    return {"tables": tables, "baseline": against and against[0], "against": rows, "contract": judged}
+
+
+def _show(tables: Sequence[Any], against: Against | None) -> None:
+    from . import comparison, report
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 180))  # a pipe wide enough that no column is cut
+    console.print(report.render(tables, console.width))
+    if against:
+        name, rows = against
+        table = grid(*comparison.header(rows))
+        for line in comparison.lines(rows):
+            table.add_row(*line)
+        console.print(f"Against {name}:", table, comparison.NOTE, highlight=False, markup=False)
+
+
+def show_verdicts(verdicts: Sequence[tuple[str, Verdict]]) -> None:
+    """A line for each on stderr, where it does not disturb a document on stdout."""
+    from .contract import in_words
+
+    colours = {"met": typer.colors.GREEN, "cannot be told apart": typer.colors.YELLOW}
+    for name, verdict in verdicts:
+        typer.secho(f"{name}{in_words(verdict)}", fg=colours.get(verdict.outcome, typer.colors.RED), err=True)
+
+
+def exit_on_broken(verdicts: Sequence[Verdict]) -> None:
+    """End with exit code 1 when a requirement is broken."""
+    if any(verdict.failed for verdict in verdicts):
+        raise typer.Exit(BROKEN)

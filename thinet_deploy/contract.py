@@ -1,0 +1,218 @@
+"""A contract for CI: what is required of the network that ships, judged by intervals, as JUnit XML and Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree as ET
+
+from .artifact import write_bytes, write_json
+from .errors import InputError, UnknownNameError
+from .intervals import Interval, accuracy_interval, unpaired_difference
+from .report import Table, Time
+
+Outcome = Literal["met", "not met", "cannot be told apart", "not measured"]
+# Figure → the side it is limited on, its units (the first is the one it is kept in), and what each is worth.
+_FIGURES: dict[str, tuple[str, dict[str, float]]] = {
+    "latency": ("<=", {"ms": 1, "us": 1e-3, "s": 1e3}),
+    "speedup": (">=", {"x": 1, "": 1}),
+    "top1": (">=", {"%": 1, "": 1}),
+    "top1-drop": ("<=", {"points": 1, "%": 1, "": 1}),
+    "size": ("<=", {"MB": 1, "kB": 2**-10, "GB": 2**10}),
+}
+_FORM = re.compile(r"\s*([a-z0-9-]+)\s*(<=|>=)\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*")
+_EXAMPLES = '--require "latency<=8ms", "speedup>=2", "top1>=75", "top1-drop<=1.0", "size<=5MB".'
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One line of a contract: `figure` has to be at most (<=) or at least (>=) `limit`, in `unit`."""
+
+    text: str
+    figure: str
+    limit: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a requirement.
+
+    Attributes:
+        requirement: as it was written.
+        outcome: met or not met when the whole 95 % interval says so, else it cannot be told apart.
+        value: what was measured, in `unit`; None where nothing was.
+        low, high: its interval; equal to `value` where it is exact.
+        unit: of all three.
+        detail: what it was measured on.
+    """
+
+    requirement: str
+    outcome: Outcome
+    value: float | None
+    low: float | None
+    high: float | None
+    unit: str
+    detail: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether the contract is broken: by what was measured, or because nothing was."""
+        return self.outcome in {"not met", "not measured"}
+
+
+def parse(text: str) -> Requirement:
+    """Read "latency<=8ms".
+
+    Raises:
+        UnknownNameError: there is no such figure.
+        InputError: it is no requirement, its unit is none, or it is limited on the wrong side.
+    """
+    found = _FORM.fullmatch(text)
+    if found is None:
+        raise InputError(f"--require is {text!r}, but FIGURE<=NUMBER was expected.", hint=f"Such as {_EXAMPLES}")
+    figure, side, number, unit = found.groups()
+    if figure not in _FIGURES:
+        raise UnknownNameError("figure to require", figure, _FIGURES)
+    right, units = _FIGURES[figure]
+    if side != right:
+        raise InputError(f"--require is {text!r}, but {figure} is limited by {right}.", hint=f"Such as {_EXAMPLES}")
+    if unit not in units:
+        known = ", ".join(each for each in units if each)
+        raise InputError(f"--require is {text!r}, but {figure} is in {known}.", hint=f"Such as {_EXAMPLES}")
+    return Requirement(text.strip(), figure, float(number) * units[unit], next(iter(units)))
+
+
+def judge(required: Sequence[str], table: Table) -> list[Verdict]:
+    """Judge the row that ships.
+
+    Raises:
+        InputError: a requirement cannot be read.
+    """
+    return [_verdict(parse(text), table) for text in required]
+
+
+def needs_engines(required: Sequence[str]) -> bool:
+    """Whether a requirement can only be judged where the engines run."""
+    return any(parse(text).figure in {"latency", "speedup"} for text in required)
+
+
+def _verdict(asked: Requirement, table: Table) -> Verdict:
+    found, detail = _measured(asked.figure, table)
+    outcome: Outcome = "not measured"
+    if found:
+        outcome = "cannot be told apart"
+        if found.low is not None and found.high is not None:
+            at_most = _FIGURES[asked.figure][0] == "<="
+            best, worst = (found.low, found.high) if at_most else (found.high, found.low)
+            holds = [value <= asked.limit if at_most else value >= asked.limit for value in (best, worst)]
+            outcome = "met" if all(holds) else "cannot be told apart" if any(holds) else "not met"
+    value, low, high = (found.value, found.low, found.high) if found else (None, None, None)
+    return Verdict(asked.text, outcome, value, low, high, asked.unit, detail)
+
+
+@dataclass(frozen=True)
+class _Figure:
+    value: float
+    low: float | None
+    high: float | None
+
+
+def _measured(figure: str, table: Table) -> tuple[_Figure | None, str]:
+    """The figure of the row that ships, and what it was measured on or why it was not."""
+    row = table.shipped
+    if figure in {"latency", "speedup"}:
+        return _timed(figure, table)
+    if figure == "size":
+        size = row.size_bytes / 2**20
+        return _Figure(size, size, size), f"{row.label}, its ONNX file"
+    images = f"{row.label}, {table.images} test images"
+    if figure == "top1":
+        return _of(_accuracy(row.top1, table.images)), images
+    if row.drop:
+        return _of(row.drop), f"{images}, paired with the original's"
+    original = next(each for each in table.rows if each.name == "original")
+    drop = unpaired_difference(_accuracy(original.top1, table.images), _accuracy(row.top1, table.images))
+    return _of(drop), images
+
+
+def _timed(figure: str, table: Table) -> tuple[_Figure | None, str]:
+    """Of the first of the target's runtimes that ran here."""
+    row = table.shipped
+    runtime = next((each for each in (*table.runtimes, *row.engines) if each in row.engines), None)
+    if runtime is None:
+        return None, f"no engine of {row.label} ran on this machine"
+    time: Time = row.engines[runtime]
+    detail = f"{row.label}, {runtime}, threads: {table.threads}, {table.processor}"
+    if time.invalid:
+        return None, f"{detail}: invalid because {time.invalid}"
+    if figure == "latency":
+        return _Figure(time.ms, time.low, time.high), detail
+    found = None if time.speedup is None else _Figure(time.speedup, time.speedup_low, time.speedup_high)
+    return found, f"{detail}, in turn with the original"
+
+
+def _of(interval: Interval) -> _Figure:
+    return _Figure(interval.value, interval.low, interval.high)
+
+
+def _accuracy(percent: float, images: int) -> Interval:
+    return accuracy_interval(round(percent * images / 100), images)
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def in_words(verdict: Verdict) -> str:
+    """A verdict in one line."""
+    return f"{verdict.requirement}: {verdict.outcome} ({figures(verdict)}; {verdict.detail})"
+
+
+def figures(verdict: Verdict) -> str:
+    """What was measured, with its interval."""
+    if verdict.value is None:
+        return "–"
+    spread = ""
+    if verdict.low is not None and verdict.high is not None and verdict.low != verdict.high:
+        spread = f" [{verdict.low:.4g}, {verdict.high:.4g}]"
+    return f"{verdict.value:.4g}{spread} {verdict.unit}"
+
+
+def write(folder: Path, verdicts: Sequence[Verdict]) -> None:
+    """contract.json, junit.xml and summary.md."""
+    write_json(folder / "contract.json", {"verdicts": [asdict(verdict) for verdict in verdicts]})
+    write_bytes(folder / "junit.xml", junit(verdicts))
+    write_bytes(folder / "summary.md", markdown(verdicts).encode())
+
+
+def junit(verdicts: Sequence[Verdict]) -> bytes:
+    """As CI systems read it: a broken requirement is a failure, one that was not measured an error; what cannot be told
+    apart is skipped.
+    """
+    of = [verdict.outcome for verdict in verdicts]
+    counts = {"tests": len(of), "failures": of.count("not met"), "errors": of.count("not measured")}
+    counts["skipped"] = of.count("cannot be told apart")
+    suite = ET.Element("testsuite", {"name": "thinet-deploy", **{key: str(value) for key, value in counts.items()}})
+    kinds = {"not met": "failure", "not measured": "error", "cannot be told apart": "skipped"}
+    for verdict in verdicts:
+        case = ET.SubElement(suite, "testcase", {"classname": "contract", "name": verdict.requirement})
+        if kind := kinds.get(verdict.outcome):
+            ET.SubElement(case, kind, {"message": in_words(verdict)})
+        else:
+            ET.SubElement(case, "system-out").text = in_words(verdict)
+    return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True))
+
+
+_MARKS = {"met": "✅", "not met": "❌", "cannot be told apart": "❔", "not measured": "❌"}
+
+
+def markdown(verdicts: Sequence[Verdict]) -> str:
+    """A summary for a pull request or a CI page."""
+    broken = sum(verdict.failed for verdict in verdicts)
+    said = f"{broken} of {len(verdicts)} requirements broken" if broken else f"none of {len(verdicts)} is broken"
+    rows = [f"| `{v.requirement}` | {_MARKS[v.outcome]} {v.outcome} | {figures(v)} | {v.detail} |" for v in verdicts]
+    head = ["| required | verdict | measured, 95 % interval | on |", "|---|---|---:|---|"]
+    return "\n".join([f"**Contract: {said}**", "", *head, *rows]) + "\n"

@@ -1,0 +1,229 @@
+"""From the finished networks to what ships: export → convert → verify → measure → bundle → report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import contract, html_report, latency, precision_stage, registry, stages, verify
+from .artifact import hash_json, sha256_of, write_bytes, write_json
+from .environment import fingerprint, machine_id
+from .errors import GateError
+from .export import INPUT
+from .intervals import Interval
+from .job import Job
+from .ledger import Entry
+from .networks import Networks, gate
+from .precision.plan import PrecisionPlan
+from .registry import device_notes, host_runtimes, runs_here
+from .report import Row, Table
+from .runner import COMPANIONS, usable_cores
+from .runner import __file__ as _RUNNER_FILE
+from .shared_run import SharedRun
+from .store import Checkpoint, Run, Stage
+from .tools import Tools, read_accuracy
+from .training import Accuracy
+
+RUNNER = Path(_RUNNER_FILE)
+RUNNER_FILES = (RUNNER, *(RUNNER.with_name(f"{name}.py") for name in COMPANIONS))
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build leaves.
+
+    Attributes:
+        run: the run directory.
+        table: the papers' table.
+        hops: the parity verdicts.
+        bundle: the bundle's folder.
+        notes: what the user has to know or to do.
+        verdicts: on every requirement.
+    """
+
+    run: Path
+    table: Table
+    hops: tuple[verify.Hop, ...]
+    bundle: Path
+    notes: tuple[str, ...]
+    verdicts: tuple[contract.Verdict, ...] = ()
+
+
+def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) -> Build:
+    """Export → type → convert → verify → measure → bundle → report."""
+    job, target = tools.job, tools.job.target
+    folders = {name: stage.folder for name, stage in made.stages.items()}
+    digests = {name: stage.digest for name, stage in made.stages.items()}
+    inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
+    inputs["sources"] = sorted(registry.sources(target))
+    onnx = run.alone("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
+    typed = _typed(run, tools, plan, onnx, list(folders) if runs_here(target) else [made.ship])
+    report = typed.json(precision_stage.TYPED) if typed else {}
+    files = stages.Files(onnx.folder, typed.folder if typed else onnx.folder, report, plan.engines)
+    sources = {"onnx": onnx.digest, "typed": typed.digest if typed else "", "precision": plan.engines}
+    engines = run.alone(
+        "engines",
+        {**sources, "tools": [registry.made_by(r) for r in plan.runtimes]},
+        lambda f, _: stages.engines(tools, files, list(folders), plan.runtimes, f),
+    )
+    paths = {
+        tuple(key.split("/")): engines.folder / entry["path"] for key, entry in engines.json("engines.json").items()
+    }
+    engine_paths = {(name, runtime): path for (name, runtime), path in paths.items()}
+    executed = _executed(run, tools, plan, files, engines, engine_paths)
+    parity = run.alone(
+        "parity",
+        {**sources, "engines": engines.digest, "data": job.data.digest, "hops": hash_json(str([made.hops, executed]))},
+        lambda f, _: stages.parity(tools, folders, made.hops, executed, files, engine_paths, f),
+    )
+    hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
+    gate(hops, run, parity)
+    measured = run.alone(
+        "latency",
+        {
+            "engines": engines.digest,
+            "engines run": runs_here(target),
+            "threads": job.options.threads,
+            "version": latency.VERSION,
+            "machine": machine_id(fingerprint()),
+            **digests,
+        },
+        lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, plan.engines, f),
+    )
+    notes = (*device_notes(target, INPUT, job.input_shape), *plan.notes)
+    notes += tuple(precision_stage.file_notes(report, made.labels, target))
+    ship = stages.Shipped(made.ship, made.labels[made.ship], folders[made.ship])
+    bundle = run.alone(
+        "bundle",
+        {
+            **sources,
+            "engines": engines.digest,
+            "parity": parity.digest,
+            "runner": [sha256_of(file) for file in RUNNER_FILES],
+            "target": [target.id, target.builds_on_device],
+            "model": [job.model_name, made.labels],
+            "notes": list(notes),
+        },
+        lambda f, _: stages.bundled(tools, ship, files, engine_paths, parity.folder, notes, f),
+    )
+    inputs = {**digests, "data": job.data.digest}
+    drops = run.alone("accuracy", inputs, lambda f, _: stages.drops(tools, folders, f))
+    table = _table(job, made, onnx, measured, drops, files)
+    required = job.options.require
+    verdicts = tuple(contract.judge(required, table))
+    if required:
+        judged = {"required": list(required), "table": hash_json(table.to_json())}
+        run.alone("contract", judged, lambda f, _: contract.write(f, verdicts))
+    else:
+        run.discard("contract")
+    run.alone(
+        "report",
+        {
+            "table": hash_json(table.to_json()),
+            "parity": parity.digest,
+            "latency": measured.digest,
+            "contract": list(required),
+            "page": html_report.digest(),
+        },
+        lambda f, _: _report(run.root, table, verdicts, f),
+    )
+    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes), verdicts)
+
+
+def _report(root: Path, table: Table, verdicts: tuple[contract.Verdict, ...], folder: Path) -> None:
+    write_json(folder / "table.json", table.to_json())
+    write_bytes(folder / "report.html", html_report.render([html_report.Page(root, table, verdicts)]).encode())
+
+
+def _typed(run: SharedRun, tools: Tools, plan: PrecisionPlan, onnx: Stage, names: list[str]) -> Stage | None:
+    """The stage of the typed ONNX files, if there are to be any."""
+    if not plan.files:
+        return None
+    options, data = tools.job.options, tools.job.data
+    inputs = {
+        "onnx": onnx.digest,
+        "names": names,
+        "files": list(plan.files),
+        "layout": plan.layout.name,
+        "data": data.digest,
+        "asked": [options.precision, options.max_drop, options.calibration_images, options.seed],
+    }
+
+    def make(folder: Path, _: Checkpoint) -> None:
+        try:
+            precision_stage.typed(tools, plan, onnx.folder, names, folder)
+        except GateError:
+            for stale in ("bundle", "report"):  # of an earlier build, lest they be taken for this one's
+                Run.discard(run, stale)  # this process alone is here
+            raise
+
+    return run.alone("typed", inputs, make)
+
+
+def _executed(
+    run: SharedRun,
+    tools: Tools,
+    plan: PrecisionPlan,
+    files: stages.Files,
+    engines: Stage,
+    paths: dict[tuple[str, str], Path],
+) -> list[verify.Hop]:
+    """Verdicts on what the engines execute; none where they are to run on another machine, which decides that anew."""
+    if not runs_here(tools.job.target):
+        return []
+    inputs = {"engines": engines.digest, "machine": machine_id(fingerprint()), "precision": plan.engines}
+    work = partial(precision_stage.executed, tools, plan, files.onnx, files.report, paths)
+    stage = run.alone("precision", inputs, lambda f, _: work(f))
+    return [verify.Hop(**proof["hop"]) for proof in stage.json(precision_stage.EXECUTED).values()]
+
+
+def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, drops: Stage, files: stages.Files) -> Table:
+    """The papers' table from the stages' files."""
+    timing, exported, lost = measured.json("latency.json"), onnx.json("export.json"), drops.json("drops.json")
+    rows = []
+    for name, stage in made.stages.items():
+        typed = files.report.get(name, {}).get(files.engines)
+        row = Row.make(
+            name,
+            made.labels[name],
+            Accuracy(**typed["accuracy"]) if typed else read_accuracy(stage.folder),
+            exported[name]["count"],
+            files.source(name).stat().st_size,
+            timing,
+        )
+        rows.append(replace(row, drop=Interval(**lost[name]) if name in lost else None))
+    by_name = {row.name: row for row in rows}
+    for name, control in made.controls.items():
+        row = by_name[control.like].with_weights(name, control.label, control.accuracy, control.note)
+        rows.insert(1 if control.like == "original" else len(rows), row)
+    return Table(
+        target=job.target.id,
+        model=job.model_name,
+        data=job.data.name,
+        images=len(job.data.test),
+        machine=machine_id(timing["environment"]),
+        processor=timing["environment"].get("cpu", {}).get("model", "unknown processor"),
+        threads=job.options.threads,
+        cores=usable_cores(),
+        batch=stages.TORCH_BATCH,
+        runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
+        rows=tuple(rows),
+        ledger=tuple(_with_types(made, files.report)),
+        precision=files.engines,
+        ships=made.ship,
+    )
+
+
+def _with_types(made: Networks, report: Mapping[str, Any]) -> Iterator[Entry]:
+    """The ledger, with each network's typed files after its other steps."""
+    last = {entry.network: number for number, entry in enumerate(made.ledger)}
+    names = {label: name for name, label in made.labels.items()}
+    for number, entry in enumerate(made.ledger):
+        yield entry
+        if last[entry.network] == number:
+            for precision, how in report.get(names.get(entry.network, ""), {}).items():
+                if "path" in how:
+                    yield Entry.of(f"in {precision}, as ONNX", Accuracy(**how["accuracy"]), entry.network)

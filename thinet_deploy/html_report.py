@@ -1,0 +1,203 @@
+"""The HTML report: one page that needs no other file, from what a run left; sections without figures are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import comparison, contract, report, report_plots
+from .artifact import hash_json, read_json, sha256_of
+from .report import Row, Table
+
+TEMPLATE = Path(__file__).with_name("assets") / "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One run in the report.
+
+    Attributes:
+        folder: the run directory.
+        table: its table.
+        verdicts: on what was required of it.
+    """
+
+    folder: Path
+    table: Table
+    verdicts: tuple[contract.Verdict, ...] = ()
+
+
+def digest() -> str:
+    """Changes when the page would look different for the same run."""
+    here = Path(__file__)
+    return hash_json([sha256_of(path) for path in (TEMPLATE, here, here.with_name("report_plots.py"))])
+
+
+def render(pages: Sequence[Page], against: tuple[str, list[comparison.Against]] | None = None) -> str:
+    """The whole page.
+
+    Args:
+        pages: the runs, one after the other.
+        against: a comparison with a baseline (see `comparison.against`), shown first.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    tables = [page.table for page in pages]
+    runtimes = report.runtimes_of(tables)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=" · ".join(dict.fromkeys(f"{table.model} → {table.target}" for table in tables)),
+        headers=report.headers(tables),
+        runs=[_run(page, runtimes) for page in pages],
+        against=_against(*against) if against else None,
+    )
+
+
+def _against(name: str, comparisons: list[comparison.Against]) -> dict[str, Any]:
+    header, lines = comparison.header(comparisons), comparison.lines(comparisons)
+    return {"name": name, "header": header, "lines": lines, "note": comparison.NOTE}
+
+
+def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    table, timing = page.table, _json(page.folder / "latency" / "latency.json") or {}
+    labels = {row.name: row.label for row in table.rows}
+    engines = [engine for engine in timing.get("engines", []) if engine["model"] in labels]
+    percentiles = dict.fromkeys(name for engine in engines for name in engine["samples"]["summary"]["percentiles_ms"])
+    hops = (_json(page.folder / "parity" / "parity.json") or {}).get("hops", [])
+    return {
+        "name": page.folder.resolve().name,
+        "table": table,
+        "shipped": table.shipped,
+        "cards": _cards(table),
+        "rows": [{"row": row, "cells": report.cells(row, runtimes), **_mark(table, row.name)} for row in table.rows],
+        "notes": report.notes_of(table),
+        "verdicts": [{**vars(v), "figures": contract.figures(v), "failed": v.failed} for v in page.verdicts],
+        "accuracy": Markup(report_plots.accuracy_plot(table)),  # noqa: S704 - our own SVG, of numbers and runtimes' names
+        "latency": Markup(report_plots.latency_plot(table, engines)),  # noqa: S704 - the same
+        "engines": [_engine(table, engine, labels) for engine in engines],
+        "percentiles": sorted(percentiles, key=lambda name: float(name[1:])),
+        "warnings": _warnings(engines, labels),
+        "widths": list(_widths(page.folder)),
+        "hops": [{**hop, "label": label} for name, label in labels.items() for hop in hops if hop["model"] == name],
+        "ledger": [_entry(table, entry) for entry in table.ledger],
+        "environment": list(_flat(timing.get("environment", {}))),
+    }
+
+
+def _json(path: Path) -> Any:
+    """A stage's file; None where the run has none, or one that is damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _mark(table: Table, name: str) -> dict[str, Any]:
+    row = next(row for row in table.rows if row.name == name)
+    return {"colour": report_plots.colour(table, name), "hollow": bool(row.note)}
+
+
+def _cards(table: Table) -> list[dict[str, str]]:
+    """What the network that ships comes to, in a few figures."""
+    ship, original = table.shipped, next((row for row in table.rows if row.name == "original"), None)
+    cards = [{"what": "top-1", "value": f"{ship.top1:.2f} %", "note": _drop(ship, original)}]
+    for runtime, time in ship.engines.items():
+        if time.speedup is not None:
+            spread = f"[{time.speedup_low:.2f}, {time.speedup_high:.2f}]" if time.speedup_low is not None else ""
+            note = f"{time.ms:.3g} ms; × {spread}"
+            cards.append({"what": runtime, "value": f"{time.speedup:.2f}× faster", "note": note})
+    if original and original is not ship:
+        fewer, smaller = original.flops / ship.flops, original.size_bytes / ship.size_bytes
+        cards.append({"what": "#FLOPs", "value": f"{fewer:.2f}× fewer", "note": f"{ship.flops / 1e6:.1f}M"})
+        note = f"{ship.size_bytes / 2**20:.2f} MB"
+        cards.append({"what": "size", "value": f"{smaller:.2f}× smaller", "note": note})
+    return cards
+
+
+def _drop(ship: Row, original: Row | None) -> str:
+    if ship.drop:
+        # Signs turned: people read a gain as positive.
+        gain, low, high = -ship.drop.value, -ship.drop.high, -ship.drop.low
+        return f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}] against the original"
+    return f"original: {original.top1:.2f} %" if original and original is not ship else ""
+
+
+def _engine(table: Table, engine: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """A line of the latency section; figures that a run of an older version lacks stay blank."""
+    summary, memory = engine["samples"]["summary"], engine.get("memory") or {}
+    interval, grown = summary["interval_ms"], memory.get("engine_bytes")
+    joules = (engine.get("energy") or {}).get("joules_per_run", {})
+    return {
+        "label": labels[engine["model"]],
+        **_mark(table, engine["model"]),
+        "runtime": f"{engine['runtime']} {engine['precision']}",
+        "median": f"{summary['median_ms']:.4g}",
+        "interval": f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "no interval",
+        "percentiles": {name: f"{value:.4g}" for name, value in summary["percentiles_ms"].items()},
+        "runs": summary["n"],
+        "load": f"{engine['load_ms']:.4g}",
+        "first": f"{engine['first_ms']:.4g}",
+        "parts": [f"{name} {value:.4g}" for name, value in (engine.get("clocks_ms") or {}).items()],
+        "memory": f"{grown / 2**20:.1f} MB" if grown is not None else "–",
+        "energy": [f"{sensor} {1000 * energy:.4g} mJ" for sensor, energy in joules.items()],
+    }
+
+
+def _warnings(engines: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, list[str]]:
+    """What is to be known about times, and of which engines."""
+    found: dict[str, list[str]] = {}
+    for engine in engines:
+        summary = engine["samples"]["summary"]
+        invalid = [f"invalid because {reason}" for reason in summary.get("invalid", [])]
+        for note in [*invalid, *summary["warnings"]]:
+            found.setdefault(note, []).append(f"{labels[engine['model']]} on {engine['runtime']}")
+    return found
+
+
+def _widths(folder: Path) -> Iterator[dict[str, Any]]:
+    """Of every pruning its layers, with filters before and after as shares of the widest layer."""
+    for path in sorted(folder.glob("prune*/report.json")):
+        found = _json(path)
+        layers = found.get("layers", []) if found else []
+        widest = max((layer["before"] for layer in layers), default=1)
+        rows = [
+            {
+                "name": layer["producer"],
+                "before": layer["before"],
+                "after": layer["after"],
+                "share": f"{100 * layer['after'] / layer['before']:.0f} %",
+                "wide": 100 * layer["before"] / widest,
+                "kept": 100 * layer["after"] / layer["before"],
+            }
+            for layer in layers
+        ]
+        if rows:
+            method = path.parent.name.partition("-")[2]
+            yield {"title": f"by {method}" if method else "", "rows": rows, "whole": dict(found.get("whole", {}))}
+
+
+def _entry(table: Table, entry: Any) -> dict[str, Any]:
+    """A line of the ledger with its interval's place on a scale that all lines share."""
+    lowest = min(each.top1_low for each in table.ledger)
+    floor = max(0.0, lowest - 0.05 * (100 - lowest) - 0.5)
+    at, left, right = (100 * (each - floor) / (100 - floor) for each in (entry.top1, entry.top1_low, entry.top1_high))
+    return {**vars(entry), "at": at, "left": left, "width": right - left}
+
+
+def _flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """A fingerprint as lines: nested names with dots, lists with commas; what is not known is left out."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _flat(value, f"{name}.{key}" if name else key)
+    elif isinstance(data, list):
+        if data and isinstance(data[0], dict):
+            for index, value in enumerate(data):
+                yield from _flat(value, f"{name}.{index}")
+        elif data:
+            yield name, ", ".join(map(str, data))
+    elif data is not None:
+        yield name, str(data)

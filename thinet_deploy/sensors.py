@@ -1,0 +1,309 @@
+"""What the machine says of itself while something is timed: clocks, temperature, throttling, load, memory, energy.
+
+Python 3.8 and the standard library only: a copy lies beside run.py in every bundle. What a machine does not tell is
+absent or None, never 0. Everything is read below a root folder ("/"), so that tests can show it other machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+# Shares of the time above which somebody else's work shows in a measurement.
+BUSY, STOLEN = 0.05, 0.01
+# A cooling device of such a type slows the processor down while its state is not 0; fans do not.
+_SLOWING = re.compile(r"cpufreq|devfreq|processor|gpu|cpu-throttle", re.IGNORECASE)
+# Bits of the Raspberry Pi firmware's get_throttled that hold now: documentation of vcgencmd.
+_PI_BITS = {0: "under-voltage", 1: "capped frequency", 2: "throttled", 3: "soft temperature limit"}
+_RAIL_PERIOD_S = 0.02
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    return ""
+
+
+def _number(path: Path) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(_text(path))
+    return None
+
+
+def _numbers(root: Path, pattern: str, scale: float) -> dict[str, float]:
+    """Files that hold a number, by the path's part that `pattern` leaves open."""
+    found = {path: _number(path) for path in sorted(root.glob(pattern))}
+    return {path.relative_to(root).as_posix(): value * scale for path, value in found.items() if value is not None}
+
+
+# ------------------------------------------------------------------------------------------- NVIDIA GPUs
+
+
+class Nvml:
+    """NVIDIA's management library, as far as it is there: on a Jetson it answers to little.
+
+    Source of names and numbers: nvml.h (NVML API reference, read 2026-11).
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        self.devices: list[ctypes.c_void_p] = []
+        with contextlib.suppress(OSError):
+            self.library = library or ctypes.CDLL("libnvidia-ml.so.1")
+            count = ctypes.c_uint()
+            if self.library.nvmlInit_v2() == 0 and self.library.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
+                self.devices = [self._handle(index) for index in range(count.value)]
+
+    def _handle(self, index: int) -> ctypes.c_void_p:
+        handle = ctypes.c_void_p()
+        self.library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+        return handle
+
+    def _ask(self, name: str, device: ctypes.c_void_p, *arguments: int) -> int | None:
+        # Eight bytes hold answers of four as well: all these machines are little-endian.
+        answer, function = ctypes.c_ulonglong(), getattr(self.library, name, None)
+        if function is None or function(device, *arguments, ctypes.byref(answer)) != 0:
+            return None
+        return int(answer.value)
+
+    def state(self) -> dict[str, dict[str, int]]:
+        """Per GPU: clock_mhz (SM), temperature_c, slowed (reasons as a bit mask), energy_mj since the driver loaded."""
+        found: dict[str, dict[str, int]] = {}
+        for index, device in enumerate(self.devices):
+            answers = {key: self._ask(name, device, *given) for key, (name, *given) in _QUESTIONS.items()}
+            found[f"gpu{index}"] = {key: value for key, value in answers.items() if value is not None}
+        return found
+
+
+_QUESTIONS: dict[str, tuple[Any, ...]] = {
+    "clock_mhz": ("nvmlDeviceGetClockInfo", 1),  # NVML_CLOCK_SM
+    "temperature_c": ("nvmlDeviceGetTemperature", 0),  # NVML_TEMPERATURE_GPU
+    "slowed": ("nvmlDeviceGetCurrentClocksThrottleReasons",),
+    "energy_mj": ("nvmlDeviceGetTotalEnergyConsumption",),
+}
+# Of nvmlClocksEventReasons: what slows a GPU that has work to do. Idle and clocks that the user set do not.
+_GPU_BITS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
+
+
+# ------------------------------------------------------------------------------------------------ watching
+
+
+class Watch:
+    """Looks at the machine from its making on, whenever `look` is called, and says what happened in between.
+
+    Args:
+        root: where /sys and /proc are.
+        gpus: NVIDIA's library, or one that answers like it.
+    """
+
+    def __init__(self, root: str = "/", gpus: Nvml | None = None) -> None:
+        self.root, self.gpus = Path(root), gpus or Nvml()
+        self.started, self.looks = time.perf_counter(), [self._state()]
+
+    def look(self) -> None:
+        """Read everything once; takes well under a millisecond per core."""
+        self.looks.append(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        cpu, thermal = "sys/devices/system/cpu", "sys/class/thermal"
+        events = _numbers(self.root, f"{cpu}/cpu[0-9]*/thermal_throttle/*_throttle_count", 1)
+        events.update(_numbers(self.root, "sys/class/hwmon/hwmon*/oc*_event_cnt", 1))
+        cooling = _numbers(self.root, f"{thermal}/cooling_device*/cur_state", 1)
+        slowing = {p: v for p, v in cooling.items() if _SLOWING.search(_text((self.root / p).with_name("type")))}
+        return {
+            "time": time.perf_counter(),
+            "clocks_mhz": _numbers(self.root, f"{cpu}/cpu[0-9]*/cpufreq/scaling_cur_freq", 1e-3),
+            "temperatures_c": _numbers(self.root, f"{thermal}/thermal_zone*/temp", 1e-3),
+            "events": events,
+            "slowing": slowing,
+            "firmware": _text(self.root / "sys/devices/platform/soc/soc:firmware/get_throttled"),
+            "gpus": self.gpus.state(),
+            "waited_us": self._waited_us(),
+            "ticks": self._ticks(),
+        }
+
+    def _waited_us(self) -> int | None:
+        """Time in which some process had to wait for a processor, since the machine started."""
+        found = re.search(r"^some .*total=(\d+)", _text(self.root / "proc/pressure/cpu"), re.MULTILINE)
+        return int(found[1]) if found else None
+
+    def _ticks(self) -> list[int]:
+        """Of all processors: user, nice, system, idle, iowait, irq, softirq, steal …"""
+        found = re.search(r"^cpu +(.*)$", _text(self.root / "proc/stat"), re.MULTILINE)
+        return [int(number) for number in found[1].split()] if found else []
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready: clocks and temperatures as [lowest, highest], `throttled`, `busy`, `stolen`; None if unknown.
+
+        `throttled` is a list of reasons, empty when the sensors saw none; `warnings` are sentences on `busy` and
+        `stolen`, the shares of the time in which processes waited for a processor, and the hypervisor took it away.
+        """
+        self.look()
+        temperatures = {_text((self.root / p).with_name("type")) or p: _span(v) for p, v in self._of("temperatures_c")}
+        temperatures.update({gpu: _span(v) for gpu, v in self._of_gpus("temperature_c")})
+        clocks = [v for _, values in self._of("clocks_mhz") for v in values]
+        busy, stolen = self._busy(), self._stolen()
+        return {
+            "seconds": self.looks[-1]["time"] - self.looks[0]["time"],
+            "cpu_clock_mhz": _span(clocks) if clocks else None,
+            "gpu_clock_mhz": {gpu: _span(v) for gpu, v in self._of_gpus("clock_mhz")} or None,
+            "temperatures_c": temperatures or None,
+            "throttled": self._throttled(),
+            "busy": busy,
+            "stolen": stolen,
+            "warnings": _load_warnings(busy, stolen),
+        }
+
+    def _of(self, what: str) -> list[tuple[str, list[float]]]:
+        names = self.looks[0][what]
+        return [(name, [look[what][name] for look in self.looks if name in look[what]]) for name in names]
+
+    def _of_gpus(self, what: str) -> list[tuple[str, list[float]]]:
+        names = [gpu for gpu, state in self.looks[0]["gpus"].items() if what in state]
+        return [(gpu, [look["gpus"][gpu][what] for look in self.looks if what in look["gpus"][gpu]]) for gpu in names]
+
+    def _throttled(self) -> list[str] | None:
+        """Why the machine slowed itself down, in words; None where it has nothing that would tell."""
+        found, told = [], False
+        for name, counts in self._of("events"):
+            told, more = True, counts[-1] - counts[0]
+            found += [f"{_short(name)} rose by {more:g}"] if more > 0 else []
+        for name, states in self._of("slowing"):
+            told = True
+            found += [f"{_text((self.root / name).with_name('type'))} was active"] if max(states) > 0 else []
+        masks = [("", [int(look["firmware"], 16) for look in self.looks if look["firmware"]], _PI_BITS, True)]
+        masks += [(f"{gpu}: ", [int(v) for v in v], _GPU_BITS, False) for gpu, v in self._of_gpus("slowed")]
+        for who, values, bits, shift in masks:
+            told = told or bool(values)
+            found += [
+                who + word
+                for bit, word in bits.items()
+                if any(value & (1 << bit if shift else bit) for value in values)
+            ]
+        return list(dict.fromkeys(found)) if told else None
+
+    def _busy(self) -> float | None:
+        first, last = self.looks[0], self.looks[-1]
+        if first["waited_us"] is None or last["waited_us"] is None:
+            return None
+        return float((last["waited_us"] - first["waited_us"]) / 1e6 / max(last["time"] - first["time"], 1e-9))
+
+    def _stolen(self) -> float | None:
+        first, last = self.looks[0]["ticks"], self.looks[-1]["ticks"]
+        if len(first) < 8 or len(last) < 8 or sum(last[:8]) <= sum(first[:8]):
+            return None
+        return float((last[7] - first[7]) / (sum(last[:8]) - sum(first[:8])))
+
+
+def _span(values: list[float]) -> list[float]:
+    return [min(values), max(values)]
+
+
+def _short(path: str) -> str:
+    parts = path.split("/")
+    return f"{next((part for part in parts if re.fullmatch('(cpu|hwmon)[0-9]+', part)), parts[0])} {parts[-1]}"
+
+
+def _load_warnings(busy: float | None, stolen: float | None) -> list[str]:
+    found = []
+    if busy is not None and busy > BUSY:
+        found.append(f"unstable because the machine is busy: processes waited for a processor {busy:.0%} of the time")
+    if stolen is not None and stolen > STOLEN:
+        found.append(f"unstable because the hypervisor gave {stolen:.1%} of the processors' time to others")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- memory
+
+
+def memory_bytes(root: str = "/") -> dict[str, int | None]:
+    """Resident memory of this process, now and at its highest; None where the system does not tell (not Linux)."""
+    # Not getrusage: its peak includes the parent's memory from before the child became another program.
+    status = _text(Path(root, "proc/self/status"))
+    found = {key: re.search(rf"^{name}:\s*(\d+) kB", status, re.MULTILINE) for key, name in _STATUS.items()}
+    return {key: int(match[1]) * 1024 if match else None for key, match in found.items()}
+
+
+_STATUS = {"now": "VmRSS", "peak": "VmHWM"}
+
+
+# -------------------------------------------------------------------------------------------------- energy
+
+
+class EnergyMeter:
+    """Energy that passes the machine's sensors: RAPL (x86), NVML (NVIDIA GPUs), INA3221 rails (Jetson).
+
+    Each sensor sees a whole package, GPU or rail, not one process.
+    """
+
+    def __init__(self, root: str = "/", gpus: Nvml | None = None) -> None:
+        self.root, self.gpus = Path(root), gpus or Nvml()
+
+    def measure(self, work: Callable[[], int]) -> dict[str, Any] | None:
+        """Meter `work`, which returns how often it ran: joules per run by sensor; None without a sensor that moves."""
+        rails: dict[str, float] = {}
+        stop, before, start = threading.Event(), self._counters(), time.perf_counter()
+        meter = threading.Thread(target=self._integrate, args=(rails, stop), daemon=True)
+        meter.start()
+        runs = work()
+        seconds = time.perf_counter() - start
+        stop.set()
+        meter.join()
+        joules = {**_used(before, self._counters()), **rails}
+        per_run = {sensor: energy / runs for sensor, energy in joules.items() if energy > 0}
+        return {"joules_per_run": per_run, "runs": runs, "seconds": seconds} if per_run else None
+
+    @property
+    def there(self) -> bool:
+        """Whether there is any sensor."""
+        return bool(self._counters() or self._watts())
+
+    def _counters(self) -> dict[str, tuple[float, float]]:
+        """Joules so far and where the counter starts again (0: never), by sensor."""
+        found = {}
+        for zone in sorted(self.root.glob("sys/class/powercap/intel-rapl:[0-9]*")):
+            name, used = _text(zone / "name"), _number(zone / "energy_uj")
+            # Sub-zones (intel-rapl:0:1) are part of their package, and psys holds all of it once more.
+            if used is not None and zone.name.count(":") == 1 and name != "psys":
+                found[f"RAPL {name}"] = (used / 1e6, (_number(zone / "max_energy_range_uj") or 0) / 1e6)
+        for gpu, state in self.gpus.state().items():
+            if "energy_mj" in state:
+                found[f"NVML {gpu}"] = (state["energy_mj"] / 1e3, 0.0)
+        return found
+
+    def _watts(self) -> dict[str, float]:
+        """Power of the rails now: volts × amperes."""
+        found = {}
+        for label in sorted(self.root.glob("sys/class/hwmon/hwmon*/in*_label")):
+            if _text(label.with_name("name")) == "ina3221":
+                number = label.name[2 : -len("_label")]
+                volts, amperes = (_number(label.with_name(f"{kind}{number}_input")) for kind in ("in", "curr"))
+                if volts is not None and amperes is not None:  # in millivolts and milliamperes
+                    found[f"INA3221 {_text(label)}"] = volts * amperes / 1e6
+        return found
+
+    def _integrate(self, rails: dict[str, float], stop: threading.Event) -> None:
+        """Add up power × time until told to stop."""
+        last = time.perf_counter()
+        while watts := self._watts():
+            done = stop.wait(_RAIL_PERIOD_S)
+            now = time.perf_counter()
+            for rail, power in watts.items():
+                rails[rail] = rails.get(rail, 0.0) + power * (now - last)
+            last = now
+            if done:
+                break
+
+
+def _used(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Joules between two readings of counters; one that started again meanwhile counts on from its range."""
+    used = {}
+    for sensor, (end, again_at) in after.items():
+        if sensor in before:
+            energy = end - before[sensor][0]
+            used[sensor] = energy if energy >= 0 else energy + again_at
+    return used
