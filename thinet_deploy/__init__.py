@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from .bundle import verify_bundle
     from .counting import count
     from .data import Dataset, load_digits, load_folder
+    from .deployment import Build
     from .errors import GateError, InputError, MissingError, ThinetDeployError
     from .export import export_onnx
     from .latency import measure_engines
     from .options import Options
-    from .pipeline import Build, build, build_from, feasibility, prune
+    from .pipeline import build, build_from, feasibility, prune
     from .preprocess import Preprocess
     from .pruning.plan import Plan, load_plan
     from .pruning.surgery import load_thin
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .torch_latency import measure_torch
 
 _HOME = {
-    "Build": "pipeline",
+    "Build": "deployment",
     "Dataset": "data",
     "GateError": "errors",
     "InputError": "errors",
