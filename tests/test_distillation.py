@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from thinet_deploy.distillation import losses
+from thinet_deploy.distillation import Inside, losses
 
 COUNT, CLASSES = 20, 7
 LABELS = torch.arange(COUNT) % CLASSES
@@ -42,3 +43,70 @@ def test_shares_mix_and_images_without_labels_go_by_the_teacher_alone() -> None:
     got = losses(scores(0), labels, scores(1), share=0.3, smoothing=0.0)
     torch.testing.assert_close(got[5:], (0.3 * soft + 0.7 * hard)[5:])
     torch.testing.assert_close(got[:5], soft[:5])
+
+
+# ---------------------------------------------------------------------------------------------- inside the networks
+
+
+class Block(nn.Module):
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, inner, 3, padding=1), nn.Conv2d(inner, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.norm(self.two(torch.relu(self.one(x)))))
+
+
+def blocks(*inner: int) -> nn.Module:
+    torch.manual_seed(0)
+    stage = nn.Sequential(*(Block(width) for width in inner))
+    return nn.Sequential(stage, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
+
+
+def test_parts_are_what_pruning_left_alike_and_each_once() -> None:
+    model = blocks(2, 3)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with Inside(model.train(), blocks(6, 6).eval()) as inside:
+        inside.find(torch.randn(5, 4, 6, 6))
+        assert inside.names == ("0.0", "0.1"), "not the stage, which says what its last block says, nor the outputs"
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0, msg=f"looking changed {name}")
+
+
+def test_equal_networks_do_not_differ() -> None:
+    x, model, teacher = torch.randn(5, 4, 6, 6), blocks(2, 3).eval(), blocks(2, 3).eval()
+    with Inside(model, teacher) as inside:
+        inside.find(x)
+        model(x), teacher(x)
+        torch.testing.assert_close(inside.differences(), torch.zeros(5))
+
+
+def test_nothing_is_kept_and_nothing_listens_afterwards() -> None:
+    model, teacher = blocks(2), blocks(4)
+    with Inside(model, teacher) as inside:
+        inside.find(torch.randn(2, 4, 6, 6))
+        assert any(each._forward_hooks for each in teacher.modules())
+    assert not any(each._forward_hooks for net in (model, teacher) for each in net.modules())
+
+
+def test_a_plain_network_has_no_parts_in_common() -> None:
+    def plain(width: int) -> nn.Module:
+        return nn.Sequential(nn.Sequential(nn.Conv2d(4, width, 3), nn.ReLU()), nn.Flatten(), nn.LazyLinear(2))
+
+    x = torch.randn(2, 4, 6, 6)
+    with Inside(plain(3), plain(5)) as inside:
+        inside.find(x)
+        assert inside.names == ()
+        assert inside.differences() is None
+
+
+def test_the_difference_is_a_share_of_what_the_teacher_says_image_by_image() -> None:
+    x, teacher = torch.randn(3, 4, 6, 6), nn.Sequential(nn.Sequential(nn.Identity(), nn.ReLU()), nn.Flatten())
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1, groups=4, bias=False), nn.ReLU()), nn.Flatten())
+    nn.init.constant_(model[0][0].weight, 1.5)  # type: ignore[index]
+    with Inside(model, teacher) as inside:
+        inside.find(x)
+        model(x), teacher(x)
+        torch.testing.assert_close(inside.differences(), torch.full((3,), 0.25))

@@ -246,7 +246,6 @@ def redo(run: Path, stage: str) -> None:
 def test_an_engine_of_another_network_does_not_pass(
     copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any], made: Made
 ) -> None:
-
     def mixed_up(runtime: str, job: Conversion, *rest: Any, **others: Any) -> Artifact:
         """The engine for ThiNet-Conv in ONNX Runtime is made from the original."""
         if runtime == "onnxruntime":

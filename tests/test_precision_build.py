@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from thinet_deploy import precision_stage, registry
-from thinet_deploy.artifact import read_json
+from thinet_deploy import precision_stage, registry, stages
+from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.deployment import Build
 from thinet_deploy.errors import DataError, GateError, MissingError, TargetError, UnknownNameError
@@ -64,6 +65,14 @@ def again(tiny_options: MakeOptions, out: Path, **changes: Any) -> Options:
 # ---------------------------------------------------------------------------------------------- on this machine
 
 
+def test_what_top1_lost_counts_the_int8_too(full: Build) -> None:
+    before = next(entry for entry in full.table.ledger if (entry.network, entry.step) == ("Original", "trained here"))
+    for row in full.table.rows:
+        if row.name != "original":
+            assert row.drop is not None
+            assert row.drop.value == pytest.approx(before.top1 - row.top1)
+
+
 def test_engines_are_int8_and_it_is_proved(full: Build) -> None:
     proofs = read_json(full.run / "precision" / "precision.json")
     assert set(proofs) == {f"{name}/{runtime}" for name in NETWORKS for runtime in ("openvino", "onnxruntime")}
@@ -111,15 +120,13 @@ def test_the_bundle_checks_itself_in_int8(full: Build) -> None:
 def test_an_engine_in_fp32_does_not_pass_for_int8(
     copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool: Any = registry.converter("onnxruntime")
-    convert = tool.convert
-
-    def widened(job: Conversion) -> Path:
-        path: Path = convert(Conversion(copy / "onnx" / job.source.name, job.folder, job.precision))
-        return path
+    def widened(runtime: str, job: Conversion, *rest: Any, **others: Any) -> Artifact:
+        if runtime == "onnxruntime":
+            job = replace(job, source=copy / "onnx" / job.source.name)
+        return registry.convert(runtime, job, *rest, **others)
 
     (copy / ".records" / "engines.json").unlink()
-    monkeypatch.setattr(tool, "convert", widened)
+    monkeypatch.setattr(stages, "convert", widened)
     with pytest.raises(GateError) as failure:
         build(again(tiny_options, copy))
     assert failure.value.exit_code == 1

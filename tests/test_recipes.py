@@ -1,6 +1,7 @@
 """The recipes: the papers' and the best one, from options to the files of a run."""
 
 from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,8 @@ def test_several_methods_get_a_row_each_and_the_first_ships(tiny_options: MakeOp
 def test_the_original_teaches_unless_held_out_images_say_otherwise(
     with_it: bool, teacher: bool, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`hits` is asked twice: of the network trained with the original as teacher, and of the one without."""
-    answers = iter([np.full(100, with_it), np.full(100, not with_it)])
+    """`hits` is asked first of the network trained with the original as teacher, and of the one without."""
+    answers = chain([np.full(100, with_it), np.full(100, not with_it)], repeat(np.full(100, True)))
     monkeypatch.setattr("thinet_deploy.stages.hits", lambda *_: next(answers))
     done = pipeline.build(tiny_options(tmp_path / "run", finetune_epochs=5, controls="none", target="ios"))
     assert read_json(done.run / "teacher" / "teacher.json")["teacher"] is teacher

@@ -109,8 +109,8 @@ def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) ->
         },
         lambda f, _: stages.bundled(tools, ship, files, engine_paths, parity.folder, notes, f),
     )
-    inputs = {**digests, "data": job.data.digest}
-    drops = run.alone("accuracy", inputs, lambda f, _: stages.drops(tools, folders, f))
+    inputs = {**digests, "data": job.data.digest, "typed": sources["typed"], "precision": plan.engines}
+    drops = run.alone("accuracy", inputs, lambda f, _: stages.drops(tools, folders, files, f))
     table = _table(job, made, onnx, measured, drops, files)
     required = job.options.require
     verdicts = tuple(contract.judge(required, table))

@@ -1,8 +1,13 @@
-"""What a network learns from: the labels, and the outputs of a teacher such as the dense network."""
+"""What a network learns from: the labels, and what a teacher such as the dense network says, at its end and inside."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 
@@ -36,3 +41,78 @@ def losses(
     soft_n = temperature**2 * F.kl_div(softened_nk, target_nk, reduction="none", log_target=True).sum(1)
     share_n = torch.where(labels_n < 0, 1.0, share)
     return share_n * soft_n + (1 - share_n) * hard_n
+
+
+class Inside:
+    """What the parts say that a network and its teacher have in common, while both run: a context.
+
+    Parts are modules with modules inside, such as the blocks of a residual network: pruning left the shape of what they
+    say, so that a thin network can be held to the original there (as Romero et al., FitNets, ICLR 2015, section 2.2).
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        """Nothing is looked for before the first batch."""
+        self._models = (model, teacher) if teacher else None
+        self._said: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.names: tuple[str, ...] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def find(self, inputs: torch.Tensor) -> None:
+        """Find the parts by a run of both networks on some inputs, and listen to them from now on."""
+        if self._models is None or self.names is not None:
+            return
+        outputs = [_outputs(each, inputs) for each in self._models]
+        shapes = [{name: said.shape for name, said in each.items()} for each in outputs]
+        self.names = tuple(name for name in shapes[0] if shapes[0][name] == shapes[1].get(name))
+        for model, said in zip(self._models, self._said, strict=True):
+            for name in self.names:
+                self._hooks.append(model.get_submodule(name).register_forward_hook(_note(said, name)))
+
+    def differences(self) -> torch.Tensor | None:
+        """Squared error of each image, shape (n,), as a share of what the teacher says, averaged over the parts."""
+        ours, theirs = self._said
+        shares = []
+        for name in self.names or ():
+            mine, aim = ours.pop(name).float().flatten(1), theirs.pop(name).float().flatten(1)
+            shares.append((mine - aim).square().mean(1) / aim.square().mean(1).clamp_min(1e-12))
+        return torch.stack(shares).mean(0) if shares else None
+
+    def _stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _note(said: dict[str, Any], name: str) -> Callable[[nn.Module, object, Any], None]:
+    def note(_: nn.Module, __: object, output: Any) -> None:
+        said[name] = output
+
+    return note
+
+
+def _outputs(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each part says, by name; of nested ones that say the same, the innermost; not what the whole says."""
+    said: dict[str, Any] = {}
+    parts = {name: each for name, each in model.named_modules() if name and any(True for _ in each.children())}
+    hooks = [each.register_forward_hook(_note(said, name)) for name, each in parts.items()]
+    training = model.training
+    try:
+        with torch.no_grad():
+            whole = model.eval()(inputs)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    different: dict[int, str] = {}
+    for name, output in said.items():  # the innermost runs first
+        if isinstance(output, torch.Tensor) and output is not whole:
+            different.setdefault(id(output), name)
+    return {name: said[name] for name in parts if name in different.values()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from . import verify
@@ -29,7 +30,7 @@ from .prune_stage import HELD_OUT
 from .registry import runs_here
 from .target import TargetProfile
 from .tools import Tools
-from .training import Accuracy, accuracy
+from .training import Accuracy, accuracy, first
 
 # What is usual; more changes limits by less than a step.
 CALIBRATION_IMAGES = 300
@@ -142,8 +143,18 @@ def _stored(model: ModelProto) -> dict[str, int]:
 
 def _tested(tools: Tools, model: ModelProto) -> Accuracy:
     """Accuracy on the test images: for the report, no choice is made by it."""
-    say, test = speaking(model, literal=False), tools.job.data.test
-    return accuracy(np.concatenate([say(images) for images, _ in test.batches(256)]), test.labels)
+    return accuracy(_outputs(tools, model), tools.job.data.test.labels)
+
+
+def typed_hits(tools: Tools, path: Path) -> NDArray[np.bool_]:
+    """Whether a typed file ranks each test image's class first, shape (n,)."""
+    return first(_outputs(tools, onnx.load(path)), tools.job.data.test.labels)
+
+
+def _outputs(tools: Tools, model: ModelProto) -> NDArray[np.float32]:
+    """What it says of the test images, (n, classes)."""
+    say = speaking(model, literal=False)
+    return np.concatenate([say(images) for images, _ in tools.job.data.test.batches(256)])
 
 
 def executed(

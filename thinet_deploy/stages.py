@@ -21,7 +21,7 @@ from .gcos_stage import check_layout
 from .interfaces import Conversion, Precision, TensorSpec
 from .intervals import difference_interval
 from .models.weights import load_weights
-from .precision_stage import typed_hops
+from .precision_stage import typed_hits, typed_hops
 from .prune_stage import HELD_OUT, calibration, check_way
 from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
@@ -260,12 +260,16 @@ def parity(
     write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in (*hops, *executed_hops)]})
 
 
-def drops(tools: Tools, folders: Mapping[str, Path], folder: Path) -> None:
-    """How much top-1 each network lost against the original, paired image by image on the test images."""
+def drops(tools: Tools, folders: Mapping[str, Path], files: Files, folder: Path) -> None:
+    """How much top-1 each network lost against the original, paired image by image on the test images.
+
+    The networks in the type of their engines, the original as it was.
+    """
     right, images = {}, tools.job.data.test
     for index, (name, source) in enumerate(folders.items()):
         tools.progress("Comparing accuracy", index, len(folders), name)
-        right[name] = hits(tools.load(source), images)
+        typed = name != "original" and "path" in files.report.get(name, {}).get(files.engines, {})
+        right[name] = typed_hits(tools, files.source(name)) if typed else hits(tools.load(source), images)
     tools.progress("Comparing accuracy", len(folders), len(folders))
     lost = {name: asdict(difference_interval(right["original"], own)) for name, own in right.items()}
     write_json(folder / "drops.json", {name: drop for name, drop in lost.items() if name != "original"})

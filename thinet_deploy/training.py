@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from .data import ImageSet
-from .distillation import losses
+from .distillation import Inside, losses
 from .errors import InputError, ThinetDeployError, UnknownNameError
 from .interfaces import Progress, silent
 from .parallel import Team, join
@@ -45,6 +45,8 @@ class Recipe:
         precision: of the forward and backward passes; the weights and their updates are fp32.
         distill: share of the loss that comes from the teacher, where there is one; the labels make up the rest.
         temperature: softens both sides' outputs for the teacher's share.
+        inside: weight of how far the parts that both networks have in common, such as residual blocks, are from what
+            the teacher's say; 0 for outputs alone.
     """
 
     epochs: int
@@ -61,6 +63,7 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     distill: float = 0.9
     temperature: float = 4.0
+    inside: float = 2.0
 
 
 def changed(recipe: Recipe, settings: Mapping[str, object]) -> Recipe:
@@ -133,7 +136,12 @@ def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> Accurac
 
 def hits(model: nn.Module, images: ImageSet) -> NDArray[np.bool_]:
     """Whether each image's class is ranked first, shape (n,); ties and NaN as in `accuracy`."""
-    hit: NDArray[np.bool_] = _ranks(logits(model, images).numpy(), images.labels) < 1
+    return first(logits(model, images).numpy(), images.labels)
+
+
+def first(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether outputs (n, classes) rank each label's class first, shape (n,); ties and NaN as in `accuracy`."""
+    hit: NDArray[np.bool_] = _ranks(outputs, labels) < 1
     return hit
 
 
@@ -190,8 +198,8 @@ def train(
     team, steps, note = join(), images.training_steps(recipe.batch), ""
     if team.rank:
         progress = silent
-    with team.holding(model, *filter(None, [teacher])):
-        training = _Training(model, teacher, recipe, team, stage, steps)
+    with team.holding(model, *filter(None, [teacher])), Inside(model, teacher if recipe.inside else None) as inside:
+        training = _Training(model, teacher, recipe, team, stage, steps, inside)
         first = training.resume(checkpoint) if checkpoint else 0
         for epoch in range(first, recipe.epochs):
             torch.manual_seed(derive(seed, stage, epoch, "dropout", *([team.rank] if team.rank else [])))
@@ -213,10 +221,17 @@ class _Training:
     """A training under way: all that a checkpoint holds, and how a step changes it."""
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, team: Team, stage: str, steps: int
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        recipe: Recipe,
+        team: Team,
+        stage: str,
+        steps: int,
+        inside: Inside,
     ) -> None:
         team.align(model)
-        self.model, self.teacher = model, teacher.eval() if teacher else None
+        self.model, self.teacher, self.inside = model, teacher.eval() if teacher else None, inside
         self.recipe, self.team, self.stage, self.steps = recipe, team, stage, steps
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
@@ -252,6 +267,7 @@ class _Training:
     def _loss(self, inputs: NDArray[np.float32], labels: NDArray[np.int64]) -> torch.Tensor:
         rows, weight = self.team.share(len(labels))
         inputs_nchw, labels_n = (torch.from_numpy(part[rows]).to(self.team.device) for part in (inputs, labels))
+        self.inside.find(inputs_nchw)
         dtype = _AUTOCAST.get(self.recipe.precision)
         with torch.autocast(self.team.device.type, dtype, enabled=dtype is not None):
             outputs_nk = self.model(inputs_nchw)
@@ -266,6 +282,8 @@ class _Training:
             temperature=recipe.temperature,
             smoothing=recipe.label_smoothing,
         )
+        if (differences_n := self.inside.differences()) is not None:
+            loss_n = loss_n + recipe.inside * differences_n
         return weight * loss_n.sum()
 
     def _follow(self, done: int) -> None:
