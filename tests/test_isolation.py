@@ -1,5 +1,6 @@
 """A converter's child process: whatever happens in it is told in one message, and nothing is left of it."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -171,7 +172,12 @@ def test_ctrl_c_ends_the_toolchain_and_its_children(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_its_parent(kind: signal.Signals, tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT, tmp_path], stderr=subprocess.DEVNULL) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, tmp_path],
+        stderr=subprocess.DEVNULL,
+        # A shell that starts the tests in the background has them ignore it.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as parent:
         pids = started(tmp_path)
         os.kill(parent.pid, kind)
         parent.wait(20)

@@ -97,7 +97,7 @@ def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    assert text.count("\n model ") == (2 if width == 80 else 1)
+    assert text.count("\n model ") in ({2, 3} if width == 80 else {1}), "a third one where a mark makes cells wider"
     runtimes = report.runtimes_of([full.table])
     assert [cell for row in full.table.rows for cell in report.cells(row, runtimes) if cell not in text] == []
     assert text.count("passed error") + text.count("passed 15 images") + text.count("passed fp32") == len(full.hops)
