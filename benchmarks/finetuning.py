@@ -24,34 +24,38 @@ from thinet_deploy.data import Dataset
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method
 
-EPOCHS = (2, 20)
-SEEDS = (0, 1, 2)
+SEEDS = {2: (0, 1, 2), 20: (0,)}
 
 
-def run(data: Dataset, *, quick: bool) -> None:
+def run(data: Dataset, epochs: int, *, quick: bool) -> None:
     """Measure what is not there yet, keep each row at once, print the table."""
     model = trained_resnet20()
-    rows = kept("finetuning", quick=quick)
+    title = f"finetuning-{epochs}"
+    rows = kept(title, quick=quick)
     thin = pruned(model, data, Wish(macs=count(model, (3, 32, 32)).macs / 2), Method(), allocated=True)
     todo = [
-        (f"{name}, {epochs} epochs{how}, seed {seed}", network, teacher, epochs, seed)
-        for epochs in ((1,) if quick else EPOCHS)
-        for seed in SEEDS[: 3 if epochs == 2 else 1]
+        (f"{name}{how}, seed {seed}", network, teacher, seed)
+        for seed in SEEDS.get(epochs, (0,))
         for name, network, teacher, how in (
             ("2x thinner", thin, model, ", taught"),
             ("unpruned", model, model, ", taught"),
             ("unpruned", model, None, ""),
         )
     ]
-    for name, network, teacher, epochs, seed in todo:
+    for name, network, teacher, seed in todo:
         if name in rows:
             continue
         start = time.perf_counter()
         done = tuned(copy.deepcopy(network), data, teacher, epochs, seed)
         seconds, macs = time.perf_counter() - start, count(done, (3, 32, 32)).macs
         rows[name] = {"seconds": seconds, "macs": macs, **judged(done, data)}
-        facts = {"tuning": repr(TUNING), "threads": torch.get_num_threads(), "before": judged(thin, data)}
-        keep("finetuning", {**facts, "rows": rows}, quick=quick)
+        facts = {
+            "epochs": epochs,
+            "tuning": repr(TUNING),
+            "threads": torch.get_num_threads(),
+            "before": judged(thin, data),
+        }
+        keep(title, {**facts, "rows": rows}, quick=quick)
         print(f"{name}: {percent(rows[name])}", flush=True)
     table = Table("what", "MMAC", "top-1 (95 %)", "s")
     for name, row in rows.items():
@@ -63,14 +67,14 @@ def main() -> None:
     """All of it."""
     parser = argparse.ArgumentParser(description="Fine-tuning after pruning, ResNet-20 on CIFAR-10.")
     parser.add_argument("--quick", action="store_true", help="an epoch of few images: shows that it works")
+    parser.add_argument("--epochs", type=int, choices=list(SEEDS), help="of them alone")
     given = parser.parse_args()
     if absent := missing():
         print(f"finetuning: skipped, {absent}")
         return
     data = cifar10()
-    if given.quick:
-        data = few(data, 1000)
-    run(data, quick=given.quick)
+    for epochs in (1,) if given.quick else [given.epochs] if given.epochs else SEEDS:
+        run(few(data, 1000) if given.quick else data, epochs, quick=given.quick)
 
 
 if __name__ == "__main__":
