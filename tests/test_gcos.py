@@ -16,6 +16,7 @@ from thinet_deploy.artifact import read_json
 from thinet_deploy.data import ImageSet
 from thinet_deploy.errors import ModelError
 from thinet_deploy.export import export_onnx, run_onnx
+from thinet_deploy.models.presets import build_preset
 from thinet_deploy.models.vgg import VGG
 from thinet_deploy.models.weights import save_weights
 from thinet_deploy.options import Options
@@ -24,7 +25,7 @@ from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.gcos import Grouped, check, default_groups, group_convolutions, possible
-from thinet_deploy.pruning.partition import by_position
+from thinet_deploy.pruning.partition import Layer, Partition, by_position
 from thinet_deploy.pruning.plan import Plan, load_plan
 from thinet_deploy.pruning.surgery import apply, load_thin
 
@@ -179,3 +180,28 @@ def test_a_pattern_that_names_nothing_says_what_there_is(cli: Callable[..., Any]
     assert "features.0, features.2, features.5" in done.err
     done = cli(*start, "--gcos-layer", "features.0")
     assert (done.code, "PATTERN=GROUPS" in done.err) == (2, True)
+
+
+def test_on_thinet_tiny_it_leaves_what_the_papers_print() -> None:
+    """2.66 MB: 696,496 weights (thinet.md, section 2), in the layout of the architecture to train from scratch."""
+    torch.manual_seed(0)
+    shape = (3, 224, 224)
+    model = build_preset("thinet-tiny", shape, 1000).eval()
+    graph = channel_graph(model, (torch.zeros(2, *shape),))
+    pixels: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3)).astype(np.uint8)
+    preprocess = PREPROCESS.model_copy(update={"resize": (224, 224), "crop": (224, 224)})
+    images = Sample(ImageSet(np.zeros(2, np.int64), lambda rows: pixels[rows], preprocess), np.arange(2), 2, 0)
+    done = group_convolutions(model, graph, default_groups(model, graph), images, shape, choose_by=shuffled)
+    thin, scratch = apply(done.plan, done.model), build_preset("thinet-tiny", shape, 1000, gcos=True)
+    assert sum(layer.weight.numel() for layer in thin.modules() if isinstance(layer, nn.Conv2d | nn.Linear)) == 696_496
+    assert {name: each.shape for name, each in thin.state_dict().items()} == {
+        name: each.shape for name, each in scratch.state_dict().items()
+    }
+    thin.load_state_dict(scratch.state_dict())
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(thin(x), scratch.eval()(x))
+
+
+def shuffled(layer: Layer, groups: int) -> Partition:
+    return by_position(len(layer.sources), len(layer.cross), groups, shuffled_from=int(layer.sources.max()) + 1)
