@@ -3,11 +3,13 @@
 #   PIP_OPTIONS     for pip, such as another build of torch:
 #                   PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" (or …/cu130)
 #   CONSTRAINTS     the pinned set of packages
-#   PYTEST_OPTIONS  for pytest, such as "-n 2" or "-k parity"
+#   WORKERS         of the tests; by default two, each with whole files
+#   PYTEST_OPTIONS  for pytest, such as "-k parity"
 #   BENCH_OPTIONS   for the scripts in benchmarks/, such as --quick
 PYTHON ?= python3
 PIP_OPTIONS ?=
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= -n 2 --dist loadfile
 PYTEST_OPTIONS ?=
 BENCH_OPTIONS ?=
 
@@ -50,10 +52,10 @@ demo: $(STAMP) ## the main job on the built-in digits, for the target `cpu`, int
 	$(BIN)/thinet-deploy build --target cpu --controls all --out runs/demo
 
 test: $(STAMP) ## the tests, without those marked slow
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_OPTIONS)
 
 test-all: $(STAMP) ## all tests, also the slow ones
-	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "slow or not slow" $(WORKERS) $(PYTEST_OPTIONS)
 
 lint: $(STAMP) ## ruff, formatting, and that what runs on devices is Python 3.8
 	$(BIN)/ruff check .

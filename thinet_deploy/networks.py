@@ -264,7 +264,7 @@ def gate(hops: tuple[verify.Hop, ...], run: SharedRun, stage: Stage) -> None:
     if failed:
         lines = "\n".join(
             f"  {hop.model}: {hop.hop}: "
-            + (f"error {hop.error}, allowed {hop.tolerance:.1e}" if hop.tolerance else hop.detail)
+            + (f"error {hop.error}, allowed {hop.tolerance:.1e}" if hop.tolerance is not None else hop.detail)
             for hop in failed
         )
         for name in ("bundle", "report", "contract"):
