@@ -38,7 +38,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(there: Path, tiny_options: Callable[..., Options], tmp_path_factory: pytest.TempPathFactory) -> Build:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     out = tmp_path_factory.mktemp("transfer") / "run"
-    return build(tiny_options(out, transfer_to=there, epochs=3, finetune_epochs=2))
+    return build(tiny_options(out, transfer_to=there, epochs=3, finetune_epochs=1, transfer_epochs=2))
 
 
 def test_the_table_has_the_papers_rows(done: Build, there: Path) -> None:
@@ -85,12 +85,17 @@ def test_the_ledger_says_where_each_was_measured(done: Build, there: Path) -> No
     networks = [entry.network for entry in done.table.ledger]
     assert any(network.endswith(", data") for network in networks)
     assert {f"Original, fine-tuned to {there.name}", "FT & prune", "Train from scratch"} < set(networks)
+    steps = {(entry.network, entry.step) for entry in done.table.ledger}
+    assert (f"Original, fine-tuned to {there.name}", "fine-tuned, 2 epochs") in steps
+    assert ("ThiNet-Conv (r=0.5), data", "fine-tuned, 1 epoch, the original as teacher") in steps
+    assert ("FT & prune", "fine-tuned, 2 epochs, the original as teacher") in steps
+    assert ("Train from scratch", "5 epochs") in steps
 
 
 def test_only_what_depends_on_the_target_is_made_anew(
     done: Build, there: Path, tiny_options: Callable[..., Options], made: Made
 ) -> None:
-    options = tiny_options(done.run, transfer_to=there, epochs=3, finetune_epochs=2)
+    options = tiny_options(done.run, transfer_to=there, epochs=3, finetune_epochs=1, transfer_epochs=2)
     assert made(lambda: build(options))[1] == []
 
 

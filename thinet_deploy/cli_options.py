@@ -94,6 +94,9 @@ TransferTo = Annotated[
         show_default=False,
     ),
 ]
+TransferEpochs = Annotated[
+    int | None, typer.Option(help="Epochs of fine-tuning to --transfer-to.  \\[default: as --finetune-epochs]")
+]
 KeepLayer = Annotated[
     list[str] | None,
     typer.Option("--keep-layer", help="PATTERN=R: another keep ratio for some layers, such as layer4.*=0.7."),

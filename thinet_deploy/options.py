@@ -63,6 +63,7 @@ class Options(BaseModel):
             papers': 1, and another at a tenth of the rate in front of a pool; with branches 1 after each block.
         finetune_epochs: of fine-tuning at the end, for ThiNet-Conv and again for ThiNet-GAP; None for 15, or the
             papers': 12, and 9 in networks with branches.
+        transfer_epochs: of all fine-tuning to the images of `transfer_to`; None for as many as `finetune_epochs`.
         controls: what the thin networks are compared with: "unpruned": the original, trained for as many epochs more
             as they were; "all": also their architecture from scratch, for as many epochs as all training together.
         lr: learning rate of training from fresh weights: of the original and of the control from scratch.
@@ -106,6 +107,7 @@ class Options(BaseModel):
     epochs: int = Field(default=20, ge=0)
     layer_epochs: int | None = Field(default=None, ge=0)
     finetune_epochs: int | None = Field(default=None, ge=0)
+    transfer_epochs: int | None = Field(default=None, ge=0)
     controls: Controls = "unpruned"
     lr: float = Field(default=0.03, gt=0)
     finetune_lr: float = Field(default=0.01, gt=0)

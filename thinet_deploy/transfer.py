@@ -29,7 +29,9 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
         target: of the same job with the images to fine-tune to.
     """
     pruning = prune(run, source)
-    here, epochs = finish(run, _without_controls(source), pruning), last_epochs(source.job.options, pruning)
+    here, asked = finish(run, _with(source, controls="none"), pruning), target.job.options.transfer_epochs
+    epochs = last_epochs(source.job.options, pruning) if asked is None else asked
+    target = _with(target, finetune_epochs=epochs)
     where = target.job.data.name
     given = {**training_of(target.job.options), "epochs": epochs, **target.job.identity, "from": source.job.identity}
 
@@ -41,7 +43,7 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
     original = carry("original" + THERE, here.stages["original"], "the original", None)
     teacher = original if target.job.options.distils else None
     thin = carry("thin" + THERE, here.stages[here.ship], here.labels[here.ship], teacher)
-    there = finish(run, _without_controls(target), prune(run, target, original, THERE), THERE)
+    there = finish(run, _with(target, controls="none"), prune(run, target, original, THERE), THERE)
     label = f"{here.labels[here.ship]}, then fine-tuned to {where}"
     networks = Networks(
         {"original": original, "pruned-there": there.stages[there.ship], "transferred": thin},
@@ -51,7 +53,7 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
         + [replace(hop, model="pruned-there") for hop in there.hops],
         [replace(entry, network=f"{entry.network}, {source.job.data.name}") for entry in here.ledger],
     )
-    networks.ledger += [Entry.of(f"fine-tuned, {epochs} epochs", accuracy_of(original), networks.labels["original"])]
+    networks.ledger += [Entry.of(tuned(FineTuning(epochs, None)), accuracy_of(original), networks.labels["original"])]
     networks.ledger += [replace(each, network="FT & prune") for each in there.ledger if each.network != "Original"]
     how = tuned(FineTuning(epochs, teacher.folder if teacher else None))
     networks.ledger.append(Entry.of(how, accuracy_of(thin), label))
@@ -60,6 +62,6 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
     return networks
 
 
-def _without_controls(tools: Tools) -> Tools:
-    options = tools.job.options.model_copy(update={"controls": "none"})
-    return replace(tools, job=replace(tools.job, options=options))
+def _with(tools: Tools, **changes: object) -> Tools:
+    """The same with other options."""
+    return replace(tools, job=replace(tools.job, options=tools.job.options.model_copy(update=changes)))
