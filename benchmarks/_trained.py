@@ -18,9 +18,9 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -122,9 +122,10 @@ def photos10_weights() -> Path:
 # --- VGG for CIFAR-10 ------------------------------------------------------------------------------------------------
 
 VGG_STAGES = ((32, 32), (64, 64), (96, 96), (128, 128))  # 37.4 M multiply-accumulates
-VGG_RECIPES = {
-    False: Recipe(epochs=40, lr=0.1, batch=128, warmup=2, precision="bf16"),
-    True: Recipe(epochs=30, lr=0.1, batch=128, warmup=2, precision="bf16"),
+# As keywords: what they do not name may get a setting more without the weights being trained anew.
+VGG_RECIPES: dict[bool, dict[str, Any]] = {
+    False: {"epochs": 40, "lr": 0.1, "batch": 128, "warmup": 2, "precision": "bf16"},
+    True: {"epochs": 30, "lr": 0.1, "batch": 128, "warmup": 2, "precision": "bf16"},
 }
 
 
@@ -141,7 +142,7 @@ def vgg_bn(num_classes: int = 10) -> VGG:
 def vgg_weights(*, norm: bool) -> Path:
     """Where the weights of `trained_vgg` are, once it was called."""
     name, recipe = "vgg_bn" if norm else "vgg", VGG_RECIPES[norm]
-    return cache() / f"{name}-cifar10-{hash_json([VGG_STAGES, asdict(recipe)])[:8]}.safetensors"
+    return cache() / f"{name}-cifar10-{hash_json([VGG_STAGES, recipe])[:8]}.safetensors"
 
 
 def trained_vgg(*, norm: bool, progress: Progress = silent) -> nn.Module:
@@ -151,7 +152,7 @@ def trained_vgg(*, norm: bool, progress: Progress = silent) -> nn.Module:
     model = (vgg_bn if norm else vgg)().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not path.is_file():
         checkpoint = Checkpoint(path.with_suffix(".checkpoint"), path.stem)
-        train(model, cifar10().train, recipe, seed=0, stage=name, checkpoint=checkpoint, progress=progress)
+        train(model, cifar10().train, Recipe(**recipe), seed=0, stage=name, checkpoint=checkpoint, progress=progress)
         save_weights(model, path)
         path.with_suffix(".checkpoint").unlink()
     load_weights(model, path)

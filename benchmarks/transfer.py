@@ -1,7 +1,7 @@
-"""The transfer table: a VGG trained on CIFAR-10, pruned there and fine-tuned to other images, and the papers' other ways.
+"""The transfer table: a VGG trained on CIFAR-10, pruned there and fine-tuned to other images, and the other ways.
 
-The targets are ten classes of photos (photos10) and the built-in handwritten digits, both at 32×32 in colour. One command
-each, `thinet-deploy build --transfer-to`; what it writes (the table with its ledger, the verdicts) is kept.
+The targets are ten classes of photos (photos10) and the built-in handwritten digits, both at 32×32 in colour. One
+command each, `thinet-deploy build --transfer-to`; what it writes (the table with its ledger, the verdicts) is kept.
 """
 
 from __future__ import annotations
