@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -220,15 +220,31 @@ def _gpus() -> list[dict[str, str]]:
     return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
 
 
+JETSON_FILES = ("/proc/device-tree/model", "/etc/nv_tegra_release")
+JETSON_COMMANDS = (
+    ("dpkg-query", "-W", "-f=${Package} ${Version}\n", "libnvinfer*", "nvidia-l4t-core"),
+    ("nvpmodel", "-q"),
+)
+
+
 def _jetson() -> dict[str, str | None] | None:
-    """Model, L4T, TensorRT and power mode of a Jetson; None on other machines."""
-    model, release = _read("/proc/device-tree/model"), _read("/etc/nv_tegra_release")
+    return jetson_facts(_read, _run)
+
+
+def jetson_facts(read: Callable[[str], str], run: Callable[..., str]) -> dict[str, str | None] | None:
+    """Model, L4T, TensorRT and power mode of a Jetson; None on other machines.
+
+    Args:
+        read: gives the text of one of JETSON_FILES, "" where it is not there.
+        run: gives what one of JETSON_COMMANDS prints, "" where it fails.
+    """
+    model, release = map(read, JETSON_FILES)
     if "Jetson" not in model and not release:
         return None
     l4t = re.search(r"# R(\d+).*?REVISION: ([\d.]+)", release)
-    libraries = _run("dpkg-query", "-W", "-f=${Package} ${Version}\n", "libnvinfer*", "nvidia-l4t-core")
+    libraries, modes = (run(*command) for command in JETSON_COMMANDS)
     versions = dict(re.findall(r"^(\S+) (\S+)$", libraries, re.MULTILINE))
-    mode = re.search(r"NV Power Mode: *(\S+)", _run("nvpmodel", "-q"))
+    mode = re.search(r"NV Power Mode: *(\S+)", modes)
     return {
         "model": model or None,
         "l4t": f"{l4t[1]}.{l4t[2]}" if l4t else None,

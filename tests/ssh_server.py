@@ -1,0 +1,144 @@
+"""A real sshd on a free port of this machine, with throwaway keys: a device to copy to, build on and measure on."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Debian keeps it out of a user's PATH.
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+# Root's sshd wants a user and a folder of its own; both exist for it alone, in a mount namespace.
+_AS_ROOT = (
+    "mount -t tmpfs none /run && mkdir -m 755 /run/sshd && "
+    '{ id sshd >/dev/null 2>&1 || mount --bind "$0" /etc/passwd; } && exec "$@"'
+)
+
+
+@dataclass
+class Server:
+    """A running sshd.
+
+    Attributes:
+        address: for --device.
+        folder: holds its keys, its configuration, what ssh should know of it, and the device's home.
+        process: of the daemon.
+    """
+
+    address: str
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def cache(self) -> Path:
+        """Where the device keeps bundles."""
+        return self.folder / "device" / "thinet-deploy"
+
+    def cut(self) -> None:
+        """End every connection, as a pulled cable does; the daemon goes on."""
+        listing = Path("/proc").glob("[0-9]*/stat")
+        for stat in listing:
+            try:
+                number, parent = stat.parent.name, stat.read_text().rpartition(")")[2].split()[1]
+            except OSError:
+                continue
+            if int(parent) == self.process.pid:
+                os.kill(int(number), signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Switch it off: the daemon and its connections."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def serving(folder: Path, port: int = 0, python: str = sys.executable) -> Iterator[Server]:
+    """Start one, with `python3` on the device being `python`; skips the test where there is no sshd."""
+    sshd, own = shutil.which("sshd", path=_PATH), shutil.which("ssh")
+    if sshd is None or own is None:
+        pytest.skip("there is no sshd or no ssh here (apt install openssh-server)")
+    if not (folder / "host").exists():
+        _keys(folder, own, python)
+    port = port or _free_port()
+    config = folder / "sshd_config"
+    config.write_text(_configuration(folder))
+    command = [str(Path(sshd).absolute()), "-D", "-e", "-f", str(config), "-p", str(port)]
+    if os.getuid() == 0:
+        (folder / "passwd").write_text(Path("/etc/passwd").read_text() + "sshd:x:22:65534::/run/sshd:/bin/false\n")
+        command = ["unshare", "-m", "sh", "-c", _AS_ROOT, str(folder / "passwd"), *command]
+    with (folder / "sshd.log").open("ab") as log:
+        process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+    server = Server(f"ssh://{getpass.getuser()}@127.0.0.1:{port}", folder, process)
+    try:
+        _wait(port, process, folder / "sshd.log")
+        host = (folder / "host.pub").read_text().split()
+        (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host[0]} {host[1]}\n")
+        yield server
+    finally:
+        server.cut()
+        server.stop()
+
+
+def _keys(folder: Path, ssh: str, python: str) -> None:
+    for name in ("host", "client"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    shutil.copyfile(folder / "client.pub", folder / "authorized_keys")
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    # The user's ~/.ssh is not touched: `ssh` in front of the real one says where to look instead.
+    options = f"-o IdentityFile={folder}/client -o IdentitiesOnly=yes -o UserKnownHostsFile={folder}/known_hosts"
+    wrapper = bin_folder / "ssh"
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(ssh)} -F /dev/null {options} "$@"\n')
+    wrapper.chmod(0o755)
+    there = folder / "there"
+    there.mkdir()
+    device_python = there / "python3"
+    device_python.write_text(f'#!/bin/sh\nexec {shlex.quote(python)} "$@"\n')
+    device_python.chmod(0o755)
+
+
+def _configuration(folder: Path) -> str:
+    lines = {
+        "ListenAddress": "127.0.0.1",
+        "HostKey": folder / "host",
+        "AuthorizedKeysFile": folder / "authorized_keys",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PasswordAuthentication": "no",
+        "KbdInteractiveAuthentication": "no",
+        "PermitRootLogin": "yes",
+        "SetEnv": f'"PATH={folder / "there"}:/usr/bin:/bin" "XDG_CACHE_HOME={folder / "device"}" "OMP_NUM_THREADS=1"',
+    }
+    return "".join(f"{name} {value}\n" for name, value in lines.items())
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(200):
+        if process.poll() is not None:
+            pytest.skip(f"sshd does not start here: {log.read_text(errors='replace').strip()[-300:]}")
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"sshd does not listen: {log.read_text(errors='replace')[-300:]}")
+
+
