@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ import pytest
 
 # Debian keeps it out of a user's PATH.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+DEVICE = "device's own $(disk)"
 # Root's sshd wants a user and a folder of its own; both exist for it alone, in a mount namespace.
 _AS_ROOT = (
-    "mount -t tmpfs none /run && mkdir -m 755 /run/sshd && "
+    'mount -t tmpfs none /run && mkdir -m 755 /run/sshd && eval "${MOUNT:-true}" && '
     '{ id sshd >/dev/null 2>&1 || mount --bind "$0" /etc/passwd; } && exec "$@"'
 )
 
@@ -44,7 +44,7 @@ class Server:
     @property
     def cache(self) -> Path:
         """Where the device keeps bundles."""
-        return self.folder / "device" / "thinet-deploy"
+        return self.folder / DEVICE / "thinet-deploy"
 
     def cut(self) -> None:
         """End every connection, as a pulled cable does; the daemon goes on."""
@@ -64,22 +64,34 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, port: int = 0, python: str = sys.executable) -> Iterator[Server]:
-    """Start one, with `python3` on the device being `python`; skips the test where there is no sshd."""
+def serving(folder: Path, port: int = 0, disk: str = "") -> Iterator[Server]:
+    """Start one; skips the test where there is no sshd.
+
+    Args:
+        folder: for all that belongs to it; may be that of an earlier one.
+        port: 0 for any.
+        disk: size of the disk for bundles, such as "200k"; needs root.
+    """
     sshd, own = shutil.which("sshd", path=_PATH), shutil.which("ssh")
     if sshd is None or own is None:
         pytest.skip("there is no sshd or no ssh here (apt install openssh-server)")
     if not (folder / "host").exists():
-        _keys(folder, own, python)
+        _keys(folder, own)
     port = port or _free_port()
     config = folder / "sshd_config"
     config.write_text(_configuration(folder))
     command = [str(Path(sshd).absolute()), "-D", "-e", "-f", str(config), "-p", str(port)]
+    environment = dict(os.environ)
+    (folder / DEVICE).mkdir(exist_ok=True)
+    if disk:
+        if os.getuid():
+            pytest.skip("only root can mount a small disk")
+        environment["MOUNT"] = f"mount -t tmpfs -o size={disk} none {shlex.quote(str(folder / DEVICE))}"
     if os.getuid() == 0:
         (folder / "passwd").write_text(Path("/etc/passwd").read_text() + "sshd:x:22:65534::/run/sshd:/bin/false\n")
         command = ["unshare", "-m", "sh", "-c", _AS_ROOT, str(folder / "passwd"), *command]
     with (folder / "sshd.log").open("ab") as log:
-        process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+        process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True, env=environment)
     server = Server(f"ssh://{getpass.getuser()}@127.0.0.1:{port}", folder, process)
     try:
         _wait(port, process, folder / "sshd.log")
@@ -91,7 +103,7 @@ def serving(folder: Path, port: int = 0, python: str = sys.executable) -> Iterat
         server.stop()
 
 
-def _keys(folder: Path, ssh: str, python: str) -> None:
+def _keys(folder: Path, ssh: str) -> None:
     for name in ("host", "client"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     shutil.copyfile(folder / "client.pub", folder / "authorized_keys")
@@ -102,11 +114,6 @@ def _keys(folder: Path, ssh: str, python: str) -> None:
     wrapper = bin_folder / "ssh"
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(ssh)} -F /dev/null {options} "$@"\n')
     wrapper.chmod(0o755)
-    there = folder / "there"
-    there.mkdir()
-    device_python = there / "python3"
-    device_python.write_text(f'#!/bin/sh\nexec {shlex.quote(python)} "$@"\n')
-    device_python.chmod(0o755)
 
 
 def _configuration(folder: Path) -> str:
@@ -120,7 +127,7 @@ def _configuration(folder: Path) -> str:
         "PasswordAuthentication": "no",
         "KbdInteractiveAuthentication": "no",
         "PermitRootLogin": "yes",
-        "SetEnv": f'"PATH={folder / "there"}:/usr/bin:/bin" "XDG_CACHE_HOME={folder / "device"}" "OMP_NUM_THREADS=1"',
+        "SetEnv": f'"XDG_CACHE_HOME={folder / DEVICE}" "OMP_NUM_THREADS=1"',
     }
     return "".join(f"{name} {value}\n" for name, value in lines.items())
 
@@ -140,5 +147,3 @@ def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
                 return
         time.sleep(0.05)
     pytest.fail(f"sshd does not listen: {log.read_text(errors='replace')[-300:]}")
-
-

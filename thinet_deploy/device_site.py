@@ -200,8 +200,8 @@ def _stack(machine: Machine, target: TargetProfile) -> Stack | None:
     if _builds(target) and expected and expected.tensorrt and not _same_major(installed, expected.tensorrt):
         where = f"L4T {l4t} ({expected.name})" if found else expected.name
         raise TargetError(
-            f"{machine.device.name} has TensorRT {installed}, but {where} brings {expected.tensorrt}: engines of one do "
-            "not run with the other.",
+            f"{machine.device.name} has TensorRT {installed}, but {where} brings {expected.tensorrt}: engines of one "
+            "do not run with the other.",
             hint="Remove the one that was installed beside JetPack's own (pip uninstall tensorrt), or name JetPack's "
             "Python with --device-python.",
         )
