@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,19 +48,22 @@ class Server:
 
     def cut(self) -> None:
         """End every connection, as a pulled cable does; the daemon goes on."""
-        listing = Path("/proc").glob("[0-9]*/stat")
-        for stat in listing:
-            try:
-                number, parent = stat.parent.name, stat.read_text().rpartition(")")[2].split()[1]
-            except OSError:
-                continue
-            if int(parent) == self.process.pid:
-                os.kill(int(number), signal.SIGKILL)
+        for number in self._connections():
+            os.kill(number, signal.SIGKILL)
 
     def stop(self) -> None:
         """Switch it off: the daemon and its connections."""
+        connections = list(self._connections())
         self.process.kill()
         self.process.wait()
+        for number in connections:
+            os.kill(number, signal.SIGKILL)
+
+    def _connections(self) -> Iterator[int]:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                if int(stat.read_text().rpartition(")")[2].split()[1]) == self.process.pid:
+                    yield int(stat.parent.name)
 
 
 @contextmanager
@@ -99,7 +102,6 @@ def serving(folder: Path, port: int = 0, disk: str = "") -> Iterator[Server]:
         (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host[0]} {host[1]}\n")
         yield server
     finally:
-        server.cut()
         server.stop()
 
 
@@ -127,7 +129,7 @@ def _configuration(folder: Path) -> str:
         "PasswordAuthentication": "no",
         "KbdInteractiveAuthentication": "no",
         "PermitRootLogin": "yes",
-        "SetEnv": f'"XDG_CACHE_HOME={folder / DEVICE}" "OMP_NUM_THREADS=1"',
+        "SetEnv": f'"HOME={folder}" "XDG_CACHE_HOME={folder / DEVICE}" "OMP_NUM_THREADS=1"',
     }
     return "".join(f"{name} {value}\n" for name, value in lines.items())
 

@@ -19,7 +19,7 @@ from typing import Any
 from . import on_device
 from .artifact import hash_json, sha256_of
 from .bundle import MANIFEST, read_manifest
-from .devices import AGAIN, Device, Done, full_disk
+from .devices import AGAIN, NOT_THERE, Device, Done, full_disk
 from .environment import JETSON_COMMANDS, JETSON_FILES, jetson_facts
 from .errors import BundleError, DeviceError, MissingError, TargetError
 from .interfaces import Progress
@@ -28,7 +28,7 @@ from .target import Stack, TargetProfile
 
 SCRIPT = Path(on_device.__file__)
 OLDEST_PYTHON = (3, 8)  # JetPack 5
-_NOT_FOUND = (126, 127)
+_NOT_FOUND = (126, 127, NOT_THERE)
 _NO_ROOM_BYTES = 1 << 20
 # What Python imports, by runtime; engines of TensorRT are built on the device.
 _MODULES = {**{name: engine.module or engine.package for name, engine in ENGINES.items()}, "tensorrt": "tensorrt"}

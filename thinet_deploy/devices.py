@@ -6,6 +6,7 @@ remote shell in single quotes only, and ssh behind `--`. Host keys are checked a
 
 from __future__ import annotations
 
+import atexit
 import posixpath
 import re
 import shlex
@@ -14,6 +15,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -24,8 +26,11 @@ Line = Callable[[bytes], None]
 AGAIN = "Run the same command again: it goes on where it was."
 # No questions, which nobody could answer: keys and known hosts have to be there. A dead line is noticed after 30 s.
 _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+# One connection carries all commands, and closes some seconds after the last.
+_SHARED = ("-o", "ControlMaster=auto", "-o", "ControlPersist=10")
 _ALIVE = ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
 _SSH_FAILED = 255
+NOT_THERE = -127  # no shell's code: it was a program of this machine
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _ADDRESS = re.compile(rf"ssh://(?:({_NAME})@)?(?:({_NAME})|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{{1,5}}))?/?")
 # $1: the file, $2: its folder, $3: its size. A connection that is cut ends `cat` as the end of the file does.
@@ -99,7 +104,9 @@ class _Commands(ABC):
             try:
                 process = subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, stderr=err)
             except FileNotFoundError:
-                return Done(127, b"", f"{argv[0]}: not found")
+                done = Done(NOT_THERE, b"", f"{argv[0]}: not found")
+                self.check(done)
+                return done
             with process:
                 assert process.stdout is not None
                 try:
@@ -150,6 +157,14 @@ class Local(_Commands):
         """There is no way that could fail."""
 
 
+@cache
+def _sockets() -> str:
+    """A folder for the sockets of connections, which only this user may enter; it goes with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="thinet-deploy-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
 @dataclass(frozen=True)
 class Ssh(_Commands):
     """A machine that the system's ssh reaches, as the user's ~/.ssh/config says.
@@ -172,7 +187,8 @@ class Ssh(_Commands):
 
     def argv(self, command: Sequence[str]) -> list[str]:
         """Ssh, with the command quoted for the shell behind it."""
-        return [*_SSH, *_ALIVE, *self._where(), shlex.join(command)]
+        shared = [*_SHARED, "-o", f"ControlPath={_sockets()}/%C"]
+        return [*_SSH, *_ALIVE, *shared, *self._where(), shlex.join(command)]
 
     def _where(self) -> list[str]:
         user, port = ["-l", self.user] if self.user else [], ["-p", str(self.port)] if self.port else []
@@ -180,7 +196,7 @@ class Ssh(_Commands):
 
     def check(self, done: Done) -> None:
         """Ssh itself ends with 255; why, it says in words."""
-        if done.code == 127 and done.err.startswith("ssh:"):
+        if done.code == NOT_THERE:
             raise MissingError("There is no ssh on this machine.", hint="Install it: apt install openssh-client")
         if done.code == _SSH_FAILED:
             raise self._explained(done.err)

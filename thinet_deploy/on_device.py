@@ -21,6 +21,7 @@ if __name__ == "__main__" and sys.path[0] in {"", os.path.dirname(os.path.realpa
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -69,6 +70,8 @@ def version_of(module: str) -> str | None:
     """The version of an installed module, "" where it does not tell; None when it is not there."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(module)
     code = "import {0}; print('\\n' + str(getattr({0}, '__version__', '')))".format(module.partition(".")[0])
     return run([sys.executable, "-c", code], PATIENCE_S * 3).strip().rpartition("\n")[2]
 
