@@ -21,6 +21,7 @@ from thinet_deploy.artifact import hash_json, read_json, sha256_of, write_json
 from thinet_deploy.bundle import BundleSpec, EngineFile, TypedFile
 from thinet_deploy.device_site import Machine
 from thinet_deploy.devices import Ssh, find_device
+from thinet_deploy.environment import JETSON_COMMANDS
 from thinet_deploy.errors import (
     BundleError,
     ConversionError,
@@ -253,23 +254,19 @@ def test_a_build_goes_on_while_the_connection_is_cut(server: Server, make: Make,
 def test_what_was_copied_is_not_copied_again(
     server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, pushed, push = make(), list[str](), Ssh.push
+    stage, pushed, push, most = make(), list[str](), Ssh.push, 4
     kinds = {"manifest.json", *read_json(stage.folder / "manifest.json")["files"]}
 
     def counted(self: Ssh, source: Path, target: str) -> None:
-        if len(pushed) == 4:
+        if len(pushed) == most:
             raise DeviceError("The connection was cut.")
         push(self, source, target)
         pushed.append(target.partition("/bundle/")[2])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Ssh, "push", counted)
-        with pytest.raises(DeviceError, match="was cut"):
-            deploy(server, stage, tmp_path / "run")
-    first, pushed = pushed, []
-    monkeypatch.setattr(
-        Ssh, "push", lambda self, *files: (pushed.append(files[1].partition("/bundle/")[2]), push(self, *files))
-    )
+    monkeypatch.setattr(Ssh, "push", counted)
+    with pytest.raises(DeviceError, match="was cut"):
+        deploy(server, stage, tmp_path / "run")
+    first, pushed, most = pushed, [], 1000
     deploy(server, stage, tmp_path / "run")
     assert first[0] == pushed[0] == "", "the script"
     assert len(first) == 4
@@ -433,6 +430,37 @@ def test_ssh_itself_may_be_missing(make: Make, cli: Any, monkeypatch: pytest.Mon
     assert "There is no ssh on this machine" in said
 
 
+# ------------------------------------------------------------------------------------------ the whole build
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_build_ends_on_the_device(server: Server, cli: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From photos to figures from the device; the same command again does nothing anew."""
+    monkeypatch.setattr(device_stage, "SECONDS", 1)
+    given = ("build", "--model", "net.py:tiny", "--data", "data", "--epochs", 1, "--finetune-epochs", 1)
+    where = ("--controls", "none", "--device", server.address, "--device-python", PYTHON, "--out", "run")
+    done = cli(*given, *where)
+    assert done.code == 0, done.err
+    assert "Measured on the device" in done.out
+    assert done.out.count("golden outputs passed there") == 2
+    first = (workplace / "run" / "device" / "latency.json").read_bytes()
+    done = cli(*given, *where, "--json")
+    document = json.loads(done.out)["device"]
+    assert {row["verdict"] for row in document["verify"]["engines"]} == {"passed"}
+    assert "rounds_ms" not in done.out
+    assert (workplace / "run" / "device" / "latency.json").read_bytes() == first
+
+
+def test_a_build_for_another_device_is_refused_before_any_work(server: Server, cli: Any, workplace: Path) -> None:
+    where = ("--device", server.address, "--device-python", PYTHON, "--out", "run")
+    done = cli("build", "--model", "net.py:tiny", "--data", "data", "--target", "jetson", *where)
+    assert (done.code, "is no jetson, as far as can be seen: it is x86_64" in done.err) == (2, True), done.err
+    done = cli("build", "--model", "net.py:tiny", "--data", "data", *where[:2], "--device-python", "python9")
+    assert (done.code, "There is no python9" in done.err) == (3, True)
+    assert not (workplace / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------ what fits
 
 
@@ -453,7 +481,7 @@ def a_machine(**facts: Any) -> Machine:
         "memory_bytes": 8 << 30,
         "files": {**files, **facts.pop("files", {})},
         "modules": {**modules, **facts.pop("modules", {})},
-        "commands": {" ".join(command): "" for command in device_site.JETSON_COMMANDS},
+        "commands": {" ".join(command): "" for command in JETSON_COMMANDS},
     }
     return Machine(Ssh("orin"), "python3", {**usual, **facts})
 

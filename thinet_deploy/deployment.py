@@ -135,7 +135,8 @@ def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, ma
         },
         lambda f, _: _report(run.root, table, verdicts, f),
     )
-    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes), verdicts, there)
+    said = plan.notes if there else notes  # what is left to do on the device has been done
+    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *said), verdicts, there)
 
 
 def _report(root: Path, table: Table, verdicts: tuple[contract.Verdict, ...], folder: Path) -> None:

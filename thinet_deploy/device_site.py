@@ -193,9 +193,8 @@ def _stack(machine: Machine, target: TargetProfile) -> Stack | None:
     """Which of the target's stacks the device has; None where that cannot be told, or makes no difference."""
     jetson, installed = machine.fingerprint["jetson"] or {}, machine.facts["modules"].get("tensorrt") or ""
     l4t = jetson.get("l4t") or ""
-    by_l4t = [stack for stack in target.stacks if any(f"{l4t}.".startswith(f"{each}.") for each in stack.l4t)]
-    of_version = [stack for stack in target.stacks if f"{installed}.".startswith(f"{stack.tensorrt}.")]
-    found = next(iter([*by_l4t, *of_version]), None)
+    of_version = (stack for stack in target.stacks if f"{installed}.".startswith(f"{stack.tensorrt}."))
+    found = target.stack_of(l4t) or next(of_version, None)
     expected = found or target.stack
     if _builds(target) and expected and expected.tensorrt and not _same_major(installed, expected.tensorrt):
         where = f"L4T {l4t} ({expected.name})" if found else expected.name
