@@ -132,16 +132,17 @@ def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, ma
             "latency": measured.digest,
             "contract": list(required),
             "page": html_report.digest(),
+            **({"device": hash_json(there)} if there else {}),
         },
-        lambda f, _: _report(run.root, table, verdicts, f),
+        lambda f, _: _report(html_report.Page(run.root, table, verdicts, there), f),
     )
     said = plan.notes if there else notes  # what is left to do on the device has been done
     return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *said), verdicts, there)
 
 
-def _report(root: Path, table: Table, verdicts: tuple[contract.Verdict, ...], folder: Path) -> None:
-    write_json(folder / "table.json", table.to_json())
-    write_bytes(folder / "report.html", html_report.render([html_report.Page(root, table, verdicts)]).encode())
+def _report(page: html_report.Page, folder: Path) -> None:
+    write_json(folder / "table.json", page.table.to_json())
+    write_bytes(folder / "report.html", html_report.render([page]).encode())
 
 
 def _typed(run: SharedRun, tools: Tools, plan: PrecisionPlan, onnx: Stage, names: list[str]) -> Stage | None:

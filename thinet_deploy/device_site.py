@@ -94,8 +94,8 @@ def reach(device: Device, python: str, target: TargetProfile | None = None) -> M
             f"There is no {python} on {device.name}.",
             hint="Install Python 3.8 or later there (apt install python3), or name its Python with --device-python.",
         )
-    if "SyntaxError" in done.err:
-        raise _too_old(device, python, "older than 3.7")
+    if "SyntaxError" in done.err or "importlib.metadata" in done.err:  # it does not get as far as to say its version
+        raise _too_old(device, python, "an older one")
     machine = Machine(device, python, _answer(device, done))
     _check_python(machine)
     return machine

@@ -161,7 +161,7 @@ def start(words: list[str], lock: int) -> None:
 def keep(place: Path, lock: int, command: Sequence[str]) -> None:
     """Run the command; it shares the lock, so that it is not started twice even when this process is killed alone."""
     none = subprocess.DEVNULL
-    with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
+    with Path(place, "out").open("wb") as out, Path(place, "err").open("wb") as err:
         code = subprocess.call(command, stdin=none, stdout=out, stderr=err, cwd=str(place.parent), pass_fds=[lock])
     partial = place / "code.partial"
     partial.write_text(str(code))
@@ -183,7 +183,7 @@ def forget(place: str) -> None:
 
 def follow(place: Path) -> None:
     """Print the job's output until it ends."""
-    with (place / "out").open("rb") as out, (place / "lock").open() as lock:
+    with Path(place, "out").open("rb") as out, Path(place, "lock").open() as lock:
         running = True
         while running:
             running = not take(lock, fcntl.LOCK_SH)  # asked before reading, so that no last words are missed
