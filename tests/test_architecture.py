@@ -32,12 +32,14 @@ LEVELS = {
         "cli_scatter",
         "cli_count",
         "cli_compare",
+        "cli_device",
         "cli_latency",
         "__main__",
     },
     3: {
         "pipeline",
         "deployment",
+        "device_stage",
         "networks",
         "stages",
         "prune_stage",
@@ -62,6 +64,7 @@ LEVELS = {
         "torch_latency",
         "things",
         "bundle",
+        "device_site",
         "report",
         "hops",
         "html_report",
@@ -79,6 +82,7 @@ LEVELS = {
         "target",
         "data",
         "image_files",
+        "devices",
         "distillation",
         "intervals",
         "isolation",
@@ -88,6 +92,7 @@ LEVELS = {
         "reproduce",
         "tensorrt_builder",
         "models",
+        "on_device",
         "runner",
         "samples",
         "sensors",
@@ -295,7 +300,7 @@ def test_converters_know_little_and_load_late(module: str) -> None:
     assert not heavy, "a converter imports its runtime inside the function that needs it"
 
 
-@pytest.mark.parametrize("name", ["runner", "tensorrt_builder"])
+@pytest.mark.parametrize("name", ["runner", "tensorrt_builder", "on_device"])
 def test_what_runs_on_devices_stands_alone(name: str) -> None:
     """It is copied to devices and runs there without this package."""
     ours = [_at(f"{CORE}.{name}", found) for found in IMPORTS[f"{CORE}.{name}"] if found.target.startswith(CORE)]

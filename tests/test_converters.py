@@ -19,7 +19,7 @@ from torch import nn
 
 from thinet_deploy import registry
 from thinet_deploy.artifact import Artifact, sha256_of, size_of
-from thinet_deploy.errors import ConversionError, InputError, MissingError, UnknownNameError
+from thinet_deploy.errors import ConversionError, InputError, MissingError, TargetError, UnknownNameError
 from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Contract, Conversion, Precision
 from thinet_deploy.reproduce import SCRIPT
@@ -252,6 +252,15 @@ def test_every_file_in_converters_is_registered_and_every_runtime_can_be_run() -
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(registry.CONVERTERS.values())
     assert set(registry.CONVERTERS) == set(ENGINES) | NOT_RUN_HERE
     assert all(ast.get_docstring(ast.parse(path.read_text())) for path in folder.glob("*.py"))
+
+
+def test_a_dla_on_a_board_without_one_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "check", lambda runtime: None)
+    job = Conversion(tmp_path / "none.onnx", tmp_path, precision="int8", target="jetson-orin-nano", dla_core=0)
+    with pytest.raises(TargetError, match="DLA 0 was asked for on jetson-orin-nano: it has none"):
+        registry.convert("tensorrt", job, tmp_path)
 
 
 def test_an_unknown_runtime_is_named() -> None:

@@ -167,6 +167,35 @@ def test_a_jetson_is_detected(machine: Callable[..., None]) -> None:
     assert "pip install" not in found("tensorrt").advice
 
 
+def test_doctor_knows_which_jetpack_this_is(machine: Callable[..., None]) -> None:
+    cuda = {"/usr/local/cuda/version.json": '{"cuda_cccl": {"version": "1.0"}, "cuda": {"version": "12.6.68"}}'}
+    machine({**ORIN_FILES, **cuda}, ORIN_COMMANDS)
+    assert "stack jetpack-6.2, " in found("Jetson").found
+    assert (found("CUDA").status, found("CUDA").found) == ("ok", "12.6.68")
+
+
+def test_doctor_says_what_a_jetson_without_its_sdk_lacks(machine: Callable[..., None]) -> None:
+    machine(ORIN_FILES, {"dpkg-query": "nvidia-l4t-core 36.4.3"})
+    for name in ("Jetson", "CUDA"):
+        assert found(name).status == "missing"
+        assert "apt install nvidia-jetpack" in found(name).advice
+
+
+def test_doctor_finds_a_tensorrt_that_cannot_be_right(machine: Callable[..., None]) -> None:
+    machine(ORIN_FILES, ORIN_COMMANDS, {"tensorrt": "11.4.1"})
+    assert (found("tensorrt").status, found("tensorrt").advice[:13]) == ("missing", "pip uninstall")
+    machine(ORIN_FILES, {"dpkg-query": "libnvinfer11 11.4.1-1+cuda13.0\nnvidia-l4t-core 36.4.3"})
+    assert found("Jetson").status == "missing"
+    assert "jetpack-6.2 brings TensorRT 10.3.0" in found("Jetson").found
+
+
+def test_doctor_lists_other_runtimes_and_how_to_get_the_rest(machine: Callable[..., None]) -> None:
+    machine(packages={"ncnn": "1.0"})
+    check = found("other runtimes")
+    assert (check.status, check.found) == ("note", "ncnn 1.0")
+    assert "litert, executorch, coreml, tensorrt-rtx" in check.advice
+
+
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def apply(shown: dict[str, Any]) -> None:
         *folders, last = path.split(".")

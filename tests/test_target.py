@@ -294,3 +294,34 @@ def test_importing_loads_no_runtime() -> None:
 
 def test_profile_files_are_found_in_the_installed_package() -> None:
     assert set(target._builtin()) == SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "core", "why"),
+    [
+        ("jetson-orin-nano", "jetpack-6.2", 0, "it has none"),
+        ("jetson-thor", "jetpack-7.1", 0, "it has none"),
+        ("jetson-agx-orin", "jetpack-6.2", 2, "it has 2"),
+        ("jetson-agx-orin", "jetpack-7.2", 0, "jetpack-7.2 cannot drive one"),
+        ("cpu", "", 0, "its profile knows of none"),
+    ],
+)
+def test_a_dla_that_is_not_there_is_refused(name: str, stack: str, core: int, why: str) -> None:
+    profile = load_profile(name)
+    profile = profile.on_stack(stack) if stack else profile
+    with pytest.raises(TargetError, match=f"DLA {core} was asked for on {name}: {why}"):
+        profile.require_dla(core)
+
+
+@pytest.mark.parametrize("name", ["jetson", "jetson-agx-orin"])
+def test_a_dla_that_is_there_may_be_asked_for(name: str) -> None:
+    load_profile(name).require_dla(0)
+
+
+def test_a_stack_is_found_by_its_jetson_linux() -> None:
+    jetson = load_profile("jetson")
+    assert [jetson.stack_of(l4t) and jetson.stack_of(l4t).name for l4t in ("36.4.3", "36.40", "")] == [  # type: ignore[union-attr]
+        "jetpack-6.2",
+        None,
+        None,
+    ]

@@ -4,6 +4,7 @@
     typed/…            the same network in other precisions, for engines that the device builds
     run.py             a copy of runner.py: `python run.py` verifies the bundle without this package
     samples.py  sensors.py   what `python run.py latency` needs beside it
+    tensorrt_builder.py      where the target builds TensorRT engines itself
     model.onnx  engines/RUNTIME-PRECISION/…  golden.npz  labels.txt  preprocess.json
 
 Checksums show damage, not origin: who can change a file can change the manifest as well.
@@ -136,6 +137,7 @@ class BundleSpec:
         onnx: the ONNX file that the engines were made from.
         golden_inputs, golden_outputs: arrays by name, batch first; outputs from the model before conversion.
         tolerance: for engines built later, on the device.
+        has_builder: whether the device builds TensorRT engines, and so needs tensorrt_builder.py.
     """
 
     model: str
@@ -153,6 +155,7 @@ class BundleSpec:
     plan: str = ""
     notes: tuple[str, ...] = ()
     typed: tuple[TypedFile, ...] = ()
+    has_builder: bool = False
 
 
 def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
@@ -174,7 +177,7 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
         write_json(folder / "preprocess.json", spec.preprocess)
         _write_golden(folder / GOLDEN, spec)
         shutil.copyfile(runner.__file__, folder / "run.py")
-        for name in runner.COMPANIONS:
+        for name in (*runner.COMPANIONS, *(["tensorrt_builder"] if spec.has_builder else [])):
             shutil.copyfile(Path(runner.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
         manifest = _manifest(folder, spec, engines, typed)
         write_json(folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))

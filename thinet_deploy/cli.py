@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from .cli_compare import compare, exit_on_broken, show_verdicts
 from .cli_count import count
+from .cli_device import ask_device, show_device, without_samples
 from .cli_latency import latency
 from .cli_options import (
     BatchSize,
@@ -19,6 +20,8 @@ from .cli_options import (
     Config,
     Controls,
     Data,
+    Device,
+    DevicePython,
     Epochs,
     FinetuneEpochs,
     FinetuneRate,
@@ -118,6 +121,8 @@ def build(  # noqa: PLR0917 - one argument per option
     max_drop: MaxDrop = None,
     threads: Threads = None,
     require: Require = None,
+    device: Device = None,
+    device_python: DevicePython = None,
     seed: Seed = None,
     from_run: Annotated[
         Path | None, typer.Option("--from", help="Go on from a run of `prune`, with the --weights you trained.")
@@ -141,13 +146,16 @@ def build(  # noqa: PLR0917 - one argument per option
 
     with bars(_ERR) as progress:
         if from_run:
-            if weights is None or set(given) - {"weights", "target", "precision", "require"} or config:
+            devices = {name: given[name] for name in ("device", "device_python") if name in given}
+            if weights is None or set(given) - {"weights", "target", "precision", "require", *devices} or config:
                 raise InputError(
-                    "--from takes --weights, --require and, if they change, --target and --precision.",
+                    "--from takes --weights, --require, --device and, if they change, --target and --precision.",
                     hint="thinet-deploy build --from RUN --weights mine.safetensors",
                 )
             wanted = tuple(require or ())
-            done = pipeline.build_from(from_run, weights, target, progress, precision=precision, require=wanted)
+            done = pipeline.build_from(
+                from_run, weights, target, progress, precision=precision, require=wanted, **devices
+            )
         else:
             done = pipeline.build(_options(given, config), progress)
     if as_json:
@@ -159,6 +167,7 @@ def build(  # noqa: PLR0917 - one argument per option
                 "parity": [vars(hop) for hop in done.hops],
                 "notes": list(done.notes),
                 "contract": [vars(verdict) for verdict in done.verdicts],
+                **({"device": without_samples(done.device)} if done.device else {}),
             }
         )
         exit_on_broken(done.verdicts)
@@ -169,6 +178,8 @@ def build(  # noqa: PLR0917 - one argument per option
     console.print(render_hops(done.hops, done.table))
     typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
     typer.echo(f"Report: {done.run / 'report' / 'report.html'}")
+    if done.device:
+        show_device(done.device)
     for note in done.notes:
         typer.echo(note)
     show_verdicts([("", verdict) for verdict in done.verdicts])
@@ -254,17 +265,20 @@ app.command()(compare)
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    device: Device = None,
+    device_python: DevicePython = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle: every file's checksum, and the golden inputs and outputs on every engine.
 
     [bold]thinet-deploy verify RUN/bundle[/bold], or on the device, where only numpy and a runtime are needed:
     [bold]python RUN/bundle/run.py[/bold]
+    [bold]thinet-deploy verify RUN/bundle --device ssh://user@host[/bold]   (copies it there and checks it there)
     """
     from .bundle import verify_bundle
     from .runner import verify_text
 
-    result = verify_bundle(bundle)
+    result = ask_device(bundle, device, device_python, "verify") if device else verify_bundle(bundle)
     if as_json:
         print_json(result)
     else:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from .cli_options import InputShape, Json
+from .cli_device import remote_latency
+from .cli_options import DevicePython, InputShape, Json
 from .cli_progress import bars
 from .interfaces import Precision
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .things import Engines, Model
 
 INVALID = 1
+_HERE = ("cpu", "cuda")
 
 
 def latency(  # noqa: PLR0913, PLR0917 - one argument per option
@@ -34,7 +36,14 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     fps: Annotated[
         float, typer.Option(min=0, help="Also measure at so many runs a second, with pauses, as behind a camera.")
     ] = 0.0,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where models run forward and backward.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu or cuda: where models run forward and backward; ssh://user@host:port: where a bundle is copied "
+            "to and measured."
+        ),
+    ] = "cpu",
+    device_python: DevicePython = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16", "int8"], typer.Option(help="That an engine file has to compute in.")
     ] = "fp32",
@@ -51,8 +60,14 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     [bold]thinet-deploy latency RUN/bundle --threads 4[/bold]
     [bold]thinet-deploy latency dense.onnx thin.onnx --fps 30[/bold]   (thin against dense, also at 30 frames a second)
     [bold]thinet-deploy latency vgg16 net.py:make --batch 8[/bold]
+    [bold]thinet-deploy latency RUN/bundle --device ssh://user@host[/bold]   (there, instead of here)
     """
     from .artifact import write_json
+
+    if device not in _HERE:
+        pace = {"batch": batch, "threads": threads, "seconds": max(1, round(seconds)), "fps": round(fps)}
+        remote_latency(things, device, device_python, pace, out, as_json=as_json)
+        return
 
     with bars(Console(stderr=True)) as progress:
         found = _measured(things, input_shape, precision, (threads, batch, seconds, rounds, fps, device), progress)

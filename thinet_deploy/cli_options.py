@@ -169,6 +169,18 @@ MaxDrop = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="ssh://user@host:port (user and port may be left out): copy the bundle there, build its engines there, "
+        "verify and measure them there, and bring all that back into RUN/device.",
+        show_default=False,
+    ),
+]
+DevicePython = Annotated[
+    str | None,
+    typer.Option(help="Python on the device, with numpy and a runtime; 3.8 or later.  \\[default: python3]"),
+]
 Require = Annotated[
     list[str] | None,
     typer.Option(

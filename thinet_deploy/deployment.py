@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import contract, html_report, latency, precision_stage, registry, stages, verify
+from . import contract, device_stage, html_report, latency, precision_stage, registry, stages, verify
 from .artifact import hash_json, sha256_of, write_bytes, write_json
+from .device_site import Machine
 from .environment import fingerprint, machine_id
 from .errors import GateError
 from .export import INPUT
@@ -28,6 +29,7 @@ from .tools import Tools, read_accuracy
 from .training import Accuracy
 
 RUNNER = Path(_RUNNER_FILE)
+BUILDER = RUNNER.with_name("tensorrt_builder.py")
 RUNNER_FILES = (RUNNER, *(RUNNER.with_name(f"{name}.py") for name in COMPANIONS))
 
 
@@ -42,6 +44,7 @@ class Build:
         bundle: the bundle's folder.
         notes: what the user has to know or to do.
         verdicts: on every requirement.
+        device: what came from the device, where one was given: see `device_stage.on_device`.
     """
 
     run: Path
@@ -50,10 +53,11 @@ class Build:
     bundle: Path
     notes: tuple[str, ...]
     verdicts: tuple[contract.Verdict, ...] = ()
+    device: dict[str, Any] | None = None
 
 
-def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) -> Build:
-    """Export → type → convert → verify → measure → bundle → report."""
+def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, machine: Machine | None = None) -> Build:
+    """Export → type → convert → verify → measure → bundle → the same on the device, if there is one → report."""
     job, target = tools.job, tools.job.target
     folders = {name: stage.folder for name, stage in made.stages.items()}
     digests = {name: stage.digest for name, stage in made.stages.items()}
@@ -102,13 +106,14 @@ def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) ->
             **sources,
             "engines": engines.digest,
             "parity": parity.digest,
-            "runner": [sha256_of(file) for file in RUNNER_FILES],
+            "runner": [sha256_of(file) for file in (*RUNNER_FILES, BUILDER)],
             "target": [target.id, target.builds_on_device],
             "model": [job.model_name, made.labels],
             "notes": list(notes),
         },
         lambda f, _: stages.bundled(tools, ship, files, engine_paths, parity.folder, notes, f),
     )
+    there = device_stage.on_device(run, machine, bundle, job.options.threads, tools.progress) if machine else None
     inputs = {**digests, "data": job.data.digest, "typed": sources["typed"], "precision": plan.engines}
     drops = run.alone("accuracy", inputs, lambda f, _: stages.drops(tools, folders, files, f))
     table = _table(job, made, onnx, measured, drops, files)
@@ -127,15 +132,17 @@ def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks) ->
             "latency": measured.digest,
             "contract": list(required),
             "page": html_report.digest(),
+            **({"device": hash_json(there)} if there else {}),
         },
-        lambda f, _: _report(run.root, table, verdicts, f),
+        lambda f, _: _report(html_report.Page(run.root, table, verdicts, there), f),
     )
-    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *notes), verdicts)
+    said = plan.notes if there else notes  # what is left to do on the device has been done
+    return Build(run.root, table, hops, bundle.folder, (*job.data.notes, *said), verdicts, there)
 
 
-def _report(root: Path, table: Table, verdicts: tuple[contract.Verdict, ...], folder: Path) -> None:
-    write_json(folder / "table.json", table.to_json())
-    write_bytes(folder / "report.html", html_report.render([html_report.Page(root, table, verdicts)]).encode())
+def _report(page: html_report.Page, folder: Path) -> None:
+    write_json(folder / "table.json", page.table.to_json())
+    write_bytes(folder / "report.html", html_report.render([page]).encode())
 
 
 def _typed(run: SharedRun, tools: Tools, plan: PrecisionPlan, onnx: Stage, names: list[str]) -> Stage | None:

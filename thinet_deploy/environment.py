@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from .artifact import hash_json
 from .interfaces import Precision
+from .target import load_profile
 
 _PACKAGES = (
     *("thinet-deploy", "torch", "torchvision", "timm", "numpy", "onnx", "onnxscript", "onnxslim"),
@@ -38,6 +39,14 @@ _NATIVE: dict[Precision, set[str]] = {
     "int8": {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm"},
 }
 _LOW_DISK_GB = 5
+# Package → extra that installs it.
+_OTHERS = {
+    "ncnn": "ncnn",
+    "ai-edge-litert": "litert",
+    "executorch": "executorch",
+    "coremltools": "coreml",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,10 @@ def doctor() -> list[Check]:
         _package_check("openvino", 'pip install "thinet-deploy[openvino]"'),
         _tensorrt_check(),
         _cpu_check(),
+        _others_check(),
         _gpu_check(),
         _jetson_check(),
+        _cuda_check(),
         _tool_check("ssh", "to reach a Jetson or Raspberry Pi: apt install openssh-client"),
         _tool_check("adb", "to reach an Android device: apt install adb, or Android's SDK Platform-Tools"),
         _disk_check(),
@@ -220,15 +231,31 @@ def _gpus() -> list[dict[str, str]]:
     return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
 
 
+JETSON_FILES = ("/proc/device-tree/model", "/etc/nv_tegra_release")
+JETSON_COMMANDS = (
+    ("dpkg-query", "-W", "-f=${Package} ${Version}\n", "libnvinfer*", "nvidia-l4t-core"),
+    ("nvpmodel", "-q"),
+)
+
+
 def _jetson() -> dict[str, str | None] | None:
-    """Model, L4T, TensorRT and power mode of a Jetson; None on other machines."""
-    model, release = _read("/proc/device-tree/model"), _read("/etc/nv_tegra_release")
+    return jetson_facts(_read, _run)
+
+
+def jetson_facts(read: Callable[[str], str], run: Callable[..., str]) -> dict[str, str | None] | None:
+    """Model, L4T, TensorRT and power mode of a Jetson; None on other machines.
+
+    Args:
+        read: gives the text of one of JETSON_FILES, "" where it is not there.
+        run: gives what one of JETSON_COMMANDS prints, "" where it fails.
+    """
+    model, release = map(read, JETSON_FILES)
     if "Jetson" not in model and not release:
         return None
     l4t = re.search(r"# R(\d+).*?REVISION: ([\d.]+)", release)
-    libraries = _run("dpkg-query", "-W", "-f=${Package} ${Version}\n", "libnvinfer*", "nvidia-l4t-core")
+    libraries, modes = (run(*command) for command in JETSON_COMMANDS)
     versions = dict(re.findall(r"^(\S+) (\S+)$", libraries, re.MULTILINE))
-    mode = re.search(r"NV Power Mode: *(\S+)", _run("nvpmodel", "-q"))
+    mode = re.search(r"NV Power Mode: *(\S+)", modes)
     return {
         "model": model or None,
         "l4t": f"{l4t[1]}.{l4t[2]}" if l4t else None,
@@ -256,9 +283,22 @@ def _package_check(name: str, advice: str, *others: str) -> Check:
 def _tensorrt_check() -> Check:
     """JetPack brings its own TensorRT, which one from pip would shadow."""
     advice = 'pip install "thinet-deploy[tensorrt]" (needs an NVIDIA GPU)'
-    if _jetson():
+    if jetson := _jetson():
+        own, installed = jetson["tensorrt"] or "", _version("tensorrt") or ""
+        if own and installed and _major(own) != _major(installed):
+            found = f"{installed}, which shadows JetPack's {own}"
+            return Check("tensorrt", "missing", found, "pip uninstall tensorrt: engines need JetPack's own.")
         advice = "apt install python3-libnvinfer, and make the environment with: python3 -m venv --system-site-packages"
     return _package_check("tensorrt", advice)
+
+
+def _others_check() -> Check:
+    """Runtimes that only some targets want."""
+    there = {name: version for name in _OTHERS if (version := _version(name))}
+    found = ", ".join(f"{name} {version}" for name, version in there.items()) or "none"
+    extras = ", ".join(extra for name, extra in _OTHERS.items() if name not in there)
+    advice = f'For targets that want them: pip install "thinet-deploy[EXTRA]", with {extras}.' if extras else ""
+    return Check("other runtimes", "note", found, advice)
 
 
 def _cpu_check() -> Check:
@@ -278,10 +318,31 @@ def _gpu_check() -> Check:
 
 
 def _jetson_check() -> Check:
-    if facts := _jetson():
-        found = ", ".join(f"{key} {value}" for key, value in facts.items() if value)
-        return Check("Jetson", "ok", found)
-    return Check("Jetson", "note", "this machine is none")
+    facts = _jetson()
+    if facts is None:
+        return Check("Jetson", "note", "this machine is none")
+    stack = load_profile("jetson").stack_of(facts["l4t"] or "")
+    found = ", ".join(f"{key} {value}" for key, value in [("stack", stack and stack.name), *facts.items()] if value)
+    if not facts["tensorrt"]:
+        return Check("Jetson", "missing", f"{found}, no TensorRT", "apt install nvidia-jetpack brings it, with CUDA.")
+    if stack and stack.tensorrt and _major(facts["tensorrt"]) != _major(stack.tensorrt):
+        advice = f"Engines for {stack.name} need the TensorRT that comes with it: apt install nvidia-jetpack."
+        return Check("Jetson", "missing", f"{found}, but {stack.name} brings TensorRT {stack.tensorrt}", advice)
+    return Check("Jetson", "ok", found)
+
+
+def _major(version: str) -> str:
+    return version.partition(".")[0]
+
+
+def _cuda_check() -> Check:
+    """CUDA as its own files say; programs that bring their own (torch, TensorRT from pip) do not need it."""
+    text = _read("/usr/local/cuda/version.json") or _read("/usr/local/cuda/version.txt")
+    if version := re.search(r"\d+\.\d+(\.\d+)?", text[text.find('"cuda"') :] if '"cuda"' in text else text):
+        return Check("CUDA", "ok", version[0])
+    if _jetson():
+        return Check("CUDA", "missing", "not in /usr/local/cuda", "apt install nvidia-jetpack")
+    return Check("CUDA", "note", "not in /usr/local/cuda", "torch and TensorRT from pip bring their own.")
 
 
 def _tool_check(name: str, advice: str) -> Check:

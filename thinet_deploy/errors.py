@@ -11,7 +11,8 @@
     │   ├── OutputError                 an output folder that cannot be written, or a full disk
     │   └── UnknownNameError            no such model, target, option …: the nearest name is offered
     ├── GateError              exit 1   a parity, precision or budget gate failed
-    └── MissingError           exit 3   the environment lacks a runtime or tool
+    ├── MissingError           exit 3   the environment lacks a runtime or tool
+    └── DeviceError            exit 3   a device that cannot be reached, went away, or has no room
 
 A message says what happened and what was expected; `hint` says what to do next.
 """
@@ -105,5 +106,11 @@ class GateError(ThinetDeployError):
 
 class MissingError(ThinetDeployError):
     """The environment lacks a runtime or a tool; the hint says how to get it."""
+
+    exit_code = 3
+
+
+class DeviceError(ThinetDeployError):
+    """A device that cannot be reached, went away or has no room; what it has finished is kept there."""
 
     exit_code = 3

@@ -10,6 +10,7 @@ from typing import Any
 from . import comparison, contract, report, report_plots
 from .artifact import hash_json, read_json, sha256_of
 from .report import Row, Table
+from .runner import latency_notes
 
 TEMPLATE = Path(__file__).with_name("assets") / "report.html.j2"
 
@@ -22,11 +23,13 @@ class Page:
         folder: the run directory.
         table: its table.
         verdicts: on what was required of it.
+        device: what came from a device: see `device_stage.on_device`.
     """
 
     folder: Path
     table: Table
     verdicts: tuple[contract.Verdict, ...] = ()
+    device: Mapping[str, Any] | None = None
 
 
 def digest() -> str:
@@ -85,7 +88,34 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
         "hops": [{**hop, "label": label} for name, label in labels.items() for hop in hops if hop["model"] == name],
         "ledger": [_entry(table, entry) for entry in table.ledger],
         "environment": list(_flat(timing.get("environment", {}))),
+        "device": _device(page.device) if page.device else None,
     }
+
+
+def _device(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was verified and measured on a device, and what it is."""
+    verdicts = {(row["runtime"], row["precision"]): row for row in found["verify"]["engines"]}
+    timing = found["latency"]
+    rows = [_on_device(row, verdicts[row["runtime"], row["precision"]]) for row in timing["engines"]]
+    how = f"batch {timing['batch']}, threads {timing['threads']}"
+    return {"processor": timing["processor"], "how": how, "rows": rows, "facts": list(_flat(found["facts"]))}
+
+
+def _on_device(timed: Mapping[str, Any], verified: Mapping[str, Any]) -> dict[str, Any]:
+    summary, notes = timed.get("summary"), [verified["reason"] or timed["reason"]]
+    row = {
+        "name": f"{timed['runtime']} {timed['precision']}",
+        "verdict": verified["verdict"],
+        "median": "–",
+        "runs": "–",
+    }
+    if summary:
+        row["median"] = f"{summary['median_ms']:.4g}"
+        if spread := summary["interval_ms"]:
+            row["median"] += f" [{spread[0]:.4g}, {spread[1]:.4g}]"
+        row["runs"] = str(summary["n"])
+        notes += latency_notes(timed)
+    return {**row, "error": verified.get("max_relative_error"), "notes": "; ".join(filter(None, notes))}
 
 
 def _json(path: Path) -> Any:

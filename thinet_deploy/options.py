@@ -77,6 +77,8 @@ class Options(BaseModel):
         threads: CPU threads of an engine while its latency is measured.
         require: what the network that ships has to reach, such as "latency<=8ms": see `contract`.
         seed: same seed, same widths and same kept filters.
+        device: where the bundle is to be built, verified and measured too, such as "ssh://user@host:port".
+        device_python: the Python there.
         out: the run directory.
     """
 
@@ -119,6 +121,8 @@ class Options(BaseModel):
     threads: int = Field(default=1, ge=1)
     require: tuple[str, ...] = ()
     seed: int = 0
+    device: str | None = None
+    device_python: str = "python3"
     out: Path = Path("thinet-run")
 
     @model_validator(mode="before")

@@ -6,9 +6,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import contract, feasibility_stage, networks, precision_stage, registry, stages
+from . import contract, device_stage, feasibility_stage, networks, precision_stage, registry, stages
 from .artifact import read_json, sha256_of, write_json
 from .deployment import Build, deploy
+from .device_site import Machine
 from .errors import InputError, first_line
 from .interfaces import Progress, silent
 from .job import load_job, moved
@@ -87,7 +88,9 @@ def build(options: Options, progress: Progress = silent) -> Build:
     """
     progress = join().speaking(progress)
     _check_contract(options.require, load_profile(options.target))
+    machine, target = _device(options)
     job = load_job(options, progress)
+    job = replace(job, target=target or job.target)
     there = moved(job, options.transfer_to, progress) if options.transfer_to else None
     plan = precision_stage.planned(there or job)
     _check_runtimes(plan)
@@ -96,8 +99,15 @@ def build(options: Options, progress: Progress = silent) -> Build:
         run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
         if there:
-            return deploy(run, Tools(there, progress), plan, transfer(run, tools, Tools(there, progress)))
-        return deploy(run, tools, plan, networks.finish(run, tools, networks.prune(run, tools)))
+            return deploy(run, Tools(there, progress), plan, transfer(run, tools, Tools(there, progress)), machine)
+        return deploy(run, tools, plan, networks.finish(run, tools, networks.prune(run, tools)), machine)
+
+
+def _device(options: Options) -> tuple[Machine | None, TargetProfile | None]:
+    """The device, looked at before any work starts, and the target on the stack that it has."""
+    if options.device is None:
+        return None, None
+    return device_stage.reach(options.device, options.device_python, load_profile(options.target))
 
 
 def _remember(options: Options, root: Path) -> None:
@@ -117,6 +127,8 @@ def build_from(
     *,
     precision: str | None = None,
     require: tuple[str, ...] = (),
+    device: str | None = None,
+    device_python: str = "python3",
 ) -> Build:
     """Go on after the user's own training of the thin network that `prune` left in RUN.
 
@@ -127,6 +139,8 @@ def build_from(
         progress: to report to.
         precision: of the engines (see `Options`), if another one than `prune` was given.
         require: see `Options.require`.
+        device: see `Options.device`.
+        device_python: see `Options.device_python`.
     """
     if not weights.is_file():
         raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
@@ -134,7 +148,8 @@ def build_from(
     if not stored.exists():
         raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
     try:
-        options = make_options({**read_json(stored), "out": root, "require": require})
+        given = {"out": root, "require": require, "device": device, "device_python": device_python}
+        options = make_options({**read_json(stored), **given})
     except (OSError, ValueError, TypeError, InputError) as error:
         raise InputError(
             f"{stored} is damaged, or of another version: {first_line(error)}",
@@ -147,6 +162,8 @@ def build_from(
     shipped = replace(job, options=make_options({**options.model_dump(), **changes}))
     if target:
         shipped = replace(shipped, target=load_profile(target))
+    machine, found = _device(shipped.options)
+    shipped = replace(shipped, target=found or shipped.target)
     _check_contract(require, shipped.target)
     plan = precision_stage.planned(shipped)
     _check_runtimes(plan)
@@ -157,7 +174,7 @@ def build_from(
         thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
         own = run.alone("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
-        return deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options))
+        return deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
 
 
 def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:

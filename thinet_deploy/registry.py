@@ -13,7 +13,7 @@ from .interfaces import Contract, Conversion, Converter, Progress, silent
 from .isolation import LIMIT_S, convert_isolated
 from .reproduce import write_script
 from .runner import ENGINES
-from .target import TargetProfile
+from .target import TargetProfile, load_profile
 
 # Without these nothing is built that names them; the others are left out, with a note, where they are not installed.
 _EXPECTED = ("openvino", "onnxruntime")
@@ -91,7 +91,7 @@ def convert(
 
     Raises:
         MissingError: the runtime's toolchain is not installed.
-        InputError: the converter does not do what is asked.
+        InputError: the converter, or the target, does not do what is asked.
         ConversionError: the toolchain failed.
     """
     check(runtime)
@@ -116,6 +116,8 @@ def _check_asked(runtime: str, contract: Contract, job: Conversion) -> None:
             f"The converter for {runtime} cannot be asked for {job.precision}.",
             hint=f"It knows {', '.join(contract.precisions)}.",
         )
+    if job.dla_core is not None and job.target:
+        load_profile(job.target).require_dla(job.dla_core)
     if contract.batch == "one" and job.batch not in (None, 1):
         raise InputError(
             f"An engine for {runtime} takes one image at a time, but batch {job.batch} was asked for.",
@@ -153,7 +155,7 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
     if target.builds_on_device and "tensorrt" in target.runtimes:
         notes.append(
             f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}. "
-            f"Copy the bundle there and run in it:\n"
+            f"--device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
             f"  {_trtexec(target, input_name, input_shape)}\n"
             f"  python3 run.py    # checks the bundle there with ONNX Runtime (pip install onnxruntime numpy)"
         )

@@ -363,6 +363,7 @@ def bundled(
             parity={"passed": all(hop["passed"] for hop in hops), "hops": hops},
             plan=sha256_of(ship.folder / PLAN),
             notes=notes,
+            has_builder=job.target.builds_on_device and "tensorrt" in job.target.runtimes,
         ),
     )
 

@@ -256,6 +256,10 @@ class TargetProfile(_Table):
         stacks = tuple(stack.model_copy(update={"default": stack.name == name}) for stack in self.stacks)
         return self.model_copy(update={"stacks": stacks})
 
+    def stack_of(self, l4t: str) -> Stack | None:
+        """The stack with this version of Jetson Linux, if it is known."""
+        return next((s for s in self.stacks if any(f"{l4t}.".startswith(f"{each}.") for each in s.l4t)), None)
+
     def require_precision(self, precision: Precision) -> None:
         """Raise TargetError, with the reason, when engines for this target cannot compute in `precision`."""
         if precision in self.precisions.supported:
@@ -265,6 +269,18 @@ class TargetProfile(_Table):
             f"Target {self.id} cannot compute in {precision}: {reason}.",
             hint=f"Use --precision {self.precisions.recommended}; supported: {', '.join(self.precisions.supported)}.",
         )
+
+    def require_dla(self, core: int) -> None:
+        """Raise TargetError when there is no such DLA on this target, or its stack cannot drive one."""
+        why = ""
+        if self.dla and core >= self.dla.cores:
+            why = f"it has {self.dla.cores or 'none'}"
+        elif self.stack and self.stack.dla is False:
+            why = f"{self.stack.name} cannot drive one"
+        elif not self.dla and not any(stack.dla for stack in self.stacks):
+            why = "its profile knows of none"
+        if why:
+            raise TargetError(f"DLA {core} was asked for on {self.id}: {why}.", hint="Leave it out: the GPU does it.")
 
     def source_of(self, fact: str) -> Source | None:
         """The source of a fact such as "memory.total_mb": the entry that names it, else its whole group's."""

@@ -1,0 +1,183 @@
+"""The way to a device: what --device may be, and that no name or path becomes part of a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinet_deploy import on_device
+from thinet_deploy.devices import Local, Ssh, find_device
+from thinet_deploy.errors import DeviceError, InputError
+
+WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+NAMES = st.text("ab'\"$(){};|&<>*? \\\n~#!-é", min_size=1, max_size=12).filter(lambda name: name not in {".", ".."})
+
+
+@pytest.mark.parametrize(
+    ("address", "device"),
+    [
+        ("ssh://orin", Ssh("orin")),
+        ("ssh://me@orin.local:2222", Ssh("orin.local", "me", 2222)),
+        ("ssh://me@192.168.55.1/", Ssh("192.168.55.1", "me")),
+        ("ssh://me@[fe80::1]:22", Ssh("fe80::1", "me", 22)),
+    ],
+)
+def test_addresses(address: str, device: Ssh) -> None:
+    assert find_device(address) == device
+    assert device.name == address.removesuffix("/")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("orin", "ssh://", "ssh://me@", "ssh://orin:0", "ssh://orin:99999", "ssh://orin/home", "adb:123"),
+        *(
+            "ssh://-oProxyCommand=id",
+            "ssh://-l@orin",
+            "ssh://me:secret@orin",
+            "ssh://o$(id)",
+            "ssh://o;id",
+            "ssh://a b",
+        ),
+        *("ssh://me@-F", "ssh://o\nid", "ssh://`id`@orin", "SSH://orin"),
+    ],
+)
+def test_what_is_no_address_is_refused_before_ssh_is_called(address: str) -> None:
+    with pytest.raises(InputError, match="but ssh://user@host:port was expected") as stop:
+        find_device(address)
+    assert stop.value.exit_code == 2
+
+
+@given(st.lists(WORDS, min_size=1, max_size=4))
+def test_a_remote_shell_gets_back_the_words_that_were_given(words: list[str]) -> None:
+    *_, mark, host, line = Ssh("orin", "me", 22).argv(words)
+    assert (mark, host) == ("--", "orin")
+    assert shlex.split(line) == words
+    shown = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
+    assert shown.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1] == words
+
+
+def test_host_keys_are_left_to_the_user() -> None:
+    words = " ".join(Ssh("orin").argv(["true"]))
+    assert "StrictHostKeyChecking" not in words
+    assert "UserKnownHostsFile" not in words
+    assert "BatchMode=yes" in words
+
+
+@given(NAMES, st.binary(max_size=300))
+def test_files_of_any_name_go_there_and_come_back(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: bytes
+) -> None:
+    folder, device = tmp_path_factory.mktemp("files"), Local()
+    (folder / "source").write_bytes(data)
+    device.push(folder / "source", f"{folder}/{name}/{name}")
+    assert (folder / name / name).read_bytes() == data
+    device.pull(f"{folder}/{name}/{name}", folder / "back" / "copy")
+    assert (folder / "back" / "copy").read_bytes() == data
+    assert len(list(folder.rglob("*"))) == 5, "nothing else was made"
+
+
+def test_half_a_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that ends in the midst of a file looks to `cat` like the end of the file."""
+    source, target = tmp_path / "source", tmp_path / "there" / "file"
+    source.write_bytes(b"x" * 1000)
+    argv = Local.argv
+
+    def of_the_whole(self: Local, command: list[str]) -> list[str]:
+        return [*argv(self, command)[:-1], "2000"]
+
+    monkeypatch.setattr(Local, "argv", of_the_whole)
+    with pytest.raises(DeviceError, match="came only in part"):
+        Local().push(source, str(target))
+    assert not target.exists()
+
+
+def test_what_cannot_be_written_or_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(DeviceError, match="could not be written there"):
+        Local().push(tmp_path / "file", f"{tmp_path}/file/below")
+    with pytest.raises(DeviceError, match=r"could not be read there.*No such file"):
+        Local().pull(f"{tmp_path}/none", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+# ------------------------------------------------------------------------------------------ on the device
+
+
+def agent(*words: object) -> tuple[list[str], dict[str, object]]:
+    done = subprocess.run(
+        [sys.executable, on_device.__file__, *map(str, words)], capture_output=True, text=True, check=True
+    )
+    *lines, answer = done.stdout.strip().splitlines()
+    return [line for line in lines if line], json.loads(answer)
+
+
+def test_a_job_is_done_once_and_its_output_is_there_for_everyone_who_asks(tmp_path: Path) -> None:
+    place, marker = tmp_path / "jobs" / "one", tmp_path / "marker"
+    command = ["sh", "-c", f"echo started >> {marker}; sleep 0.5; echo ready"]
+    first, second = (
+        subprocess.Popen([sys.executable, on_device.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
+        for _ in range(2)
+    )
+    said = [process.communicate()[0].decode().split("\n")[0] for process in (first, second)]
+    assert said == ["ready", "ready"]
+    assert agent("job", place, *command)[0] == ["ready"]
+    assert marker.read_text() == "started\n"
+    agent("forget", place)
+    agent("job", place, *command)
+    assert marker.read_text() == "started\n" * 2
+
+
+def test_a_job_that_failed_is_tried_again(tmp_path: Path) -> None:
+    command = ["sh", "-c", f"echo no >&2; test -e {tmp_path}/there"]
+    _, answer = agent("job", tmp_path / "jobs" / "a", *command)
+    assert (answer["code"], answer["err"]) == (1, "no")
+    (tmp_path / "there").touch()
+    assert agent("job", tmp_path / "jobs" / "a", *command)[1]["code"] == 0
+
+
+def test_a_job_outlives_who_started_it(tmp_path: Path) -> None:
+    place = tmp_path / "jobs" / "long"
+    command = ["sh", "-c", "echo begun; sleep 1; echo ended"]
+    first = subprocess.Popen([sys.executable, on_device.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    assert first.stdout.readline() == b"begun\n"
+    first.kill()
+    first.communicate()
+    assert agent("job", place, *command)[0] == ["begun", "ended"]
+
+
+def test_sums_leave_out_what_came_in_part(tmp_path: Path) -> None:
+    (tmp_path / "a'b $(c)").write_bytes(b"1")
+    (tmp_path / "half.partial").write_bytes(b"2")
+    assert agent("sums", tmp_path)[1] == {"a'b $(c)": on_device.sha256_of(tmp_path / "a'b $(c)")}
+    assert agent("sums", tmp_path / "none")[1] == {}
+
+
+def test_nothing_in_a_home_folder_stands_in_for_the_standard_library(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('not me')")
+    request = json.dumps({"modules": [], "files": [], "commands": []})
+    done = subprocess.run(
+        [sys.executable, "-", "look", request],
+        input=Path(on_device.__file__).read_bytes(),
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "XDG_CACHE_HOME": ""},
+    )
+    assert json.loads(done.stdout)["root"] == str(Path.home() / ".cache" / "thinet-deploy")
+
+
+def test_a_program_that_hangs_is_not_waited_for() -> None:
+    start = time.monotonic()
+    assert on_device.run(["sleep", "60"], 0.1) == ""
+    assert time.monotonic() - start < 30

@@ -1,0 +1,99 @@
+"""What commands do with `--device ssh://…`: bundles that are checked and measured there, and what is shown of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from .cli_progress import bars
+from .cli_tables import print_json
+
+DEFAULT_PYTHON = "python3"
+
+
+def ask_device(bundle: Path, address: str, python: str | None, command: str, *options: str) -> dict[str, Any]:
+    """Copy a bundle to a device and run its run.py there.
+
+    Returns:
+        The report of `run.py COMMAND --json`, with the device's fingerprint.
+    """
+    from . import device_site, device_stage
+    from .bundle import read_manifest
+    from .devices import find_device
+
+    manifest = read_manifest(bundle)
+    with bars(Console(stderr=True)) as progress:
+        machine = device_site.reach(find_device(address), python or DEFAULT_PYTHON)
+        device_site.check_runtimes(machine, [engine.runtime for engine in manifest.engines])
+        site = device_site.send(machine, bundle, progress)
+        report = device_stage.ask(site, command, progress, *options)
+        device_stage.forget(site, command, *options)
+    return {**report, "environment": machine.fingerprint}
+
+
+def remote_latency(
+    things: Sequence[str],
+    address: str,
+    python: str | None,
+    pace: Mapping[str, int],
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """`thinet-deploy latency BUNDLE --device ssh://…`; exits with the code of run.py."""
+    from .artifact import write_json
+    from .errors import InputError
+
+    if len(things) != 1:
+        raise InputError(
+            f"--device {address} measures one bundle, but {len(things)} things were given.",
+            hint="thinet-deploy latency RUN/bundle --device ssh://user@host",
+        )
+    options = [word for name, value in pace.items() if value for word in (f"--{name}", str(value))]
+    report = ask_device(Path(things[0]), address, python, "latency", *options)
+    if out:
+        write_json(out, report)
+    if as_json:
+        print_json(report)
+    else:
+        for line in _measured(report, report["environment"]):
+            typer.echo(line)
+    invalid = any(row["summary"]["invalid"] for row in report["engines"] if "summary" in row)
+    raise typer.Exit(report["exit_code"] or int(invalid))
+
+
+def show_device(found: Mapping[str, Any]) -> None:
+    """What a build brought back from its device."""
+    verdicts = {(row["runtime"], row["precision"]): row for row in found["verify"]["engines"]}
+    typer.echo()
+    for line in _measured(found["latency"], found["facts"]):
+        typer.echo(line)
+    for (runtime, precision), row in verdicts.items():
+        error = f", error {row['max_relative_error']:.1e} of scale" if "max_relative_error" in row else ""
+        typer.echo(f"  {runtime} {precision}: golden outputs {row['verdict']} there{error}")
+    typer.echo(f"  engines, logs and all samples: {found['folder']}")
+
+
+def _measured(report: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
+    from .runner import PASSED, latency_notes, latency_words
+
+    jetson = facts["jetson"] or {}
+    system = f"Linux {facts['kernel']}"
+    more = [f"{key} {jetson[key]}" for key in ("l4t", "tensorrt", "power_mode") if jetson.get(key)]
+    yield f"Measured on the device: {', '.join([report['processor'], facts['machine'], system, *more])}"
+    yield f"  milliseconds per run, batch {report['batch']}, threads {report['threads']}, with 95 % intervals"
+    for row in report["engines"]:
+        words = latency_words(row) if row["verdict"] == PASSED else f"{row['verdict']}: {row['reason']}"
+        yield f"  {row['runtime']} {row['precision']}: {words}"
+        if row["verdict"] == PASSED:
+            yield from (f"    {note}" for note in latency_notes(row))
+
+
+def without_samples(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a document that people read: RUN/device/latency.json has the raw samples."""
+    rows = [{key: value for key, value in row.items() if key != "rounds_ms"} for row in found["latency"]["engines"]]
+    return {**found, "latency": {**found["latency"], "engines": rows}}

@@ -1,0 +1,191 @@
+"""From a finished bundle to engines on a device: copy, build there, verify there, measure there, bring it all back.
+
+Every step can be cut off anywhere. What is copied stays, a command goes on without the connection, and the same call
+finds both again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import device_site
+from .artifact import write_bytes, write_json
+from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, read_manifest
+from .device_site import Machine, Site
+from .devices import Done, find_device
+from .errors import ConversionError, DeviceError, GateError, MissingError
+from .interfaces import Precision, Progress
+from .shared_run import SharedRun
+from .store import Stage
+from .target import TargetProfile, load_profile
+
+FACTS, VERIFIED, MEASURED = "facts.json", "verify.json", "latency.json"
+SECONDS = 5  # per engine
+_BUILDER, _TIMINGS = "tensorrt_builder.py", "timing.cache"
+_NOTHING_RAN, _NO_TENSORRT = 3, 3
+
+
+def reach(address: str, python: str, target: TargetProfile) -> tuple[Machine, TargetProfile]:
+    """The device, and the target on the stack that it has; see `device_site.reach` and `check_target` for errors."""
+    machine = device_site.reach(find_device(address), python, target)
+    return machine, device_site.check_target(machine, target)
+
+
+def on_device(run: SharedRun, machine: Machine, bundle: Stage, threads: int, progress: Progress) -> dict[str, Any]:
+    """The stage: RUN/device gets engines, timing cache, logs, verdicts and raw samples from the device.
+
+    Returns:
+        facts, verify, latency: what the three JSON files there say; folder.
+
+    Raises:
+        GateError: an engine failed there; everything is kept in RUN/device.
+        DeviceError: see `device_site`.
+    """
+    inputs = {"bundle": bundle.digest, "machine": machine.identity, "threads": threads, "seconds": SECONDS}
+    make = partial(_fill, machine, bundle.folder, threads, progress)
+    stage = run.alone("device", inputs, lambda folder, _: make(folder))
+    results = {name.removesuffix(".json"): stage.json(name) for name in (FACTS, VERIFIED, MEASURED)}
+    _gate(machine, results["verify"], stage.folder)
+    return {"folder": str(stage.folder), **results}
+
+
+def _fill(machine: Machine, bundle: Path, threads: int, progress: Progress, folder: Path) -> None:
+    site = device_site.send(machine, bundle, progress)
+    manifest, target = read_manifest(bundle), load_profile(read_manifest(bundle).target)
+    if target.builds_on_device and _BUILDER in manifest.files:
+        _build_all(site, manifest, target, folder, progress)
+    verified = ask(site, "verify", progress)
+    timing = ("--threads", str(threads), "--seconds", str(SECONDS))
+    measured = ask(site, "latency", progress, *timing)
+    write_json(folder / FACTS, machine.fingerprint)
+    write_json(folder / VERIFIED, verified)
+    write_json(folder / MEASURED, measured)
+    said = ("/out", "/err")
+    device_site.fetch(site, f"{site.folder}/jobs", folder / "logs", lambda name: name.endswith(said), progress)
+    forget(site, "verify")
+    forget(site, "latency", *timing)
+
+
+def _gate(machine: Machine, verified: dict[str, Any], folder: Path) -> None:
+    """An engine that fails on the device fails the build, and so does a device where nothing ran."""
+    failed = [row for row in verified["engines"] if row["verdict"] == "failed"]
+    if verified["exit_code"] == _NOTHING_RAN:
+        reasons = " ".join(dict.fromkeys(row["reason"] for row in verified["engines"]))
+        raise MissingError(f"No engine ran on {machine.device.name}. {reasons}", hint=f"Everything is in {folder}.")
+    if verified["exit_code"]:
+        named = "; ".join(f"{row['runtime']} {row['precision']}: {row['reason']}" for row in failed) or "damaged files"
+        raise GateError(
+            f"The bundle failed on {machine.device.name}: {named}.",
+            hint=f"All results are kept in {folder}; logs/ has what was said there.",
+        )
+
+
+def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str, Any]:
+    """Run run.py there; its JSON, which stays there until `forget`.
+
+    Raises:
+        DeviceError: it ended without.
+    """
+    progress({"verify": "Verifying", "latency": "Measuring"}[command] + " on the device", 0, 1)
+    code, done = site.job(command, _words(site, command, options))
+    try:
+        report: dict[str, Any] = json.loads(done.out)
+    except ValueError:
+        last = (done.err.splitlines() or ["it said nothing"])[-1]
+        raise DeviceError(
+            f"run.py {command} on {site.machine.device.name} ended with code {code}: {last}",
+            hint="Run the same command again; `thinet-deploy verify` shows here whether the bundle is whole.",
+        ) from None
+    if "error" in report:
+        raise DeviceError(f"{site.machine.device.name}: {report['error']}", hint="Build the bundle again.")
+    return report
+
+
+def forget(site: Site, command: str, *options: str) -> None:
+    """What `ask` brought has been written down: the next one is to run anew."""
+    site.tell("forget", site.place(command, _words(site, command, options)))
+
+
+def _words(site: Site, command: str, options: Sequence[str]) -> list[str]:
+    return [f"{site.bundle}/run.py", command, "--json", *options]
+
+
+# ------------------------------------------------------------------------------------------ engines built there
+
+
+def _build_all(site: Site, manifest: Manifest, target: TargetProfile, folder: Path, progress: Progress) -> None:
+    """Build TensorRT engines there, make them part of the bundle there, and bring them here."""
+    entries = [(typed.path, typed.precision, typed.tolerance) for typed in manifest.typed]
+    for path, precision, _ in entries or [(ONNX, "fp32", 0.0)]:
+        _build(site, path, precision, target, folder, progress)
+    device_site.fetch(site, site.cache, folder, _TIMINGS.__eq__, progress)
+    found = device_site.fetch(site, site.bundle, folder, lambda name: name.startswith("engines/tensorrt-"), progress)
+    tolerances: dict[str, float] = {precision: tolerance for _, precision, tolerance in entries}
+    built = [
+        EngineEntry(
+            runtime="tensorrt",
+            path=name,
+            precision=precision,
+            sha256=digest,
+            tolerance=tolerances.get(precision, manifest.golden.tolerance),
+        )
+        for name, digest in found.items()
+        if name.endswith(".engine") and (precision := _precision_of(name))
+    ]
+    everything = manifest.model_copy(
+        update={"engines": (*built, *manifest.engines), "files": {**manifest.files, **found}}
+    )
+    write_json(folder / MANIFEST, everything.model_dump(mode="json", by_alias=True))
+    site.machine.device.push(folder / MANIFEST, f"{site.bundle}/{MANIFEST}")
+
+
+def _precision_of(name: str) -> Precision:
+    return name.split("/")[1].removeprefix("tensorrt-")  # type: ignore[return-value]  # as `_build` has it
+
+
+def _build(
+    site: Site, source: str, precision: Precision, target: TargetProfile, folder: Path, progress: Progress
+) -> None:
+    """Build one engine there within the target's memory; one that is finished is kept."""
+    limits = target.build
+    bounds = {"--workspace-mb": limits.workspace_mb, "--guard-mb": limits.ram_guard_mb}
+    engine = f"{site.bundle}/engines/tensorrt-{precision}/model.engine"
+    options = [word for name, value in bounds.items() if value for word in (name, str(value))]
+    command = [f"{site.bundle}/{_BUILDER}", f"{site.bundle}/{source}", engine]
+    command += ["--precision", precision, "--cache", f"{site.cache}/{_TIMINGS}", *options]
+    for needed in (site.cache, engine.rpartition("/")[0]):
+        site.tell("folder", needed)
+    job = f"build-{precision}"
+    code, done = site.job(job, command, on_line=_shown(precision, progress))
+    if code:
+        _refused(site, job, code, done, folder)
+
+
+def _shown(precision: str, progress: Progress) -> Callable[[bytes], None]:
+    """The builder's progress, from its JSON lines."""
+
+    def hear(line: bytes) -> None:
+        if line.startswith(b'{"progress"'):
+            done, total, phase = json.loads(line)["progress"]
+            progress(f"Building {precision} on the device", done, total, phase)
+
+    return hear
+
+
+def _refused(site: Site, job: str, code: int, done: Done, folder: Path) -> None:
+    device, words = site.machine.device.name, done.err
+    for line in done.out.splitlines():
+        if line.startswith(b'{"error"'):
+            words = json.loads(line)["error"]
+    log = folder.parent / f"device-{job}.log"  # the stage's own folder goes when it fails
+    write_bytes(log, f"{words}\n\n{done.err}\n".encode())
+    if code == _NO_TENSORRT:
+        raise MissingError(f"{device}: {words}", hint="`--device-python` names a Python that has TensorRT.")
+    raise ConversionError(
+        f"{job} on {device} failed: {words or f'it ended with code {code}'}",
+        hint=f"What was said there is in {log}. Finished engines are kept there.",
+    )
