@@ -19,16 +19,13 @@ from ssh_server import Server, serving
 from thinet_deploy import bundle, device_site, device_stage
 from thinet_deploy.artifact import hash_json, read_json, sha256_of, write_json
 from thinet_deploy.bundle import BundleSpec, EngineFile, TypedFile
-from thinet_deploy.device_site import Machine
 from thinet_deploy.devices import Ssh, find_device
-from thinet_deploy.environment import JETSON_COMMANDS
 from thinet_deploy.errors import (
     BundleError,
     ConversionError,
     DeviceError,
     GateError,
     MissingError,
-    TargetError,
     ThinetDeployError,
 )
 from thinet_deploy.interfaces import TensorSpec, silent
@@ -462,73 +459,6 @@ def test_a_build_for_another_device_is_refused_before_any_work(server: Server, c
     done = cli("build", "--model", "net.py:tiny", "--data", "data", *where[:2], "--device-python", "python9")
     assert (done.code, "There is no python9" in done.err) == (3, True)
     assert not (workplace / "run").exists()
-
-
-# ------------------------------------------------------------------------------------------ what fits
-
-
-def a_machine(**facts: Any) -> Machine:
-    """An Orin Nano with JetPack 6.2, and what is different about it."""
-    files = {
-        "/proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit",
-        "/etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081",
-        "/proc/cpuinfo": "",
-        "/proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005",
-    }
-    modules = {"numpy": "1.26", "tensorrt": "10.3.0"}
-    usual: dict[str, Any] = {
-        "machine": "aarch64",
-        "kernel": "5.15",
-        "python": "3.10.12",
-        "cores": 6,
-        "memory_bytes": 8 << 30,
-        "files": {**files, **facts.pop("files", {})},
-        "modules": {**modules, **facts.pop("modules", {})},
-        "commands": {" ".join(command): "" for command in JETSON_COMMANDS},
-    }
-    return Machine(Ssh("orin"), "python3", {**usual, **facts})
-
-
-def checked(machine: Machine, target: str = "jetson") -> str:
-    from thinet_deploy.target import load_profile
-
-    stack = device_site.check_target(machine, load_profile(target)).stack
-    assert stack is not None
-    return stack.name
-
-
-@pytest.mark.parametrize(
-    ("release", "tensorrt", "stack"),
-    [
-        ("# R35 (release), REVISION: 4.1", "8.5.2.2", "jetpack-5.1"),
-        ("# R36 (release), REVISION: 3.0", "8.6.2", "jetpack-6.0"),
-        ("# R36 (release), REVISION: 4.3", "10.3.0", "jetpack-6.2"),
-        ("# R39 (release), REVISION: 9.9", "11.4.1", "jetpack-7.2.2"),  # found by its TensorRT
-    ],
-)
-def test_the_stack_is_that_of_the_device(release: str, tensorrt: str, stack: str) -> None:
-    machine = a_machine(files={"/etc/nv_tegra_release": release}, modules={"tensorrt": tensorrt})
-    assert checked(machine) == stack
-
-
-def test_tensorrt_11_on_jetpack_6_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"has TensorRT 11\.4\.1, but L4T 36\.4\.3 \(jetpack-6\.2\) brings 10\.3\.0"):
-        checked(a_machine(modules={"tensorrt": "11.4.1"}))
-
-
-def test_another_board_is_refused() -> None:
-    assert checked(a_machine(), "jetson-orin-nano") == "jetpack-6.2"
-    with pytest.raises(TargetError, match=r"is no jetson-agx-orin.*Jetson Orin Nano"):
-        checked(a_machine(), "jetson-agx-orin")
-
-
-def test_a_missing_runtime_is_named_with_how_to_get_it() -> None:
-    with pytest.raises(MissingError, match="python3 there finds no tensorrt") as stop:
-        checked(a_machine(modules={"tensorrt": None}))
-    assert "apt install python3-libnvinfer" in stop.value.hint
-    with pytest.raises(MissingError, match="none of onnxruntime, ncnn") as stop:
-        device_site.check_runtimes(a_machine(), ["onnxruntime", "ncnn"])
-    assert "python3 -m pip install onnxruntime" in stop.value.hint
 
 
 def test_an_old_python_is_refused(server: Server, tmp_path: Path) -> None:

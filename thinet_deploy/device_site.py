@@ -152,7 +152,9 @@ def check_target(machine: Machine, target: TargetProfile) -> TargetProfile:
             f"{name} is no {target.id}, as far as can be seen: it is {what or 'another machine'}.",
             hint="Give the --target that it is, or a profile of your own: `thinet-deploy targets` lists them.",
         )
-    check_runtimes(machine, target.runtimes, ["tensorrt"] if _builds(target) else [])
+    if _builds(target):
+        check_runtimes(machine, [], ["tensorrt"])
+    check_runtimes(machine, [name for name in target.runtimes if name in ENGINES])  # that run.py can open
     stack = _stack(machine, target)
     return target.on_stack(stack.name) if stack else target
 
@@ -168,9 +170,9 @@ def _builds(target: TargetProfile) -> bool:
 
 
 def check_runtimes(machine: Machine, runtimes: Sequence[str], needed: Sequence[str] = ()) -> None:
-    """Raise MissingError when a needed runtime is not there, or none of those that could run engines."""
+    """Raise MissingError when a needed runtime is not there; where none is needed, when there is none of `runtimes`."""
     missing = [name for name in needed if not machine.has(name)]
-    if not missing and any(machine.has(name) for name in runtimes):
+    if not missing and (needed or any(machine.has(name) for name in runtimes)):
         return
     missing = missing or [name for name in runtimes if name in _MODULES]
     which = " and ".join(missing) if needed else f"none of {', '.join(missing)}"

@@ -93,7 +93,7 @@ def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str
     progress({"verify": "Verifying", "latency": "Measuring"}[command] + " on the device", 0, 1)
     code, done = site.job(command, _words(site, command, options))
     try:
-        report: dict[str, Any] = json.loads(done.out)
+        report: dict[str, Any] = json.loads(done.out.strip().rpartition(b"\n")[2])
     except ValueError:
         last = (done.err.splitlines() or ["it said nothing"])[-1]
         raise DeviceError(

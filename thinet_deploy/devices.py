@@ -28,6 +28,7 @@ AGAIN = "Run the same command again: it goes on where it was."
 _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 # One connection carries all commands, and closes some seconds after the last.
 _SHARED = ("-o", "ControlMaster=auto", "-o", "ControlPersist=10")
+_LONGEST_FOLDER = 40  # a socket's whole path has 104 characters at most; ssh adds 58
 _ALIVE = ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
 _SSH_FAILED = 255
 NOT_THERE = -127  # no shell's code: it was a program of this machine
@@ -187,7 +188,7 @@ class Ssh(_Commands):
 
     def argv(self, command: Sequence[str]) -> list[str]:
         """Ssh, with the command quoted for the shell behind it."""
-        shared = [*_SHARED, "-o", f"ControlPath={_sockets()}/%C"]
+        shared = [*_SHARED, "-o", f"ControlPath={_sockets()}/%C"] if len(_sockets()) <= _LONGEST_FOLDER else []
         return [*_SSH, *_ALIVE, *shared, *self._where(), shlex.join(command)]
 
     def _where(self) -> list[str]:
