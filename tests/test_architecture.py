@@ -33,6 +33,7 @@ LEVELS = {
         "cli_count",
         "cli_compare",
         "cli_latency",
+        "cli_staircase",
         "__main__",
     },
     3: {
@@ -46,6 +47,7 @@ LEVELS = {
         "transfer_stage",
         "precision_stage",
         "feasibility_stage",
+        "latency_stage",
         "tools",
         "job",
     },
@@ -70,6 +72,8 @@ LEVELS = {
         "contract",
         "plots",
         "counting",
+        "layer_networks",
+        "staircase",
     },
     1: {
         "artifact",
@@ -81,6 +85,7 @@ LEVELS = {
         "image_files",
         "distillation",
         "intervals",
+        "surfaces",
         "isolation",
         "parallel",
         "preprocess",

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from .cli_compare import compare, exit_on_broken, show_verdicts
 from .cli_count import count
-from .cli_latency import latency
+from .cli_latency import latency as latency_command
 from .cli_options import (
     BatchSize,
     CalibrationImages,
@@ -29,6 +29,7 @@ from .cli_options import (
     Json,
     Keep,
     KeepLayer,
+    Latency,
     LayerEpochs,
     LearningRate,
     Macs,
@@ -46,6 +47,7 @@ from .cli_options import (
     Seed,
     Shortcuts,
     Size,
+    SpeedUp,
     Target,
     Threads,
     Train,
@@ -97,6 +99,8 @@ def build(  # noqa: PLR0917 - one argument per option
     keep: Keep = None,
     macs: Macs = None,
     size: Size = None,
+    latency: Latency = None,
+    speedup: SpeedUp = None,
     round_to: RoundTo = None,
     keep_layer: KeepLayer = None,
     gcos: Gcos = None,
@@ -190,6 +194,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     keep: Keep = None,
     macs: Macs = None,
     size: Size = None,
+    latency: Latency = None,
+    speedup: SpeedUp = None,
     round_to: RoundTo = None,
     keep_layer: KeepLayer = None,
     gcos: Gcos = None,
@@ -245,7 +251,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     show_pruned(stdout(), folder, report)
 
 
-app.command()(latency)
+app.command("latency")(latency_command)
 app.command()(compare)
 
 
