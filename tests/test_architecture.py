@@ -48,6 +48,7 @@ LEVELS = {
         "precision_stage",
         "feasibility_stage",
         "latency_stage",
+        "staircase_stage",
         "tools",
         "job",
     },

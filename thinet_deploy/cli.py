@@ -58,6 +58,7 @@ from .cli_options import (
 )
 from .cli_processes import INTERRUPTED, one_voice
 from .cli_progress import bars
+from .cli_staircase import staircase
 from .cli_tables import grid, print_json, show_feasibility, show_pruned, stdout
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
@@ -252,6 +253,7 @@ def prune(  # noqa: PLR0917 - one argument per option
 
 
 app.command("latency")(latency_command)
+app.command()(staircase)
 app.command()(compare)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from .interfaces import Conversion, Progress
 from .job import Job
 from .latency import EngineRef, measure_engines
 from .layer_networks import layers_of
+from .models.loading import InputShape
 from .pruning.allocation import Curve
 from .pruning.budget import Widths, Wish, cost, softened, some
 from .pruning.graph import ChannelGraph, ChannelGroup
@@ -81,34 +83,47 @@ class Bench:
         """Measures layers."""
         return partial(self.engine.time, progress=self.progress)
 
-    def meter(self, original: nn.Module) -> Meter:
-        """Measures a network beside the original, as engines of the target."""
+    def meter(self, original: nn.Module, folder: Path) -> Meter:
+        """Measures networks beside the original, as engines of the target.
+
+        Args:
+            original: made once.
+            folder: takes the engines; it has to last as long as the meter.
+        """
+        base = self.made(original, "original", folder)
+        image = self.job.data.test.inputs(np.arange(1))
+        numbers = itertools.count(1)
 
         def measure(thin: nn.Module) -> Measured:
-            with tempfile.TemporaryDirectory() as folder:
-                refs = [self._made(Path(folder), name, net) for name, net in (("original", original), ("thin", thin))]
-                image = self.job.data.test.inputs(np.arange(1))
-                first, second = measure_engines(
-                    refs,
-                    {INPUT: image},
-                    threads=self.engine.threads,
-                    rounds=ROUNDS,
-                    seconds=SECONDS,
-                    progress=self.progress,
-                )
+            refs = [base, self.made(thin, f"thin{next(numbers)}", folder)]
+            first, second = measure_engines(
+                refs,
+                {INPUT: image},
+                threads=self.engine.threads,
+                rounds=ROUNDS,
+                seconds=SECONDS,
+                progress=self.progress,
+            )
             before, after = (each.samples.summary["median_ms"] for each in (first, second))
             assert second.speedup is not None
             return Measured(after, before, second.speedup.ratio, second.speedup.low, second.speedup.high)
 
         return measure
 
-    def _made(self, root: Path, name: str, model: nn.Module) -> EngineRef:
-        """A network as an engine, made as `build` makes it."""
-        target, source, folder = self.job.target, root / f"{name}.onnx", root / name
-        folder.mkdir()
-        export_onnx(model, self.job.input_shape, source, opset=target.opset, ir_version=target.ir_version)
-        artifact = convert(self.engine.runtime, Conversion(source, folder, target=self.job.options.target), root)
-        return EngineRef(name, self.engine.runtime, root / artifact.path)
+    def made(self, model: nn.Module, name: str, folder: Path) -> EngineRef:
+        """A network as an engine."""
+        return as_engine(model, self.job.input_shape, name, self.engine, self.job.target, folder)
+
+
+def as_engine(
+    model: nn.Module, input_shape: InputShape, name: str, engine: Engine, target: TargetProfile, folder: Path
+) -> EngineRef:
+    """A network as an engine, made as `build` makes it."""
+    source, place = folder / f"{name}.onnx", folder / name
+    place.mkdir()
+    export_onnx(model, input_shape, source, opset=target.opset, ir_version=target.ir_version)
+    artifact = convert(engine.runtime, Conversion(source, place), folder)
+    return EngineRef(name, engine.runtime, folder / artifact.path)
 
 
 def bench_of(job: Job, progress: Progress) -> Bench:
@@ -130,11 +145,13 @@ def fitting(
         GateError: it cannot be reached.
         InputError: nothing has to be pruned for it, or the thin network is none.
     """
-    job, measure = bench.job, bench.meter(original)
-    goal = Goal(job.options.most_ms, job.options.times_faster)
+    job, goal = bench.job, Goal(bench.job.options.most_ms, bench.job.options.times_faster)
     wish = _with_room(original, graph, groups, wish, goal)
     costs = layer_costs(job, original, graph, groups, wish, Points.on(bench.engine), bench.stopwatch())
-    return meet(costs, groups, curves, wish, goal, lambda widths: measure(shaped(job, original, graph, groups, widths)))
+    with tempfile.TemporaryDirectory() as folder:
+        measure = bench.meter(original, Path(folder))
+        make = partial(shaped, job, original, graph, groups)
+        return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)))
 
 
 def _with_room(

@@ -128,7 +128,7 @@ def _pads(conv: nn.Conv2d) -> tuple[int, int, int, int]:
 
 def image_of(shape: LayerShape, ins: int) -> tuple[tuple[int, ...], int]:
     """Shape of one input of the networks below, without the batch, and the batch."""
-    channels = ins if shape.reads_image else 1
+    channels = max(ins, 2 if shape.kind == "linear" else 1) if shape.reads_image else 1
     return ((channels,), shape.map_size[0]) if shape.kind == "linear" else ((channels, *shape.map_size), 1)
 
 
@@ -152,16 +152,18 @@ def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
         return f"y{len(nodes) - 1}"
 
     def weigh(operator: str, source: str, *size: int, **attributes: Any) -> str:
-        name, filters = f"w{len(constants)}", size[operator == "Gemm"]
-        for suffix, values in (("", random.normal(0, 0.1, size)), ("b", np.full(filters, 0.1))):
+        name = f"w{len(constants)}"
+        for suffix, values in (("", random.normal(0, 0.1, size)), ("b", np.full(size[0], 0.1))):
             constants.append(numpy_helper.from_array(values.astype(np.float32), name + suffix))
         return add("Relu", [add(operator, [source, name, f"{name}b"], **attributes)])
 
     linear, now = shape.kind == "linear", INPUT
+    if linear:
+        ins = max(ins, 2)  # OpenVINO 2026.4 refuses a linear layer with one input behind another
     if not shape.reads_image:
-        now = weigh("Gemm", now, 1, ins) if linear else weigh("Conv", now, ins, 1, 1, 1)
+        now = weigh("Gemm", now, ins, 1, transB=1) if linear else weigh("Conv", now, ins, 1, 1, 1)
     if outs is not None and linear:
-        now = weigh("Gemm", now, ins, outs)
+        now = weigh("Gemm", now, outs, ins, transB=1)
     elif outs is not None:
         groups = ins if shape.kind == "depthwise" else shape.groups
         how = {"pads": shape.pads, "strides": shape.stride, "dilations": shape.dilation, "group": groups}
@@ -170,6 +172,7 @@ def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
         now = add("GlobalAveragePool", [now])
     size, batch = image_of(shape, ins)
     taken = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *size])
-    given = helper.make_tensor_value_info(now, TensorProto.FLOAT, None)
+    channels = ins if outs is None else outs
+    given = helper.make_tensor_value_info(now, TensorProto.FLOAT, [batch, channels] if linear else [1, channels, 1, 1])
     graph = helper.make_graph(nodes, "layer", [taken], [given], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)

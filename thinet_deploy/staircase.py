@@ -121,7 +121,7 @@ class Points:
         """What the file has; damaged ones are measured anew."""
         if self._path is None or not self._path.is_file():
             return
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             for key, points in read_json(self._path).items():
                 told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(key).items()}
                 shape = LayerShape(**told)

@@ -72,10 +72,15 @@ def wanted(known: Known, domain: Domain, most: int = POINTS) -> set[Point]:
     if missing := corners - known.keys():
         return missing
     peak = max(known[corner].ms for corner in corners)
+
+    def missing_on(ins: Sequence[int], outs: Sequence[int]) -> set[Point]:
+        found = {(i, o) for o in outs for i in _line_wants(_along_ins(known, o), domain.ins, peak, most)}
+        return found | {(i, o) for i in ins for o in _line_wants(_along_outs(known, i), domain.outs, peak, most)}
+
+    if missing := missing_on(_edges(domain.ins), _edges(domain.outs)):
+        return missing  # only between lines that are well known can the patch be judged
     ins, outs = _frame(known, domain)
-    found = {(i, o) for o in outs for i in _line_wants(_along_ins(known, o), domain.ins, peak, most)}
-    found |= {(i, o) for i in ins for o in _line_wants(_along_outs(known, i), domain.outs, peak, most)}
-    return found or {point for point in _centres(domain, ins, outs) if point not in known}
+    return missing_on(ins, outs) or {point for point in _centres(domain, ins, outs) if point not in known}
 
 
 def _edges(places: Sequence[int]) -> list[int]:

@@ -132,7 +132,9 @@ def meet(
             break
     best = min(trials[1:] or trials, key=lambda trial: _miss(goal, trial))
     if goal.excess(best.measured) > 1 + SLACK:
-        raise _out_of_reach(goal, best, tried(fastest(costs, groups, wish)))
+        least = fastest(costs, groups, wish)
+        known = next((trial for trial in trials if trial.widths == least), None)
+        raise _out_of_reach(goal, best, known or tried(least))
     return Found(tuple(trials), best, idle)
 
 
