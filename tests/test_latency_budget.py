@@ -85,11 +85,10 @@ class Device:
 
     def whole(self, widths: Widths, wish: Wish) -> float:
         column = np.array([[widths[group.name]] for group in GROUPS], float)
-        sides = [
-            (each.layer, *(round(float(side.at(column)[0])) for side in (each.ins, each.outs)))
-            for each in sized(LAYERS, GRAPH, GROUPS, wish)
-        ]
-        layers = sum(self.layer(layer.shape, ins, outs) for layer, ins, outs in sides)
+        layers = 0.0
+        for each in sized(LAYERS, GRAPH, GROUPS, wish):
+            ins, outs = (round(float(side.at(column)[0])) for side in (each.ins, each.outs))
+            layers += self.layer(each.layer.shape, ins, outs)
         return self.factor * layers + self.rest_ms
 
     def measure(self, widths: Widths, wish: Wish) -> Measured:

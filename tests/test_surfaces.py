@@ -40,7 +40,8 @@ def off(surface: Surface, time: Time, domain: Domain) -> np.ndarray:
     ins, outs = (np.array([w for w in side if 4 * w >= side[-1]], float) for side in (domain.ins, domain.outs))
     i, o = (each.ravel() for each in np.meshgrid(ins, outs))
     exact = np.array([time(int(a), int(b)) for a, b in zip(i, o, strict=True)])
-    return np.abs(surface(i, o) / exact - 1)
+    errors: np.ndarray = np.abs(surface(i, o) / exact - 1)
+    return errors
 
 
 @pytest.mark.parametrize(("step", "widths"), [(8, 64), (16, 64), (16, 128)])
