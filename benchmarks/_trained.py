@@ -12,7 +12,6 @@ The factories give untrained networks, as --model asks for (the control from scr
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -28,6 +27,7 @@ from torch import nn
 
 from thinet_deploy.artifact import hash_json
 from thinet_deploy.data import Dataset, load_folder
+from thinet_deploy.environment import cache_folder
 from thinet_deploy.interfaces import Progress, silent
 from thinet_deploy.models import squeezenet
 from thinet_deploy.models.resnet_cifar import resnet_cifar
@@ -112,7 +112,7 @@ def trained_squeezenet1_1(classes: tuple[int, ...] = PHOTOS10) -> nn.Module:
 
 def photos10_weights() -> Path:
     """A file of `trained_squeezenet1_1` for --weights, written when it is missing."""
-    path = cache() / "squeezenet1_1-photos10-torchvision.safetensors"
+    path = cache_folder() / "squeezenet1_1-photos10-torchvision.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_weights(trained_squeezenet1_1(), path)
@@ -142,7 +142,7 @@ def vgg_bn(num_classes: int = 10) -> VGG:
 def vgg_weights(*, norm: bool) -> Path:
     """Where the weights of `trained_vgg` are, once it was called."""
     name, recipe = "vgg_bn" if norm else "vgg", VGG_RECIPES[norm]
-    return cache() / f"{name}-cifar10-{hash_json([VGG_STAGES, recipe])[:8]}.safetensors"
+    return cache_folder() / f"{name}-cifar10-{hash_json([VGG_STAGES, recipe])[:8]}.safetensors"
 
 
 def trained_vgg(*, norm: bool, progress: Progress = silent) -> nn.Module:
@@ -170,18 +170,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def cache() -> Path:
-    """Where unpacked archives lie: outside the repository, for they are large and not ours to give."""
-    return Path(os.environ.get("THINET_CACHE") or Path.home() / ".cache" / "thinet-deploy")
-
-
 def unpacked(name: str) -> Path:
     """The folder of an archive NAME.zip, unpacked when it is missing; whole or not there, whenever it is stopped."""
-    place = cache() / name
+    place = cache_folder() / name
     if place.is_dir():
         return place
-    cache().mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache(), prefix=f".{name}-"))
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=cache_folder(), prefix=f".{name}-"))
     try:
         with zipfile.ZipFile(SHARED / f"{name}.zip") as archive:
             archive.extractall(temporary)
@@ -230,7 +225,7 @@ def main() -> None:
         data = load()
         loaded = time.perf_counter()
         top1 = evaluate(model, data.test).top1
-        print(f"--model {Path(__file__)}:{name} --weights {weights} --data {cache() / data.name}{more}")
+        print(f"--model {Path(__file__)}:{name} --weights {weights} --data {cache_folder() / data.name}{more}")
         print(f"  top-1 {top1:.2f} % of {len(data.test):,} test images", end="; ")
         print(f"{loaded - start:.0f} s to load, {time.perf_counter() - loaded:.0f} s to test")
         if abs(top1 - expected) > slack:

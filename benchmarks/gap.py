@@ -11,11 +11,12 @@ import tempfile
 from pathlib import Path
 
 from _record import keep
-from _trained import cache, cifar10, missing, trained_vgg, vgg_weights
+from _trained import cifar10, missing, trained_vgg, vgg_weights
 from rich.console import Console
 
 from thinet_deploy import pipeline, report
 from thinet_deploy.artifact import read_json
+from thinet_deploy.environment import cache_folder
 from thinet_deploy.hops import render_hops
 from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import make_options
@@ -34,7 +35,7 @@ def main() -> None:
         asked = {
             "model": f"{Path(__file__).with_name('_trained.py')}:vgg_bn",
             "weights": vgg_weights(norm=True),
-            "data": cache() / cifar10().name,
+            "data": cache_folder() / cifar10().name,
             "macs": "2x",
             "finetune_epochs": 0 if given.quick else 1,
             "batch_size": 128,

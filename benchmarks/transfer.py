@@ -12,23 +12,24 @@ from pathlib import Path
 
 import numpy as np
 from _record import keep
-from _trained import cache, cifar10, missing, trained_vgg, unpacked, vgg_weights
+from _trained import cifar10, missing, trained_vgg, unpacked, vgg_weights
 from PIL import Image
 from rich.console import Console
 
 from thinet_deploy import pipeline, report
 from thinet_deploy.data import digits_preprocess, load_digits
+from thinet_deploy.environment import cache_folder
 from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import make_options
 
 
 def digits() -> Path:
     """The built-in digits as a folder of image files, made when it is missing."""
-    place = cache() / "digits"
+    place = cache_folder() / "digits"
     if place.is_dir():
         return place
     data = load_digits(digits_preprocess())
-    with tempfile.TemporaryDirectory(dir=cache()) as folder:
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         for split, images in (("train", data.train), ("test", data.test)):
             for index, label in enumerate(images.labels.tolist()):
                 name = Path(folder) / "digits" / split / data.classes[label]
@@ -53,7 +54,7 @@ def main() -> None:
             asked = {
                 "model": f"{Path(__file__).with_name('_trained.py')}:vgg_bn",
                 "weights": vgg_weights(norm=True),
-                "data": cache() / cifar10().name,
+                "data": cache_folder() / cifar10().name,
                 "transfer_to": target,
                 "macs": "2x",
                 "epochs": 1 if given.quick else 30,

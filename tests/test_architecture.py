@@ -34,6 +34,7 @@ LEVELS = {
         "cli_compare",
         "cli_device",
         "cli_latency",
+        "cli_staircase",
         "__main__",
     },
     3: {
@@ -48,6 +49,8 @@ LEVELS = {
         "transfer_stage",
         "precision_stage",
         "feasibility_stage",
+        "latency_stage",
+        "staircase_stage",
         "tools",
         "job",
     },
@@ -73,6 +76,8 @@ LEVELS = {
         "contract",
         "plots",
         "counting",
+        "layer_networks",
+        "staircase",
     },
     1: {
         "artifact",
@@ -85,6 +90,7 @@ LEVELS = {
         "devices",
         "distillation",
         "intervals",
+        "surfaces",
         "isolation",
         "parallel",
         "preprocess",

@@ -22,7 +22,7 @@ from thinet_deploy.options import Options
 
 Cli = Callable[..., Any]
 GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--layer-epochs", "1", "--out", "run"]
-COMMANDS = ("build", "prune", "count", "latency", "compare", "verify", "targets", "doctor")
+COMMANDS = ("build", "prune", "count", "latency", "staircase", "compare", "verify", "targets", "doctor")
 
 
 def strict_json(text: str) -> Any:

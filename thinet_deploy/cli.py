@@ -13,7 +13,7 @@ from rich.markup import escape
 from .cli_compare import compare, exit_on_broken, show_verdicts
 from .cli_count import count
 from .cli_device import ask_device, show_device, without_samples
-from .cli_latency import latency
+from .cli_latency import latency as latency_command
 from .cli_options import (
     BatchSize,
     CalibrationImages,
@@ -32,6 +32,7 @@ from .cli_options import (
     Json,
     Keep,
     KeepLayer,
+    Latency,
     LayerEpochs,
     LearningRate,
     Macs,
@@ -49,6 +50,7 @@ from .cli_options import (
     Seed,
     Shortcuts,
     Size,
+    SpeedUp,
     Target,
     Threads,
     Train,
@@ -60,6 +62,7 @@ from .cli_options import (
 )
 from .cli_processes import INTERRUPTED, one_voice
 from .cli_progress import bars
+from .cli_staircase import staircase
 from .cli_tables import grid, print_json, show_feasibility, show_pruned, stdout
 from .errors import InputError, ThinetDeployError, UnknownNameError
 
@@ -101,6 +104,8 @@ def build(  # noqa: PLR0917 - one argument per option
     keep: Keep = None,
     macs: Macs = None,
     size: Size = None,
+    latency: Latency = None,
+    speedup: SpeedUp = None,
     round_to: RoundTo = None,
     keep_layer: KeepLayer = None,
     gcos: Gcos = None,
@@ -203,6 +208,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     keep: Keep = None,
     macs: Macs = None,
     size: Size = None,
+    latency: Latency = None,
+    speedup: SpeedUp = None,
     round_to: RoundTo = None,
     keep_layer: KeepLayer = None,
     gcos: Gcos = None,
@@ -258,7 +265,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     show_pruned(stdout(), folder, report)
 
 
-app.command()(latency)
+app.command("latency")(latency_command)
+app.command()(staircase)
 app.command()(compare)
 
 

@@ -79,6 +79,16 @@ Macs = Annotated[
     typer.Option(help="Budget instead of --keep: 2x for half of the multiply-accumulates, or a number such as 300M."),
 ]
 Size = Annotated[str | None, typer.Option(help="Budget instead of --keep: of the weights, such as 5MB.")]
+Latency = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget instead of --keep: milliseconds for one image on the target's first engine that runs here, such "
+        "as 8ms. Layers are timed there, widths chosen by error per millisecond, and the result is measured."
+    ),
+]
+SpeedUp = Annotated[
+    str | None, typer.Option("--speedup", help="The same as a ratio: 2x is twice as fast as the original.")
+]
 RoundTo = Annotated[
     str | None,
     typer.Option(

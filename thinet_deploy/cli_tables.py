@@ -56,6 +56,8 @@ def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
         console,
         f"Multiply-accumulates: {before / 1e6:.2f}M before, {after / 1e6:.2f}M now, {before / after:.2f}x fewer",
     )
+    if timing := report.get("timing"):
+        _say(console, _timing_words(timing))
     proof = report["proof"]
     _say(
         console,
@@ -64,6 +66,16 @@ def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
     for note in report["notes"]:
         _say(console, note)
     _say(console, f"Thin network: {folder}. Train it, then: thinet-deploy build --from {folder.parent} --weights FILE")
+
+
+def _timing_words(timing: dict[str, Any]) -> str:
+    """How a budget of time was met."""
+    best, rounds = timing["best"], len(timing["trials"]) - 1
+    spread = f" [{best['low']:.3g}, {best['high']:.3g}]" if best["low"] is not None else ""
+    return (
+        f"Time on {timing['runtime']}: {best['original_ms']:.4g} ms before, {best['ms']:.4g} ms now, "
+        f"{best['speedup']:.3g}x faster{spread}; {rounds} network{'s' if rounds > 1 else ''} measured for it"
+    )
 
 
 def _show_methods(console: Console, methods: dict[str, Any]) -> None:

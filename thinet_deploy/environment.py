@@ -97,6 +97,11 @@ def machine_id(fingerprint: dict[str, Any]) -> str:
     )[:12]
 
 
+def cache_folder() -> Path:
+    """Where what takes long to get is kept between runs: $THINET_CACHE, or ~/.cache/thinet-deploy."""
+    return Path(os.environ.get("THINET_CACHE") or Path.home() / ".cache" / "thinet-deploy")
+
+
 def cpu_precisions(flags: Iterable[str]) -> tuple[Precision, ...]:
     """The precisions a CPU with these flags computes in natively; "fp32" always comes first."""
     have = set(flags)

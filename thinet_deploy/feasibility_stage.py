@@ -32,6 +32,12 @@ def check_curves(options: Options) -> None:
             f"--feasibility reads the error curves of the elimination, and with {how} there is none.",
             hint="Leave out --recipe and --method.",
         )
+    if options.timed:
+        asked = "--latency" if options.latency else "--speedup"
+        raise InputError(
+            f"--feasibility shows what budgets of multiply-accumulates cost, and {asked} is one of time.",
+            hint=f"Leave one of them out; `thinet-deploy prune {asked} …` is refused when it cannot be reached.",
+        )
     if options.fixed:
         raise InputError(
             f"--feasibility shows what widths could be chosen, and --preset {options.preset} says them all.",

@@ -98,6 +98,7 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         InputError: one of them is wrong; nothing has been written yet.
     """
     target = load_profile(options.target)
+    _check_timed(options)
     options = _named_weights(_named_model(options), progress)
     _check_preset(options)
     if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
@@ -116,9 +117,40 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
     return replace(job, widths=preset_widths(str(options.preset), model)) if options.fixed else job
 
 
+def _check_timed(options: Options) -> None:
+    """Raise InputError for a budget of time beside another, or where widths are not chosen by error curves."""
+    if not options.timed:
+        return
+    asked = "--latency" if options.latency else "--speedup"
+    budgets = [name for name in ("latency", "speedup", "macs", "size") if getattr(options, name)]
+    budgets += ["keep"] * (options.keep != Options.model_fields["keep"].default)
+    if len(budgets) > 1:
+        raise InputError(
+            f"{' and '.join(f'--{name}' for name in budgets)} are {len(budgets)} budgets, but one was expected.",
+            hint="Leave the others out; --require holds a build to further figures.",
+        )
+    if options.layerwise or options.methods != ("elimination",):
+        how = f"--recipe {options.recipe}" if options.layerwise else f"--method {','.join(options.methods)}"
+        raise InputError(
+            f"{asked} puts widths where they cost least by the error curves of the elimination, and with {how} there "
+            "are none.",
+            hint="Leave out --recipe and --method, or give --keep, --macs or --size instead.",
+        )
+    if options.precision not in {None, "fp32"}:
+        raise InputError(
+            f"{asked} times layers in fp32, but the engines are to compute in {options.precision}.",
+            hint=f"Leave out --precision {options.precision}, or give --macs or --size instead.",
+        )
+    if (options.times_faster or 2) <= 1 or options.most_ms == 0:
+        raise InputError(
+            f"{asked} is {options.speedup or options.latency}, but something faster than the original was expected.",
+            hint="Such as --speedup 2x, or --latency 8ms.",
+        )
+
+
 def _check_preset(options: Options) -> None:
     """Raise InputError for widths that are asked for beside those of the preset."""
-    names = ("keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts")
+    names = ("keep", "macs", "size", "latency", "speedup", "round_to", "keep_layer", "ignore", "prune_shortcuts")
     given = [
         name
         for name in names

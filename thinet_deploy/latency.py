@@ -208,10 +208,10 @@ def _measure_group(
         opened = {}
         for index, ref in enumerate(group):
             worker = children.enter_context(runner.Worker())
-            with _explained(f"{ref.model} ({ref.path})"):
+            with explained(f"{ref.model} ({ref.path})"):
                 what = {"runtime": ref.runtime, "path": str(ref.path), "precision": ref.precision}
                 opened[f"{index:03}"] = worker, worker.ask("open", **what, **ask)
-        with _explained(f"Measuring {group[0].runtime}"):
+        with explained(f"Measuring {group[0].runtime}"):
             rows = list(runner.measure(opened, rounds, seconds, on_round, fps).values())
     series = [row.pop("rounds_ms") for row in rows]
     return [
@@ -231,8 +231,12 @@ def _measure_group(
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn the runner's errors, which know nothing of this package, into ours."""
+def explained(what: str) -> Iterator[None]:
+    """Turn the runner's errors, which know nothing of this package, into ours.
+
+    Args:
+        what: is being measured, for the message.
+    """
     try:
         yield
     except runner.MissingRuntimeError as error:

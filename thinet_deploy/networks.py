@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import stages, verify
+from . import latency_stage, stages, verify
 from .artifact import sha256_of
 from .errors import GateError
 from .gcos_stage import grouped
@@ -117,6 +117,7 @@ def prune(run: SharedRun, tools: Tools, dense: Stage | None = None, where: str =
             "grid": job.grid,
             "head": job.replaces_head,
             "method": [options.recipe, method, options.rebuilding],
+            **latency_stage.identity(job),
             "epochs": options.layer_epochs,
         }
         work = partial(pruned_stage, tools.only(method), dense.folder)

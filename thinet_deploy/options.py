@@ -49,6 +49,8 @@ class Options(BaseModel):
         keep: keep ratio r of every pruned layer.
         macs: budget instead: "2x" for half as many multiply-accumulates, or their number, such as "300M".
         size: budget instead: of the weights, such as "5MB" (4 bytes each, 2^20 bytes in a MB, biases not counted).
+        latency: budget instead: of time on the first of the target's engines that runs here, such as "8ms".
+        speedup: the same as a ratio: "2x" for half of the time that the original takes.
         round_to: widths are multiples of this number, or of what the target profile knows to be fast ("target");
             budgets are reached all the same. None for the target's, halved in layers too narrow for it; for 1 in the
             papers' recipes.
@@ -100,6 +102,8 @@ class Options(BaseModel):
     keep: float = Field(default=0.5, gt=0, le=1)
     macs: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(x|k|M|G|B)?$")
     size: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(kB|MB|GB)$")
+    latency: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(us|ms|s)$")
+    speedup: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?x$")
     round_to: Annotated[int, Field(ge=1)] | Literal["target"] | None = None
     gcos: bool = False
     gcos_layer: dict[str, Annotated[int, Field(ge=2, le=8)]] = Field(default_factory=dict)
@@ -178,8 +182,28 @@ class Options(BaseModel):
         return float(self.size[:-2]) * {"kB": 2**10, "MB": 2**20, "GB": 2**30}[self.size[-2:]]
 
     @property
+    def most_ms(self) -> float | None:
+        """The budget of time in milliseconds; None without one."""
+        if self.latency is None:
+            return None
+        number = self.latency.rstrip("ums")
+        return float(number) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[self.latency[len(number) :]]
+
+    @property
+    def times_faster(self) -> float | None:
+        """The speed-up asked for; None without one."""
+        return float(self.speedup[:-1]) if self.speedup else None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the budget is one of time."""
+        return bool(self.latency or self.speedup)
+
+    @property
     def widths(self) -> str:
         """What was asked of the widths, for people: "r=0.5", "MACs 2x" …"""
+        if self.timed:
+            return self.latency or f"{self.speedup} faster"
         return f"MACs {self.macs}" if self.macs else f"size {self.size}" if self.size else f"r={self.keep:g}"
 
     @property
@@ -240,6 +264,8 @@ _HINTS = {
     "macs": "--macs 2x halves the multiply-accumulates; --macs 300M and --macs 1.5G are numbers of them.",
     "round_to": "--round-to 16, or --round-to target for the number in the target's profile.",
     "size": "--size 5MB, --size 800kB: of the weights, 4 bytes each.",
+    "latency": "--latency 8ms, --latency 800us: of one image on the target's engine.",
+    "speedup": "--speedup 2x: twice as fast as the original on the target's engine.",
     "keep": "--keep is the share of filters that stay in each pruned layer: 0.5 keeps half of them.",
 }
 

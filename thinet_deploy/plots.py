@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .artifact import write_bytes
 from .pruning.sweep import Point
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LAYERS = 9  # drawn of a staircase
 _LINE, _MARK, _GREY = "#2a5d9f", "#c8501e", "#666666"
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "thinet-deploy",
@@ -73,6 +74,86 @@ def _times_fewer(axes: Axes, xs: Sequence[float], points: Sequence[Point]) -> No
     top.set_xticks([xs[index] for index in shown], [names[index] for index in shown], color=_GREY)
     top.set_xlabel("times fewer", color=_GREY, fontsize=9)
     top.tick_params(length=3, color=_GREY)
+
+
+class Side(Protocol):
+    """A layer's measured times along its inputs or outputs."""
+
+    @property
+    def widths(self) -> Sequence[int]:
+        """Numbers of channels, ascending."""
+
+    @property
+    def ms(self) -> Sequence[float]:
+        """Their times."""
+
+    @property
+    def fast(self) -> Sequence[int]:
+        """Widths after which a channel more is dearer."""
+
+
+class Stairs(Protocol):
+    """Layers of one shape."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the layers."""
+
+    @property
+    def shape(self) -> str:
+        """For people."""
+
+    @property
+    def along_ins(self) -> Side:
+        """Times at fewer inputs."""
+
+    @property
+    def along_outs(self) -> Side:
+        """Times at fewer outputs."""
+
+
+def staircase_plot(path: Path, rows: Sequence[Stairs], title: str) -> None:
+    """Draw the times of layers against their widths, a small picture for each of the dearest.
+
+    Args:
+        path: the SVG file.
+        rows: the dearest first; layers whose widths cannot change are left out.
+        title: network and engine.
+    """
+    import matplotlib as mpl
+
+    drawn = [row for row in rows if len(row.along_ins.widths) + len(row.along_outs.widths) > 2][:_LAYERS]
+    with mpl.rc_context(_STYLE):
+        _write(_staircases(drawn, title), path)
+
+
+def _staircases(rows: Sequence[Stairs], title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    columns = min(3, max(1, len(rows)))
+    lines = max(1, -(-len(rows) // columns))
+    figure = Figure(figsize=(3.4 * columns, 2.7 * lines + 0.4), layout="constrained")
+    figure.suptitle(f"{title}: milliseconds against channels", x=0.01, ha="left", fontsize=11)
+    for number, row in enumerate(rows):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        axes.set_title(f"{row.names[0]}, {row.shape}", loc="left", fontsize=8)
+        for side, name, colour in ((row.along_outs, "outputs", _LINE), (row.along_ins, "inputs", _MARK)):
+            if len(side.widths) > 1:
+                _steps(axes, side, name, colour)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False, fontsize=7, loc="upper left")
+    return figure
+
+
+def _steps(axes: Axes, side: Side, name: str, colour: str) -> None:
+    """The measured points, what the time would be if it went with the channels, and a ring around fast widths."""
+    axes.plot(side.widths, side.ms, "o-", color=colour, markersize=2.5, linewidth=1.2, label=name, zorder=3)
+    axes.plot([0, side.widths[-1]], [0, side.ms[-1]], ":", color=_GREY, linewidth=0.9, zorder=2)
+    fast = [(width, ms) for width, ms in zip(side.widths, side.ms, strict=True) if width in side.fast]
+    if fast:
+        axes.plot(*zip(*fast, strict=True), "o", color=colour, markersize=6, fillstyle="none", zorder=4)
 
 
 def _write(figure: Figure, path: Path) -> None:

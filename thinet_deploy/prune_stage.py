@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from .counting import count
 from .data import ImageSet
 from .errors import ModelError
 from .export import check_exportable
+from .latency_stage import bench_of, fitting, told
 from .ledger import Entry
 from .norms import reestimate_norms
 from .options import Options
-from .pruning.allocation import Costs, allocate, with_budget
+from .pruning.allocation import Costs, Curve, allocate, with_budget
 from .pruning.budget import Widths, Wish, choose_widths, cost, softened
 from .pruning.calibration import Sample
 from .pruning.discovery import channel_graph
 from .pruning.graph import ChannelGraph, ChannelGroup
+from .pruning.latency_budget import Found
 from .pruning.layerwise import Schedule, prunable, prune_layerwise
 from .pruning.oneshot import Method, Pruned, prune_once
 from .pruning.plan import Plan, weights_fingerprint
@@ -137,7 +139,7 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
     proof = prove(original, graph, plan, (images,), seed=options.seed)
     write_network(folder, done.model, plan)
     before, after = (count(model, job.input_shape).macs for model in (original, done.model))
-    report = {
+    report: dict[str, Any] = {
         "accuracy": asdict(tools.test(done.model, "the pruned network")),
         "layers": done.layers,
         "ledger": [asdict(entry) for entry in done.ledger],
@@ -148,6 +150,8 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
         "proof": json_ready(proof),
         "notes": list(job.data.notes),
     }
+    if done.timing:
+        report["timing"] = done.timing
     write_json(folder / REPORT, report)
 
 
@@ -162,6 +166,7 @@ class _Done:
         ledger: for the report: accuracy after each step.
         epochs: of training that went into it.
         whole: producer → why it was not pruned, although it could be.
+        timing: for the report: how a budget of time was met, if there was one.
     """
 
     model: nn.Module
@@ -170,6 +175,7 @@ class _Done:
     ledger: list[Entry]
     epochs: int
     whole: dict[str, str]
+    timing: dict[str, Any] = field(default_factory=dict)
 
 
 def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint: Checkpoint) -> _Done:
@@ -232,7 +238,16 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     wish = wish_of(tools, original, graph, groups)
     uniform = choose_widths(tensors, graph, groups, wish)
     costs = Costs(tensors, graph, groups)
-    wish = with_budget(costs, groups, wish)  # as many as the keep ratio leaves, put where they help most
+    found: list[Found] = []  # by the process that measures
+
+    def widths(curves: Mapping[str, Curve]) -> Widths:
+        if options.timed:
+            found.append(fitting(bench_of(job, tools.progress), original, graph, groups, wish, curves))
+            return found[0].best.widths
+        # As many multiply-accumulates as the keep ratio leaves, put where they help most.
+        budget = with_budget(costs, groups, wish)
+        return allocate(costs, groups, curves, budget) if options.selection == "elimination" else uniform
+
     sample, held_out = calibration(tools)
     held_out = labelled_by(original, held_out)
     method = Method(options.selection, options.rebuilding)
@@ -240,7 +255,7 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
         original,
         graph,
         groups,
-        lambda curves: allocate(costs, groups, curves, wish) if options.selection == "elimination" else uniform,
+        widths,
         sample,
         job.input_shape,
         method,
@@ -277,7 +292,8 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
         if group not in groups:
             why = "a reader of it cannot be refitted: too many inputs, not channel by channel, or a 3-D convolution"
             whole.update(dict.fromkeys(group.producers, why))
-    return _Done(thin, plan, layers, ledger, 0, whole)
+    whole |= {each: why for of in found for name, why in of.unpaid.items() for each in graph.group(name).producers}
+    return _Done(thin, plan, layers, ledger, 0, whole, told(found[0], job) if found else {})
 
 
 def _entry(tools: Tools, step: str, model: nn.Module) -> Entry:

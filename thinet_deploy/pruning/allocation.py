@@ -1,14 +1,16 @@
-"""Widths for a budget: what the network loses least by, per multiply-accumulate or byte saved."""
+"""Widths for a budget: what the network loses least by, per multiply-accumulate, byte or millisecond saved."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import GateError
 from .budget import Cost, Widths, Wish, choices, matching, uniform, unreachable
 from .graph import STAYS, ChannelGraph, ChannelGroup
 
@@ -26,21 +28,67 @@ class Curve:
     error: NDArray[np.float64]
 
 
+class CostFunction(Protocol):
+    """What a network costs at some widths, in k units."""
+
+    @property
+    def beside(self) -> Mapping[str, set[str]]:
+        """Group's name → groups (itself too) whose widths say what narrowing it saves."""
+
+    def __call__(self, widths: Widths) -> Sequence[float]:
+        """The cost, (k,)."""
+
+    def saved(self, widths: Widths, name: str, choices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What other widths of one group would save, (k, choices); < 0 if they cost."""
+
+    def unreachable(self, left: Sequence[float], whole: Sequence[float]) -> GateError:
+        """The error for a budget below the narrowest widths, given what these and the whole network cost."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of a dimension as a function of widths: a part that stays, and a share of each group, (groups,)."""
+
+    fixed: float
+    share: NDArray[np.float64]
+
+    def at(self, widths_gm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """For m choices of widths, (m,)."""
+        return self.fixed + self.share @ widths_gm
+
+
+def extents(graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> dict[str, dict[int, Extent]]:
+    """Parameter or buffer → dimension that goes with channels → its size."""
+    owner = np.full(graph.channels + 1, -1)
+    for number, group in enumerate(groups):
+        owner[group.channels] = number
+    found: dict[str, dict[int, Extent]] = {}
+    sizes = np.array([len(group.channels) for group in groups])
+    assert STAYS == -1
+    for axis in graph.axes:
+        owners = owner[axis.channels]
+        owners[axis.channels == STAYS] = -1
+        share = np.bincount(owners[owners >= 0], minlength=len(groups)) / sizes / axis.groups
+        fixed = float((owners < 0).sum()) / axis.groups
+        found.setdefault(axis.site.parameter, {})[axis.site.dim] = Extent(fixed, share)
+    return found
+
+
 @dataclass(frozen=True)
 class _Row:
-    """A tensor: (multiply-accumulates, bytes) of an element, and per pruned axis (fixed, share of each group)."""
+    """A tensor: (multiply-accumulates, bytes) of an element, and its pruned dimensions."""
 
     each: NDArray[np.float64]
-    axes: list[tuple[float, NDArray[np.float64]]]
+    axes: list[Extent]
 
     def touches(self, group: int) -> bool:
-        return any(share[group] for _, share in self.axes)
+        return any(axis.share[group] for axis in self.axes)
 
     def cost(self, widths_gm: NDArray[np.float64]) -> NDArray[np.float64]:
         """For m choices of widths, (2, m)."""
         elements = np.ones(widths_gm.shape[1])
-        for fixed, share in self.axes:
-            elements = elements * (fixed + share @ widths_gm)
+        for axis in self.axes:
+            elements = elements * axis.at(widths_gm)
         return self.each[:, None] * elements
 
 
@@ -54,27 +102,16 @@ class Costs:
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, groups: Sequence[ChannelGroup]
     ) -> None:
-        owner = np.full(graph.channels + 1, -1)
-        for number, group in enumerate(groups):
-            owner[group.channels] = number
-        axes: dict[str, list[tuple[float, NDArray[np.float64], int]]] = {}
-        sizes = np.array([len(group.channels) for group in groups])
-        for axis in graph.axes:
-            owners = owner[axis.channels]
-            assert STAYS == -1
-            owners[axis.channels == STAYS] = -1
-            share = np.bincount(owners[owners >= 0], minlength=len(groups)) / sizes / axis.groups
-            fixed = float((owners < 0).sum()) / axis.groups
-            axes.setdefault(axis.site.parameter, []).append((fixed, share, axis.site.dim))
+        axes = extents(graph, groups)
         self._rows: list[_Row] = []
         for name, tensor in tensors.items():
-            mine = axes.get(name, [])
-            rest = float(np.prod([size for dim, size in enumerate(tensor.shape) if dim not in {a[2] for a in mine}]))
+            mine = axes.get(name, {})
+            rest = float(np.prod([size for dim, size in enumerate(tensor.shape) if dim not in mine]))
             counted = tensor.dim() > 1 or name.endswith((".weight", ".running_mean"))
             work = graph.work.get(name, 0)
             if work or counted:
                 each = np.array([work * rest, 4 * rest * counted])
-                self._rows.append(_Row(each, [(fixed, share) for fixed, share, _ in mine]))
+                self._rows.append(_Row(each, list(mine.values())))
         self._place = {group.name: number for number, group in enumerate(groups)}
         self._touched = {name: [row for row in self._rows if row.touches(at)] for name, at in self._place.items()}
         self.beside = {
@@ -93,6 +130,10 @@ class Costs:
         there = np.repeat(now, len(choices), axis=1)
         there[self._place[name]] = choices
         return _total(self._touched[name], now) - _total(self._touched[name], there)
+
+    def unreachable(self, left: Sequence[float], whole: Sequence[float]) -> GateError:
+        """The error for a budget below the narrowest widths."""
+        return unreachable(Cost(*map(int, left)), Cost(*map(int, whole)))
 
     def _column(self, widths: Widths) -> NDArray[np.float64]:
         return np.array([[widths[name]] for name in self._place], dtype=np.float64)
@@ -139,7 +180,9 @@ class Descent:
         wish: the grid, and keep ratios of some layers; its budget is not looked at.
     """
 
-    def __init__(self, costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> None:
+    def __init__(
+        self, costs: CostFunction, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish
+    ) -> None:
         self._costs = costs
         self._widths = uniform(groups, 1.0, wish)
         free = [group for group in groups if matching(group, wish) is None]
@@ -149,32 +192,32 @@ class Descent:
         }
         self._whole = np.array(costs({group.name: len(group.channels) for group in groups}))
         self._steps: dict[str, tuple[float, str, int]] = {}  # group's name → its best step: error per saving, where to
-        self._counts = np.zeros(2, dtype=bool)  # which savings those are about
+        self._counts = np.zeros(len(self._whole), dtype=bool)  # which savings those are about
 
-    def reach(self, macs: float | None, size: float | None = None) -> Widths:
+    def reach(self, *most: float | None) -> Widths:
         """Widths within a budget; each budget has to be below those before it.
 
         The last step goes no further than needed. What is left of the budget then goes back to where it helps most.
 
         Args:
-            macs: most multiply-accumulates; None for no such budget.
-            size: most bytes; None for no such budget.
+            most: in each unit of the cost; None, or left out, for no such budget.
 
         Raises:
             GateError: the budget cannot be reached with these groups.
         """
-        most = np.array([np.inf if each is None else each for each in (macs, size)])
-        while (over := np.array(self._costs(self._widths)) - most).max() > 0:
+        limits = np.full(len(self._whole), np.inf)
+        limits[: len(most)] = [np.inf if each is None else each for each in most]
+        while (over := np.array(self._costs(self._widths)) - limits).max() > 0:
             _, name, width = self._next(over > 0)
             between = self._choices[name]
             between = between[(between >= width) & (between < self._widths[name])]
             enough = between[(self._costs.saved(self._widths, name, between) >= over[:, None]).all(0)]
             if len(enough):
-                return self._fill({**self._widths, name: int(enough.max())}, most)
+                return self._fill({**self._widths, name: int(enough.max())}, limits)
             self._widths[name] = width
             for other in self._costs.beside[name]:
                 self._steps.pop(other, None)
-        return self._fill(dict(self._widths), most)
+        return self._fill(dict(self._widths), limits)
 
     def _next(self, counts: NDArray[np.bool_]) -> tuple[float, str, int]:
         """The best step of all; only savings of what is over its budget count, as shares of the whole network."""
@@ -184,8 +227,7 @@ class Descent:
             self._steps[name] = self._step(name)
         best = min(self._steps.values(), default=(np.inf, "", 0))
         if best[0] == np.inf:
-            left, whole = (Cost(*map(int, each)) for each in (self._costs(self._widths), self._whole))
-            raise unreachable(left, whole)
+            raise self._costs.unreachable(self._costs(self._widths), self._whole.tolist())
         return best
 
     def _step(self, name: str) -> tuple[float, str, int]:

@@ -1,0 +1,203 @@
+"""Budgets of time on simulated devices with stairs and noise: met, refused with what can be had, whole where idle."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from thinet_deploy.errors import GateError, InputError
+from thinet_deploy.layer_networks import LayerShape, layers_of
+from thinet_deploy.pruning.allocation import Curve
+from thinet_deploy.pruning.budget import Widths, Wish, possible, uniform
+from thinet_deploy.pruning.discovery import channel_graph
+from thinet_deploy.pruning.latency_budget import CORRECTIONS, Found, Goal, Measured, meet
+from thinet_deploy.pruning.milliseconds import Milliseconds, sized
+from thinet_deploy.staircase import Points, Task, survey
+from thinet_deploy.surfaces import Timing
+
+SHAPE = (3, 16, 16)
+
+
+class Net(nn.Module):
+    """A stem, a block with a shortcut, a depthwise convolution between pointwise ones, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 384, 3, padding=1)
+        self.b, self.c = nn.Conv2d(384, 64, 1), nn.Conv2d(64, 256, 3, stride=2, padding=1)
+        self.deep, self.point = nn.Conv2d(256, 256, 3, padding=1, groups=256), nn.Conv2d(256, 320, 1)
+        self.last, self.head = nn.Conv2d(320, 256, 3, padding=1), nn.Linear(256, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.b(torch.relu(self.a(x))))
+        x = torch.relu(self.deep(torch.relu(self.c(x))))
+        return self.head(torch.relu(self.last(torch.relu(self.point(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+MODEL = Net().eval()
+GRAPH = channel_graph(MODEL, (torch.zeros(2, *SHAPE),))
+GROUPS = [group for group in GRAPH.groups if not group.shortcut]
+LAYERS = layers_of(MODEL, SHAPE)
+
+
+@dataclass
+class Device:
+    """A simulated one: kernels work on blocks of channels, and the whole takes longer than its layers.
+
+    Attributes:
+        step: channels of a block.
+        noise: relative, of each measurement.
+        factor, rest_ms: of the whole network.
+        idle: kinds of layers whose time does not depend on widths.
+    """
+
+    step: int = 8
+    noise: float = 0.0
+    factor: float = 1.0
+    rest_ms: float = 0.0
+    idle: Callable[[LayerShape], bool] = lambda shape: False
+    asked: int = 0
+
+    def __post_init__(self) -> None:
+        self.luck = random.Random(0)
+
+    def layer(self, shape: LayerShape, ins: int, outs: int) -> float:
+        up = [-(-side // self.step) * self.step for side in (ins, outs)]
+        if shape.kind == "depthwise":
+            up[0] = 1
+        if self.idle(shape):
+            up = [64, 64]
+        positions = shape.map_size[0] * shape.map_size[1] / (shape.stride[0] * shape.stride[1])
+        return 0.01 + 1e-7 * positions * up[0] * up[1] * shape.kernel[0] * shape.kernel[1]
+
+    def noisy(self, ms: float) -> float:
+        return ms * (1 + self.noise * self.luck.gauss(0, 1))
+
+    def stopwatch(self, tasks: Sequence[Task]) -> list[Timing]:
+        self.asked += len(tasks)
+        return [Timing(self.noisy(self.layer(*task)), 2 * self.noise * self.layer(*task)) for task in tasks]
+
+    def whole(self, widths: Widths, wish: Wish) -> float:
+        column = np.array([[widths[group.name]] for group in GROUPS], float)
+        layers = 0.0
+        for each in sized(LAYERS, GRAPH, GROUPS, wish):
+            ins, outs = (round(float(side.at(column)[0])) for side in (each.ins, each.outs))
+            layers += self.layer(each.layer.shape, ins, outs)
+        return self.factor * layers + self.rest_ms
+
+    def measure(self, widths: Widths, wish: Wish) -> Measured:
+        original = {group.name: len(group.channels) for group in GROUPS}
+        before, after = (self.noisy(self.whole(each, wish)) for each in (original, widths))
+        return Measured(after, before, before / after, before / after * 0.98, before / after * 1.02)
+
+
+def curves(seed: int = 0) -> dict[str, Curve]:
+    luck, made = np.random.default_rng(seed), {}
+    for group in GROUPS:
+        widths = np.array(sorted(possible(group, 1), reverse=True))
+        made[group.name] = Curve(widths, np.concatenate([[0.0], luck.random(len(widths) - 1).cumsum() / len(widths)]))
+    return made
+
+
+def solve(device: Device, goal: Goal, wish: Wish | None = None, **changes: Any) -> tuple[Found, Milliseconds]:
+    wish = wish or Wish()
+    mine = sized(LAYERS, GRAPH, GROUPS, wish)
+    surfaces = survey([(each.layer.shape, each.domain) for each in mine], Points(), device.stopwatch)
+    costs = Milliseconds(mine, surfaces, GROUPS)
+    return meet(costs, GROUPS, curves(), wish, goal, lambda widths: device.measure(widths, wish)), costs
+
+
+@pytest.mark.parametrize("step", [8, 16])
+@pytest.mark.parametrize("times", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_a_speed_up_is_met_within_5_percent(step: int, times: float, noise: float) -> None:
+    device = Device(step, noise, factor=1.3, rest_ms=0.3)
+    found, _ = solve(device, Goal(speedup=times))
+    wish = Wish()
+    original = device.whole({group.name: len(group.channels) for group in GROUPS}, wish)
+    real = original / device.whole(found.best.widths, wish)
+    assert real >= times / 1.05 * (1 - 2 * noise)
+    # Stairs of 16 leave fewer times to choose from.
+    assert real <= times * (1.05 if step == 8 else 1.08) * (1 + 2 * noise)
+    assert len(found.trials) <= 2 + CORRECTIONS
+
+
+def test_milliseconds_are_met_though_the_whole_is_not_the_sum() -> None:
+    device = Device(4, factor=1.7, rest_ms=0.8)
+    found, _ = solve(device, Goal(ms=2.5))
+    assert found.best.measured.ms == pytest.approx(2.5, rel=0.05)
+    assert found.factor > 1.7
+
+
+def test_widths_lose_less_than_uniform_ones_at_the_same_time() -> None:
+    device, made, wish = Device(8), curves(), Wish()
+    found, costs = solve(device, Goal(speedup=2.0))
+
+    def error(widths: Widths) -> float:
+        return float(sum(each.error[each.widths.tolist().index(widths[name])] for name, each in made.items()))
+
+    ratios = (uniform(GROUPS, ratio / 100, wish) for ratio in range(100, 0, -1))
+    even = next(widths for widths in ratios if costs(widths)[0] <= costs(found.best.widths)[0])
+    assert error(found.best.widths) < error(even)
+
+
+def test_layers_that_do_not_gain_stay_whole_and_it_is_said_why() -> None:
+    device = Device(8, idle=lambda shape: shape.map_size != SHAPE[1:])  # all behind the stride
+    found, _ = solve(device, Goal(speedup=1.5))
+    assert "point" in found.unpaid
+    group = GRAPH.group("point")
+    assert found.best.widths[group.name] == len(group.channels)
+    assert "hardly be faster" in found.unpaid["point"]
+    assert found.unpaid.keys() < {each.name for each in GROUPS}
+
+
+def test_a_budget_out_of_reach_says_the_smallest_time() -> None:
+    device = Device(8, rest_ms=1.0)
+    least = min(
+        device.whole({**uniform(GROUPS, 0.0, Wish()), group.name: width}, Wish())
+        for group in GROUPS
+        for width in possible(group, 1)
+    )
+    with pytest.raises(GateError, match="cannot be reached") as found:
+        solve(device, Goal(ms=0.2))
+    assert f"takes {least:.4g} ms" in found.value.what
+    assert "0.2 ms" in found.value.what
+    assert found.value.exit_code == 1
+    assert "staircase" in found.value.hint
+
+
+def test_what_is_fast_enough_is_not_pruned() -> None:
+    with pytest.raises(InputError, match="Nothing has to be pruned for 100 ms"):
+        solve(Device(), Goal(ms=100.0))
+
+
+def test_the_grid_and_ratios_of_layers_are_kept() -> None:
+    wish = Wish(grid=8, layers={"a": 0.5})
+    found, _ = solve(Device(8), Goal(speedup=1.6), wish)
+    assert found.best.widths["a"] == 192
+    assert all(width % 8 == 0 for width in found.best.widths.values())
+
+
+def test_known_points_are_not_measured_again() -> None:
+    device, points = Device(8), Points()
+    domains = [(each.layer.shape, each.domain) for each in sized(LAYERS, GRAPH, GROUPS, Wish())]
+    survey(domains, points, device.stopwatch)
+    before = device.asked
+    survey(domains, points, device.stopwatch)
+    assert (device.asked, before > 50) == (before, True)
+
+
+def test_predicted_savings_are_differences_of_costs() -> None:
+    _, costs = solve(Device(8), Goal(speedup=1.5))
+    whole = {group.name: len(group.channels) for group in GROUPS}
+    for group in GROUPS:
+        there = np.array(possible(group, 1))
+        saved = costs.saved(whole, group.name, there)[0]
+        again = [costs(whole)[0] - costs({**whole, group.name: int(width)})[0] for width in there]
+        assert saved == pytest.approx(again, abs=1e-9)

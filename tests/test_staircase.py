@@ -1,0 +1,229 @@
+"""Layers as small networks, timed by a real engine: what is written, measured and kept. No time is asserted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+from thinet_deploy import latency_stage, pipeline, staircase, staircase_stage
+from thinet_deploy.artifact import read_json
+from thinet_deploy.environment import cache_folder
+from thinet_deploy.errors import GateError, InputError
+from thinet_deploy.layer_networks import LayerShape, frame, framed, image_of, layers_of
+from thinet_deploy.options import Options
+from thinet_deploy.pruning import latency_budget
+from thinet_deploy.staircase import Engine, Points, Task
+from thinet_deploy.surfaces import Timing
+
+Cli = Callable[..., Any]
+MakeOptions = Callable[..., Options]
+
+
+class Mixed(nn.Module):
+    """Every kind of layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 5, stride=2, padding=2)
+        self.deep = nn.Conv2d(8, 8, 3, padding="same", groups=8, dilation=2)
+        self.pair, self.twice = nn.Conv2d(8, 12, 3, groups=2), nn.Conv2d(12, 12, 1)
+        self.multiplied, self.head = nn.Conv2d(12, 24, 3, groups=12), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.twice(self.twice(self.pair(self.deep(self.stem(x)))))
+        return self.head(self.multiplied(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_layers_of_a_network() -> None:
+    found = {layer.name: layer for layer in layers_of(Mixed(), (3, 16, 16))}
+    assert list(found) == ["stem", "deep", "pair", "twice", "head"], "a channel multiplier cannot be timed alone"
+    assert {name: (each.ins, each.outs, each.calls) for name, each in found.items()} == {
+        "stem": (3, 8, 1),
+        "deep": (8, 8, 1),
+        "pair": (8, 12, 1),
+        "twice": (12, 12, 2),
+        "head": (24, 5, 1),
+    }
+    assert found["stem"].shape == LayerShape(
+        "conv", (5, 5), (2, 2), (1, 1), (2, 2, 2, 2), 1, (16, 16), reads_image=True
+    )
+    assert found["deep"].shape == LayerShape("depthwise", (3, 3), (1, 1), (2, 2), (2, 2, 2, 2), 1, (8, 8))
+    assert found["pair"].shape.groups == 2
+    assert [str(each.shape) for each in found.values()] == [
+        "conv 5x5 /2 on 16x16",
+        "depthwise 3x3 on 8x8",
+        "conv 3x3, 2 groups on 8x8",
+        "conv 1x1 on 6x6",
+        "linear",
+    ]
+
+
+@pytest.mark.parametrize("layer", layers_of(Mixed(), (3, 16, 16)), ids=lambda layer: layer.name)
+def test_networks_of_layers_are_sound_and_hold_the_layer(layer: Any) -> None:
+    size, batch = image_of(layer.shape, layer.ins)
+    image = np.ones((batch, *size), np.float32)
+    around = frame(layer.shape, layer.ins)
+    inside = framed(layer.shape, layer.ins, layer.outs)
+    for network in (around, inside) if not layer.shape.reads_image else (inside,):
+        onnx.checker.check_model(network, full_check=True)
+        outputs: Any = ReferenceEvaluator(network).run(None, {"x": image})
+        found = np.asarray(outputs[0])
+        assert found.shape[:2] == (batch, layer.ins if network is around else layer.outs)
+        assert np.isfinite(found).all()
+    sizes = [tuple(each.dims) for each in inside.graph.initializer if len(each.dims) > 1]
+    weight = Mixed().get_parameter(f"{layer.name}.weight")
+    assert sizes[-1] == tuple(weight.shape)
+
+
+@pytest.mark.parametrize("runtime", staircase.RUNTIMES)
+def test_a_real_engine_times_layers(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(runtime, reason=f"{runtime} is not installed")
+    monkeypatch.setattr(staircase, "SECONDS", 0.002)
+    monkeypatch.setattr(staircase, "ROUNDS", 3)
+    tasks: list[Task] = [(each.shape, each.ins, each.outs) for each in layers_of(Mixed(), (3, 16, 16))]
+    tasks += [(tasks[-1][0], 1, 1), (tasks[1][0], 1, 4)]
+    found = Engine(runtime).time(tasks)
+    assert len(found) == len(tasks)
+    assert all(each.ms > 0 and each.spread_ms >= 0 for each in found)
+
+
+def test_points_are_kept_and_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
+    path, shape = tmp_path / "points.json", LayerShape("conv", (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), 1, (8, 8))
+    first, second = Points(path), Points(path)
+    first.of[shape][16, 8] = Timing(1.5, 0.1)
+    first.save()
+    second.of[shape][16, 16] = Timing(3.0)
+    second.save()
+    assert Points(path).of == {shape: {(16, 8): Timing(1.5, 0.1), (16, 16): Timing(3.0)}}, "nobody's points are lost"
+    for damage in ("", "{}", "[1]", '{"x": 1}', path.read_text()[:-20]):
+        path.write_text(damage)
+        assert not Points(path).of
+    (tmp_path / "file").write_text("")
+    Points(tmp_path / "file" / "points.json").save()  # cannot be written: costs time, and nothing else
+
+
+def test_points_belong_to_machine_runtime_and_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    monkeypatch.setenv("THINET_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    shape = LayerShape("linear", (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 1, (1, 1))
+    points = Points.on(Engine("openvino"))
+    points.of[shape][4, 4] = Timing(1.0)
+    points.save()
+    assert Points.on(Engine("openvino")).of[shape]
+    assert not Points.on(Engine("openvino", threads=2)).of
+    monkeypatch.setattr(staircase, "made_by", lambda runtime: f"{runtime} 99.9")
+    assert not Points.on(Engine("openvino")).of
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def swift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Measures for moments; the user's cache stays as it is."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    monkeypatch.setenv("THINET_CACHE", str(tmp_path / "cache"))
+    for module, name, value in (
+        (staircase, "SECONDS", 0.001),
+        (staircase, "ROUNDS", 1),
+        (staircase_stage, "SECONDS", 0.05),
+        (latency_stage, "SECONDS", 0.05),
+        (latency_stage, "ROUNDS", 6),
+        (latency_stage, "POINTS", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
+    return tmp_path / "cache"
+
+
+def test_the_command_shows_keeps_and_draws(cli: Cli, tiny: Path, tmp_path: Path, swift: Path) -> None:
+    asked = ("staircase", "--model", f"{tiny / 'net.py'}:plain", "--round-to", "4", "--out", tmp_path / "stairs")
+    done = cli(*asked)
+    assert done.code == 0, done.err
+    for part in ("features.0", "conv 3x3 on 8x8", "linear", "the whole network", "All layers together", "o"):
+        assert part in done.out
+    (kept,) = (swift / "staircase").iterdir()
+    before = kept.read_bytes()
+    found = json.loads(cli(*asked, "--json").out)
+    assert kept.read_bytes() == before, "nothing was measured again"
+    assert {name for row in found["layers"] for name in row["names"]} == {
+        *("features.0", "features.2", "features.5"),
+        *("classifier.0", "classifier.3"),
+    }
+    assert sum(row["share"] for row in found["layers"]) == pytest.approx(1)
+    assert found["factor"] == pytest.approx(found["whole_ms"] / found["layers_ms"])
+    assert all(len(row[side]["widths"]) == len(row[side]["ms"]) for row in found["layers"] for side in _SIDES)
+    text = (tmp_path / "stairs" / "staircase.svg").read_text()
+    assert ET.fromstring(text).tag.endswith("svg")
+    assert 'href="http' not in text
+
+
+_SIDES = ("along_ins", "along_outs")
+
+
+def test_an_engine_or_a_target_elsewhere_is_refused(cli: Cli, tmp_path: Path, tiny: Path) -> None:
+    done = cli("staircase", "--model", f"{tiny / 'net.py'}:plain", "--target", "jetson")
+    assert done.code == 2
+    assert "cannot be timed here" in done.err
+
+
+# ---------------------------------------------------------------------------------------------- budgets of time
+
+TIMED = {"target": "cpu", "preset": "thinet-conv", "epochs": 1, "round_to": 4}
+
+
+def test_a_budget_of_time_on_a_real_engine(
+    tiny_options: MakeOptions, tmp_path: Path, swift: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_budget, "SLACK", 1e9)  # so small a network gets as fast as the machine's mood lets it
+    report = read_json(pipeline.prune(tiny_options(tmp_path / "run", **TIMED, speedup="4x")) / "report.json")
+    timing = report["timing"]
+    assert (timing["runtime"], timing["speedup"]) == ("openvino", "4x")
+    assert 1 <= len(timing["trials"]) <= 2 + latency_budget.CORRECTIONS
+    assert timing["best"] in timing["trials"]
+    after = {each["producer"]: each["after"] for each in report["layers"]}
+    assert after.items() <= timing["best"]["widths"].items()
+    assert report["macs"]["after"] <= report["macs"]["before"]
+    assert list((swift / "staircase").iterdir())
+
+
+@pytest.mark.slow
+def test_an_impossible_budget_ends_with_the_smallest_time(
+    tiny_options: MakeOptions, tmp_path: Path, swift: Path
+) -> None:
+    options = tiny_options(tmp_path / "run", **TIMED, latency="1us")
+    with pytest.raises(GateError, match=r"The budget of 0.001 ms cannot be reached: .* takes \d"):
+        pipeline.prune(options)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"latency": "8ms", "macs": "2x"}, "--latency and --macs are 2 budgets"),
+        ({"latency": "8ms", "speedup": "2x"}, "--latency and --speedup are 2 budgets"),
+        ({"speedup": "2x", "recipe": "iccv2017"}, "with --recipe iccv2017 there are none"),
+        ({"speedup": "2x", "method": "apoz"}, "with --method apoz there are none"),
+        ({"speedup": "2x", "precision": "int8"}, "times layers in fp32"),
+        ({"speedup": "1x"}, "something faster than the original"),
+        ({"speedup": "2x"}, "Layers for raspberry-pi-5 cannot be timed here"),
+    ],
+)
+def test_what_does_not_go_with_a_budget_of_time(
+    given: dict[str, str], words: str, tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words):
+        pipeline.prune(tiny_options(tmp_path / "run", **given))
+
+
+@pytest.mark.parametrize(("text", "ms"), [("8ms", 8.0), ("800us", 0.8), ("0.5s", 500.0)])
+def test_times_in_words(text: str, ms: float) -> None:
+    assert Options(latency=text).most_ms == ms
+    assert Options(latency=text).widths == text

@@ -1,0 +1,106 @@
+"""`thinet-deploy staircase`: what widths bring on the target's engine, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .cli_options import InputShape, Json
+from .cli_progress import bars
+from .cli_scatter import scatter
+from .cli_tables import grid, print_json, stdout, to_the_right
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .staircase_stage import Side, Staircase, Stairs
+
+_WIDEST, _HEIGHT = 96, 12  # of the picture, in characters
+
+
+def staircase(
+    model: Annotated[str, typer.Option(help="vgg16, resnet50, … or your own file.py:factory.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Whose engine is timed: see `targets`.")] = "cpu",
+    input_shape: InputShape = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the engine.")] = 1,
+    round_to: Annotated[
+        int, typer.Option(min=1, help="Look at multiples of this number only: fewer points, and no odd widths.")
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write staircase.json and staircase.svg into this folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Does pruning pay here? Times every layer of a network at the widths it could have, on the engine itself.
+
+    Layers are measured in turn, at few points, more where the time is not a straight line; what was measured is kept
+    for this machine and version of the runtime.
+
+    [bold]thinet-deploy staircase --model resnet50[/bold]
+    [bold]thinet-deploy staircase --model net.py:make --target cpu --out stairs[/bold]
+    """
+    from .artifact import write_json
+    from .options import parse_shape
+    from .plots import staircase_plot
+    from .staircase_stage import climb
+    from .things import Model, find
+
+    thing = find(model, parse_shape(input_shape) if input_shape else None, "fp32")
+    if not isinstance(thing, Model):
+        raise InputError(f"{model} is an engine, but a network was expected.", hint="Give vgg16, or file.py:factory.")
+    with bars(Console(stderr=True)) as progress:
+        found = climb(
+            thing.module, thing.name, thing.input_shape, target, threads=threads, grid=round_to, progress=progress
+        )
+    if out:
+        write_json(out / "staircase.json", asdict(found))
+        staircase_plot(out / "staircase.svg", found.layers, f"{found.model} on {found.engine}")
+    if as_json:
+        print_json(asdict(found))
+        return
+    _show(stdout(), found)
+    if out:
+        typer.echo(f"Picture: {out / 'staircase.svg'}")
+
+
+def _show(console: Console, found: Staircase) -> None:
+    table = grid("layers", "what", "channels", "ms", "share", "half of them", "fast inputs", "fast outputs")
+    for row in found.layers:
+        half = f"{row.half_faster:.2f}x of {row.half_fewer:.2f}x" if row.half_fewer > 1 else "stays whole"
+        more = f" and {len(row.names) - 1} more" if len(row.names) > 1 else ""
+        figures = (f"{row.ms:.4g}", f"{row.share:.1%}", half, _fast(row.along_ins), _fast(row.along_outs))
+        table.add_row(escape(row.names[0]) + more, row.shape, f"{row.ins} → {row.outs}", *figures)
+    to_the_right(table)
+    console.print(table)
+    _picture(console, found.layers)
+    typer.echo(
+        f"\n{found.engine}, threads: {found.threads}. All layers together {found.layers_ms:.4g} ms, the whole network "
+        f"{found.whole_ms:.4g} ms: budgets multiply layer times by {found.factor:.3g}.\n"
+        "Half of them: how many times faster with half of the channels that can go, of as many times fewer "
+        "multiply-accumulates."
+    )
+    for name, why in found.unpaid.items():
+        typer.echo(f"Does not pay: {name}: {why}")
+
+
+def _fast(side: Side) -> str:
+    if side.multiple:
+        return f"multiples of {side.multiple}"
+    return ", ".join(map(str, side.fast)) or "–"
+
+
+def _picture(console: Console, rows: tuple[Stairs, ...]) -> None:
+    """The dearest layer that can become narrower."""
+    row = next((row for row in rows if len(row.along_ins.widths) + len(row.along_outs.widths) > 2), None)
+    if row is None:
+        return
+    name, side = ("outputs", row.along_outs) if len(row.along_outs.widths) > 1 else ("inputs", row.along_ins)
+    points = [(width, 100 * ms / row.ms) for width, ms in zip(side.widths, side.ms, strict=True)]
+    ticks = [(width, str(width)) for width in reversed(side.widths)]
+    typer.echo(f"\n{row.names[0]} ({row.shape}): time at so many {name}, in % of the whole layer's {row.ms:.4g} ms:")
+    for line in scatter(points, [], ticks, width=min(console.width, _WIDEST), height=_HEIGHT):
+        typer.echo(line)

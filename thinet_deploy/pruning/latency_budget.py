@@ -1,0 +1,176 @@
+"""Widths for a budget in milliseconds: predicted from layer times, verified on the engine, and corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import GateError, InputError
+from .allocation import Curve, Descent
+from .budget import Widths, Wish, matching
+from .graph import ChannelGroup
+from .milliseconds import Milliseconds, fastest, unpaid
+
+CORRECTIONS = 3
+NEAR = 0.03  # of the time asked for: nearer is not looked for
+SLACK = 0.05  # of it: a network that takes so much longer still counts as within the budget
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network and the original, measured in turn.
+
+    Attributes:
+        ms: of the network.
+        original_ms: of the original.
+        speedup: the original's over the network's, the median over rounds.
+        low, high: its 95 % interval; None with too few rounds.
+    """
+
+    ms: float
+    original_ms: float
+    speedup: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was asked for: milliseconds, or how many times faster than the original."""
+
+    ms: float | None = None
+    speedup: float | None = None
+
+    def excess(self, found: Measured) -> float:
+        """How many times longer a network takes than it was asked to; below 1 it is faster."""
+        return found.ms / self.ms if self.ms else (self.speedup or 1.0) / found.speedup
+
+    def __str__(self) -> str:
+        return f"{self.ms:g} ms" if self.ms else f"{self.speedup:g}x faster"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Widths that were tried on the engine.
+
+    Attributes:
+        widths: group's name → channels that stay.
+        layers_ms: predicted sum of the layers.
+        measured: on the engine.
+    """
+
+    widths: Widths
+    layers_ms: float
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Found:
+    """Widths within a budget.
+
+    Attributes:
+        trials: in order; the first is the network with all filters.
+        best: the one to take.
+        unpaid: group's name → why it stays whole.
+    """
+
+    trials: tuple[Trial, ...]
+    best: Trial
+    unpaid: dict[str, str]
+
+    @property
+    def factor(self) -> float:
+        """Measured time of the network with all filters over the sum of its layers' times."""
+        return self.trials[0].measured.ms / self.trials[0].layers_ms
+
+
+def meet(
+    costs: Milliseconds,
+    groups: Sequence[ChannelGroup],
+    curves: Mapping[str, Curve],
+    wish: Wish,
+    goal: Goal,
+    measure: Callable[[Widths], Measured],
+) -> Found:
+    """Widths that lose least within a budget of time.
+
+    The sum of layer times is corrected on the whole network by one factor, and after each trial by the line through it
+    and the network with all filters.
+
+    Args:
+        costs: predicted times.
+        groups: to prune.
+        curves: group's name → its error curve.
+        wish: the grid, and keep ratios of some layers.
+        goal: the budget.
+        measure: makes the network of some widths and measures it beside the original.
+
+    Raises:
+        GateError: the budget cannot be reached; the smallest time that can be is named.
+        InputError: nothing needs to be pruned for it.
+    """
+    idle = unpaid(costs, groups, wish)
+    idle = {group.name: idle[group.name] for group in groups if group.name in idle and matching(group, wish) is None}
+    wish = replace(wish, layers={**wish.layers, **dict.fromkeys(idle, 1.0)})
+
+    def tried(widths: Widths) -> Trial:
+        return Trial(widths, costs(widths)[0], measure(widths))
+
+    trials = [tried({group.name: len(group.channels) for group in groups})]
+    if goal.excess(trials[0].measured) <= 1:
+        raise InputError(
+            f"Nothing has to be pruned for {goal}: with all filters the network takes {trials[0].measured.ms:.4g} ms "
+            f"({trials[0].measured.speedup:.3g}x faster than the original).",
+            hint="Ask for less time, or for more speed.",
+        )
+    for _ in range(1 + CORRECTIONS):
+        widths = _within(costs, groups, curves, wish, _budget(goal, trials))
+        if any(widths == trial.widths for trial in trials):
+            break
+        trials.append(tried(widths))
+        if abs(goal.excess(trials[-1].measured) - 1) <= NEAR:
+            break
+    best = min(trials[1:] or trials, key=lambda trial: _miss(goal, trial))
+    if goal.excess(best.measured) > 1 + SLACK:
+        least = fastest(costs, groups, wish)
+        known = next((trial for trial in trials if trial.widths == least), None)
+        raise _out_of_reach(goal, best, known or tried(least))
+    return Found(tuple(trials), best, idle)
+
+
+def _budget(goal: Goal, trials: Sequence[Trial]) -> float:
+    """Milliseconds of layers that are expected to give what was asked for."""
+    whole, last = trials[0], trials[-1]
+    high, low = goal.excess(whole.measured), goal.excess(last.measured)
+    if last is whole or high <= low or whole.layers_ms <= last.layers_ms:
+        return last.layers_ms / low
+    slope = (whole.layers_ms - last.layers_ms) / (high - low)
+    budget = last.layers_ms + (1 - low) * slope
+    return min(max(budget, last.layers_ms / 2), last.layers_ms * 2)
+
+
+def _within(
+    costs: Milliseconds, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish, budget: float
+) -> Widths:
+    """Widths for a sum of layer times, or the fastest there are."""
+    try:
+        return Descent(costs, groups, curves, wish).reach(budget)
+    except GateError:
+        return fastest(costs, groups, wish)
+
+
+def _miss(goal: Goal, trial: Trial) -> tuple[bool, float]:
+    """How far a trial is from what was asked for; one that is too slow comes after all that are not."""
+    excess = goal.excess(trial.measured)
+    return excess > 1 + SLACK, abs(excess - 1)
+
+
+def _out_of_reach(goal: Goal, best: Trial, least: Trial) -> GateError:
+    least = min(best, least, key=lambda trial: trial.measured.ms)
+    found = least.measured
+    return GateError(
+        f"The budget of {goal} cannot be reached: the fastest network that could be had takes {found.ms:.4g} ms, "
+        f"{found.speedup:.3g}x faster than the original with {found.original_ms:.4g} ms.",
+        hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), or ignore fewer layers. "
+        "`thinet-deploy staircase` shows what widths bring on this engine.",
+    )
