@@ -159,6 +159,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def answer(**fields: Any) -> None:
+        sys.stdout.flush()  # behind the last answer the parent ends this process, and what waits here would be lost
         print(json.dumps(fields), file=answers, flush=True)
 
     def progress(stage: str, done: int, total: int, note: str = "") -> None:
