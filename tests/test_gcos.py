@@ -20,7 +20,7 @@ from thinet_deploy.models.presets import build_preset
 from thinet_deploy.models.vgg import VGG
 from thinet_deploy.models.weights import save_weights
 from thinet_deploy.options import Options
-from thinet_deploy.pipeline import build
+from thinet_deploy.pipeline import build, prune
 from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
@@ -171,6 +171,12 @@ def test_a_build_groups_proves_and_ships(tiny_options: Callable[..., Options], t
     plan = load_plan(tmp_path / "run" / "conv" / "plan.json")
     assert plan.shuffled["features.5"].shuffle == 2
     assert report["macs"]["after"] < report["macs"]["before"]
+
+
+def test_what_is_to_stay_whole_is_not_grouped(tiny_options: Callable[..., Options], tmp_path: Path) -> None:
+    options = tiny_options(tmp_path / "run", preset="thinet-conv", keep=1.0, gcos=True, ignore=("features.5",))
+    folder = prune(options)
+    assert list(read_json(folder / "report.json")["groups"]) == ["features.2"]
 
 
 def test_a_pattern_that_names_nothing_says_what_there_is(cli: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:

@@ -13,12 +13,10 @@ from .artifact import read_json, write_json
 from .counting import count
 from .errors import InputError
 from .ledger import Entry
-from .prune_stage import PROOF_IMAGES, calibration
-from .pruning.discovery import channel_graph
+from .prune_stage import PROOF_IMAGES, calibration, graph_of
 from .pruning.gcos import default_groups, group_convolutions
 from .pruning.plan import load_plan
 from .pruning.surgery import apply
-from .pruning.trace import example_inputs
 from .tools import PLAN, REPORT, Tools, json_ready, write_network
 from .verify import grouping_hop
 
@@ -32,7 +30,7 @@ def grouped(tools: Tools, pruned_folder: Path, folder: Path) -> None:
     """The pruned network with grouped convolutions; its report goes on from the pruned one's."""
     options, shape = tools.job.options, tools.job.input_shape
     thin, plan, report = tools.load(pruned_folder), load_plan(pruned_folder / PLAN), read_json(pruned_folder / REPORT)
-    graph = channel_graph(thin, example_inputs(thin, shape))
+    graph = graph_of(tools, thin)
     wanted = _named(thin, options.gcos_layer) if options.gcos_layer else default_groups(thin, graph)
     if not wanted:
         raise InputError(
