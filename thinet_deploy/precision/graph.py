@@ -56,6 +56,17 @@ def read_onnx(path: Path) -> ModelProto:
     return model
 
 
+def put_nodes(model: ModelProto, nodes: Iterable[NodeProto]) -> None:
+    """Give a graph other nodes, and drop the stored values that none of them reads."""
+    graph = model.graph
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in graph.node for name in node.input}
+    stored = [each for each in graph.initializer if each.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(stored)
+
+
 def copy_of(model: ModelProto) -> ModelProto:
     """A copy that may be changed."""
     other = ModelProto()

@@ -17,7 +17,7 @@ from onnx.helper import make_node
 
 from ..errors import ModelError, TargetError
 from .calibration import Values
-from .graph import constants, copy_of, element_types, names_of, opset_of
+from .graph import constants, copy_of, element_types, names_of, opset_of, put_nodes
 
 Half = Literal["fp16", "bf16"]
 _ELEMENT: dict[Half, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -186,14 +186,8 @@ class _Work:
             self.nodes.append(make_node("Identity", [source], [value.name], name=f"give {value.name}"))
 
     def _finished(self) -> ModelProto:
-        graph = self.model.graph
-        del graph.node[:]
-        graph.node.extend(self.nodes)
-        read = {name for node in graph.node for name in node.input}
-        stored = [each for each in graph.initializer if each.name in read]
-        del graph.initializer[:]
-        graph.initializer.extend(stored)
-        del graph.value_info[:]
+        put_nodes(self.model, self.nodes)
+        del self.model.graph.value_info[:]
         self.model.CopyFrom(onnx.shape_inference.infer_shapes(self.model))
         onnx.checker.check_model(self.model, full_check=True)
         return self.model

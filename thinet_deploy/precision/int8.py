@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.helper import make_node
 
-from .graph import ACTIVATIONS, attribute, constants, copy_of, layers, readers
+from .graph import ACTIVATIONS, attribute, constants, copy_of, layers, put_nodes, readers
 
 Floats = NDArray[np.float32]
 QUANTISED = ("Conv", "Gemm", "MatMul", "Add")
@@ -174,13 +174,7 @@ class _Work:
         self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
 
     def _finished(self) -> ModelProto:
-        graph = self.model.graph
-        del graph.node[:]
-        graph.node.extend(self.nodes)
-        read = {name for node in graph.node for name in node.input}
-        kept = [each for each in graph.initializer if each.name in read]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        put_nodes(self.model, self.nodes)
         onnx.checker.check_model(self.model)
         return self.model
 
