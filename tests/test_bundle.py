@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_onnx import scored_onnx
 
 from thinet_deploy import bundle, runner
 from thinet_deploy.artifact import sha256_of
@@ -23,20 +24,6 @@ from thinet_deploy.interfaces import TensorSpec
 FORBIDDEN = ("torch", "onnx", "pydantic", "thinet_deploy")
 
 
-def tiny_onnx(path: Path) -> Path:
-    """One convolution, a global pool, flatten."""
-    onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
-    make = onnx.helper
-    weight = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype("float32")
-    names = ("x", "c", "g", "y")
-    kinds = zip(("Conv", "GlobalAveragePool", "Flatten"), names, names[1:], strict=False)
-    nodes = [make.make_node(kind, [a, "w"] if kind == "Conv" else [a], [b]) for kind, a, b in kinds]
-    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 12, 12]), ("y", [5]))]
-    graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
-    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> BundleSpec:
     """A tiny network with an engine for each of both runtimes."""
@@ -45,7 +32,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> BundleSpec:
     from onnx.reference import ReferenceEvaluator
 
     folder = tmp_path_factory.mktemp("engines")
-    source = tiny_onnx(folder / "tiny.onnx")
+    source = scored_onnx(folder / "tiny.onnx")
     openvino.save_model(openvino.convert_model(source), folder / "tiny.xml", compress_to_fp16=False)
     x = np.random.default_rng(1).standard_normal((2, 3, 12, 12)).astype("float32")
     return BundleSpec(

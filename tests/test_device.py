@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ssh_server import Server, serving
+from tiny_onnx import scored_onnx
 
 from thinet_deploy import bundle, device_site, device_stage
 from thinet_deploy.artifact import hash_json, read_json, sha256_of, write_json
@@ -75,10 +76,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> BundleSpec:
     reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from test_bundle import tiny_onnx
-
     folder = tmp_path_factory.mktemp("engines")
-    source = tiny_onnx(folder / "tiny.onnx")
+    source = scored_onnx(folder / "tiny.onnx")
     openvino.save_model(openvino.convert_model(source), folder / "tiny.xml", compress_to_fp16=False)
     x = np.random.default_rng(1).standard_normal((2, 3, 12, 12)).astype("float32")
     y = reference.ReferenceEvaluator(str(source)).run(None, {"x": x})

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_onnx import pooled_onnx
 
 from thinet_deploy import latency, runner, torch_latency
 from thinet_deploy.errors import InputError, MissingError, ThinetDeployError
@@ -18,25 +19,13 @@ from thinet_deploy.latency import EngineRef
 INPUTS = {"x": np.ones((2, 3, 16, 16), "float32")}
 
 
-def tiny_onnx(path: Path, width: int) -> Path:
-    """One convolution of `width` filters and a global pool."""
-    onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
-    make = onnx.helper
-    weight = np.random.default_rng(0).standard_normal((width, 3, 3, 3)).astype("float32")
-    nodes = [make.make_node("Conv", ["x", "w"], ["c"]), make.make_node("GlobalAveragePool", ["c"], ["y"])]
-    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 16, 16]), ("y", [width, 1, 1]))]
-    graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
-    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
-    return path
-
-
 def engines(folder: Path) -> list[EngineRef]:
     """Two models on two runtimes."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     found = []
     for model, width in (("original", 32), ("thin", 8)):
-        source = tiny_onnx(folder / f"{model}.onnx", width)
+        source = pooled_onnx(folder / f"{model}.onnx", width)
         openvino.save_model(openvino.convert_model(source), folder / f"{model}.xml", compress_to_fp16=False)
         found += [EngineRef(model, "onnxruntime", source), EngineRef(model, "openvino", folder / f"{model}.xml")]
     return found
@@ -96,7 +85,7 @@ def test_failures_are_explained_and_leave_no_child(tmp_path: Path, monkeypatch: 
     with pytest.raises(MissingError, match="no runtime called 'abacus'"):
         latency.measure_engines(refs, INPUTS, threads=1, seconds=0.1)
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    good = EngineRef("original", "onnxruntime", tiny_onnx(tmp_path / "good.onnx", 8))
+    good = EngineRef("original", "onnxruntime", pooled_onnx(tmp_path / "good.onnx", 8))
     bad = EngineRef("thin", "onnxruntime", tmp_path / "bad.onnx")
     with pytest.raises(ThinetDeployError, match=r"thin \(.*bad.onnx\) failed\. onnxruntime refuses"):
         latency.measure_engines([good, bad], INPUTS, threads=1, seconds=0.1)
@@ -117,7 +106,7 @@ def test_a_child_that_dies_while_measuring_is_explained(tmp_path: Path, monkeypa
         return ask(self, op, **arguments)
 
     monkeypatch.setattr(runner.Worker, "ask", die)
-    ref = EngineRef("original", "onnxruntime", tiny_onnx(tmp_path / "good.onnx", 8))
+    ref = EngineRef("original", "onnxruntime", pooled_onnx(tmp_path / "good.onnx", 8))
     with pytest.raises(ThinetDeployError, match=r"Measuring onnxruntime failed.*ended by itself at 'time'"):
         latency.measure_engines([ref], INPUTS, threads=1, seconds=0.1)
 
@@ -130,7 +119,7 @@ def test_senseless_measurements_are_refused(tmp_path: Path) -> None:
 
 def one_engine(folder: Path) -> EngineRef:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    return EngineRef("original", "onnxruntime", tiny_onnx(folder / "one.onnx", 8))
+    return EngineRef("original", "onnxruntime", pooled_onnx(folder / "one.onnx", 8))
 
 
 def test_parts_memory_and_the_machine_are_measured_where_there_are_clocks_for_them(tmp_path: Path) -> None:

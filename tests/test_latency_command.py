@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_onnx import pooled_onnx
 
 from thinet_deploy import things
 from thinet_deploy.artifact import write_json
@@ -20,20 +21,8 @@ Cli = Callable[..., Any]
 FAST = ("--seconds", "0.05", "--rounds", "6")
 
 
-def tiny_onnx(path: Path, width: int = 8) -> Path:
-    onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    make = onnx.helper
-    weight = np.random.default_rng(0).standard_normal((width, 3, 3, 3)).astype("float32")
-    nodes = [make.make_node("Conv", ["x", "w"], ["c"]), make.make_node("GlobalAveragePool", ["c"], ["y"])]
-    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 16, 16]), ("y", [width, 1, 1]))]
-    graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
-    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
-    return path
-
-
 def tiny_bundle(folder: Path) -> Path:
-    source = tiny_onnx(folder / "net.onnx")
+    source = pooled_onnx(folder / "net.onnx")
     place = folder / "bundle"
     place.mkdir()
     x = np.ones((1, 3, 16, 16), "float32")
@@ -54,7 +43,7 @@ def tiny_bundle(folder: Path) -> Path:
 
 def test_an_engine_says_itself_which_images_it_takes(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    source = tiny_onnx(tmp_path / "net.onnx")
+    source = pooled_onnx(tmp_path / "net.onnx")
     openvino.save_model(openvino.convert_model(source), tmp_path / "net.xml", compress_to_fp16=False)
     for path, runtime in ((source, "onnxruntime"), (tmp_path / "net.xml", "openvino")):
         found = find(str(path), None, "fp32")
@@ -64,7 +53,7 @@ def test_an_engine_says_itself_which_images_it_takes(tmp_path: Path) -> None:
 
 
 def test_two_engines_are_measured_in_turn_also_at_a_frame_rate(cli: Cli, tmp_path: Path) -> None:
-    wide, thin = tiny_onnx(tmp_path / "wide.onnx", 64), tiny_onnx(tmp_path / "thin.onnx", 4)
+    wide, thin = pooled_onnx(tmp_path / "wide.onnx", 64), pooled_onnx(tmp_path / "thin.onnx", 4)
     done = cli("latency", wide, thin, *FAST, "--fps", 100, "--out", tmp_path / "out.json")
     assert done.code == 0
     assert done.out.count("times faster than wide fp32") == 2
@@ -155,7 +144,7 @@ def test_a_time_that_does_not_hold_ends_with_1(cli: Cli, tmp_path: Path, monkeyp
         return {"x": np.full((1, 3, 16, 16), np.nan, "float32")}
 
     monkeypatch.setattr(things, "_noise", noise)
-    done = cli("latency", tiny_onnx(tmp_path / "net.onnx"), *FAST)
+    done = cli("latency", pooled_onnx(tmp_path / "net.onnx"), *FAST)
     assert done.code == 1
     assert "INVALID because the outputs hold NaN or infinity" in done.out
 

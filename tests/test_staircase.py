@@ -1,7 +1,8 @@
 """Layers as small networks, timed by a real engine: what is written, measured and kept. No time is asserted."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -15,11 +16,16 @@ from torch import nn
 
 from thinet_deploy import latency_stage, pipeline, staircase, staircase_stage
 from thinet_deploy.artifact import read_json
+from thinet_deploy.counting import count
 from thinet_deploy.environment import cache_folder
 from thinet_deploy.errors import GateError, InputError
+from thinet_deploy.interfaces import Progress, silent
+from thinet_deploy.latency_stage import Bench
 from thinet_deploy.layer_networks import LayerShape, frame, framed, image_of, layers_of
 from thinet_deploy.options import Options
 from thinet_deploy.pruning import latency_budget
+from thinet_deploy.pruning.latency_budget import Measured
+from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.staircase import Engine, Points, Task
 from thinet_deploy.surfaces import Timing
 
@@ -178,6 +184,33 @@ def test_an_engine_or_a_target_elsewhere_is_refused(cli: Cli, tmp_path: Path, ti
 # ---------------------------------------------------------------------------------------------- budgets of time
 
 TIMED = {"target": "cpu", "preset": "thinet-conv", "epochs": 1, "round_to": 4}
+
+
+def test_where_time_is_work_a_budget_of_time_is_met(
+    tiny_options: MakeOptions, tmp_path: Path, swift: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way but for the clock: layers and networks take a millisecond per 1,000 multiply-accumulates."""
+
+    def layers(self: Engine, tasks: Sequence[Task], progress: Progress = silent) -> list[Timing]:
+        work = (math.prod((*shape.kernel, *shape.map_size, i, o)) / shape.groups for shape, i, o in tasks)
+        return [Timing(each / 1000, 0.0) for each in work]
+
+    def meter(self: Bench, original: nn.Module, folder: Path) -> Callable[[nn.Module], Measured]:
+        def measure(thin: nn.Module) -> Measured:
+            before, after = (count(model, self.job.input_shape).macs / 1000 for model in (original, thin))
+            return Measured(after, before, before / after, before / after, before / after)
+
+        return measure
+
+    monkeypatch.setattr(Engine, "time", layers)
+    monkeypatch.setattr(Bench, "meter", meter)
+    options = tiny_options(tmp_path / "run", **{**TIMED, "round_to": 1}, speedup="1.5x")
+    report = read_json(pipeline.prune(options) / "report.json")
+    asked = report["macs"]["before"] / 1.5
+    assert 0.8 * asked <= report["macs"]["after"] <= (1 + latency_budget.SLACK) * asked
+    widths = load_plan(tmp_path / "run" / "thin" / "plan.json").widths
+    assert {name: after for name, (_, after) in widths.items()}.items() <= report["timing"]["best"]["widths"].items()
+    assert widths
 
 
 def test_a_budget_of_time_on_a_real_engine(

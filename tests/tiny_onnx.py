@@ -1,0 +1,32 @@
+"""ONNX files of a few nodes, made where onnx is installed, for tests of engines."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def pooled_onnx(path: Path, width: int = 8) -> Path:
+    """One convolution of `width` filters and a global pool."""
+    onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
+    make = onnx.helper
+    weight = np.random.default_rng(0).standard_normal((width, 3, 3, 3)).astype("float32")
+    nodes = [make.make_node("Conv", ["x", "w"], ["c"]), make.make_node("GlobalAveragePool", ["c"], ["y"])]
+    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 16, 16]), ("y", [width, 1, 1]))]
+    graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def scored_onnx(path: Path) -> Path:
+    """One convolution, a global pool, flatten."""
+    onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
+    make = onnx.helper
+    weight = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype("float32")
+    names = ("x", "c", "g", "y")
+    kinds = zip(("Conv", "GlobalAveragePool", "Flatten"), names, names[1:], strict=False)
+    nodes = [make.make_node(kind, [a, "w"] if kind == "Conv" else [a], [b]) for kind, a, b in kinds]
+    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 12, 12]), ("y", [5]))]
+    graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    return path
