@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +12,8 @@ from torch import fx, nn
 
 from .graph import STAYS, Attribute, Axis, ChannelGraph, ChannelGroup, Channels, Consumer
 from .label_pass import Labels
-from .labels import FIXED, PARAMETER, Balance, Draft, Site, distinct
+from .labels import FIXED, PARAMETER, Draft, Site, distinct
+from .shares import Cell, removable
 from .trace import Trace, arguments, first_names, operation, owner, shape
 
 _CONVOLUTIONS = frozenset(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))
@@ -49,67 +49,96 @@ def group_channels(
         draft: what the operations demanded; channels that cannot keep their cardinality constraints are frozen in it.
         literals: numbers in the user's modules that count channels.
     """
-    constraints = _feasible(draft)
-    roots = {site: draft.roots(use.labels) for site, use in draft.sites.items()}
-    parts = _parts([roots[site] for site in draft.producers] + [draft.roots(each.blocks) for each in constraints])
-    cells = _cells(constraints, draft)
-    for part in parts:
-        if (why := _hopeless(part, cells, constraints, draft)) is not None:
-            draft.freeze(torch.tensor(part), why)
-    parts = [part for part in parts if not draft.reason(part[0])]
-    roots = {site: draft.roots(use.labels) for site, use in draft.sites.items()}
-    numbers = {root: number for number, root in enumerate(root for part in parts for root in part)}
-
-    def channels(labels: torch.Tensor) -> Channels:
-        found = draft.roots(labels).flatten().tolist()
-        return np.array([numbers.get(root, STAYS) for root in found], dtype=np.int64)
-
-    axes = tuple(
-        Axis(site, channels(use.labels), use.groups, site in draft.producers)
-        for site, use in draft.sites.items()
-        if bool(draft.roots(use.labels).any())
-    )
+    parts, cells = removable(draft)
+    numbers = _Numbers(draft, parts)
     calls = list(_calls(trace, values, draft))
+    attributes = (
+        Attribute(module, name, index, numbers.of(labels))
+        for module, name, index, labels in [*_attributes(model, trace, draft, calls), *map(_fields, literals)]
+    )
+    work: Counter[str] = Counter()
+    for call in calls:
+        work[call.weight] += call.positions
+    return ChannelGraph(
+        tuple(_groups(trace, values, draft, numbers, cells, calls)),
+        tuple(numbers.axes()),
+        tuple(each for each in attributes if (each.channels != STAYS).any()),
+        _whole(trace, draft, work),
+        numbers.count,
+        _joins(trace),
+        dict(work),
+        draft,
+        trace,
+    )
+
+
+class _Numbers:
+    """The channels that may go, numbered.
+
+    Attributes:
+        parts: roots that go together into a group, for each group.
+        count: of the channels.
+    """
+
+    def __init__(self, draft: Draft, parts: list[list[int]]) -> None:
+        self.draft, self.parts = draft, parts
+        self._numbers = {root: number for number, root in enumerate(root for part in parts for root in part)}
+        self.count = len(self._numbers)
+
+    def of(self, labels: torch.Tensor) -> Channels:
+        """The channels that some labels mean; STAYS where they mean none that may go."""
+        found = self.draft.roots(labels).flatten().tolist()
+        return np.array([self._numbers.get(root, STAYS) for root in found], dtype=np.int64)
+
+    def axes(self) -> Iterable[Axis]:
+        """The dimensions of parameters that hold channels."""
+        for site, use in self.draft.sites.items():
+            if bool(self.draft.roots(use.labels).any()):
+                yield Axis(site, self.of(use.labels), use.groups, site in self.draft.producers)
+
+
+def _groups(
+    trace: Trace,
+    values: dict[str, Labels],
+    draft: Draft,
+    numbers: _Numbers,
+    cells: Mapping[int, Cell],
+    calls: Iterable[_Call],
+) -> list[ChannelGroup]:
     consumers = [
-        Consumer(call.weight, call.dim, call.number, channels(call.inputs)) for call in calls if not call.depthwise
+        Consumer(call.weight, call.dim, call.number, numbers.of(call.inputs)) for call in calls if not call.depthwise
     ]
     joined = {root for labels in _joined(trace, values) for root in distinct(draft.roots(labels))}
-    places = {site: _module_name(site.parameter) for site in draft.producers}
-    sizes = _map_sizes(trace)
-    groups = []
-    for part in parts:
-        mine = np.array([numbers[root] for root in part], dtype=np.int64)
-        producers = tuple(places[site] for site in draft.producers if np.isin(roots[site].numpy(), part).any())
-        cell_numbers = {cell: number for number, cell in enumerate(dict.fromkeys(cells.get(root, ()) for root in part))}
+    made = [(_module_name(site.parameter), draft.roots(draft.sites[site].labels).numpy()) for site in draft.producers]
+    sizes, groups = _map_sizes(trace), list[ChannelGroup]()
+    for part in numbers.parts:
+        mine = numbers.of(torch.tensor(part))
+        producers = tuple(name for name, found in made if np.isin(found, part).any())
+        kinds = {cell: number for number, cell in enumerate(dict.fromkeys(cells.get(root, ()) for root in part))}
         groups.append(
             ChannelGroup(
                 producers=producers,
                 channels=mine,
-                cells=np.array([cell_numbers[cells.get(root, ())] for root in part], dtype=np.int64),
+                cells=np.array([kinds[cells.get(root, ())] for root in part], dtype=np.int64),
                 consumers=tuple(each for each in consumers if np.isin(each.channels, mine).any()),
                 shortcut=not joined.isdisjoint(part),
                 map_size=sizes.get(producers[0]),
             )
         )
-    groups = [replace(group, shortcut=True) if _is_trunk(group, groups) else group for group in groups]
-    attributes = [
-        Attribute(module, name, index, counted)
-        for module, name, index, labels in [*_attributes(model, trace, draft, calls), *map(_fields, literals)]
-        if ((counted := channels(labels)) != STAYS).any()
-    ]
-    work: Counter[str] = Counter()
-    for call in calls:
-        work[call.weight] += call.positions
+    return [replace(group, shortcut=True) if _is_trunk(group, groups) else group for group in groups]
+
+
+def _whole(trace: Trace, draft: Draft, work: Mapping[str, int]) -> dict[str, str]:
+    """Layer that ran → why all of its filters, or some, stay."""
     whole = {}
     for site in draft.producers:
-        if FIXED in roots[site] and site.parameter in work:
-            whole[places[site]] = _why_whole(draft, draft.sites[site].labels)
+        labels = draft.sites[site].labels
+        if FIXED in draft.roots(labels) and site.parameter in work:
+            whole[_module_name(site.parameter)] = _why_whole(draft, labels)
     for node in trace.nodes:
         if operation(node) in _CONVOLUTIONS and not trace.parameter(arguments(node)["weight"]):
             whole[owner(node)] = "its weight is computed from other parameters"
-    return ChannelGraph(
-        tuple(groups), axes, tuple(attributes), whole, len(numbers), _joins(trace), dict(work), draft, trace
-    )
+    return whole
 
 
 def _fields(literal: Literal) -> tuple[str, str, int | None, torch.Tensor]:
@@ -120,85 +149,6 @@ def _why_whole(draft: Draft, labels: torch.Tensor) -> str:
     reasons = Counter(reason for label in labels.tolist() if (reason := draft.reason(label)))
     reason, count = reasons.most_common(1)[0]
     return reason if count == len(labels) else f"{sum(reasons.values())} of its {len(labels)} filters: {reason}"
-
-
-# --- cardinality -------------------------------------------------------------------------------------------------
-
-
-def _feasible(draft: Draft) -> list[Balance]:
-    """The constraints that bind; channels of those that cannot be kept are frozen."""
-    for each in draft.balances:
-        if each.every and any(int(row[0]) != FIXED and len(row.unique()) == 1 for row in draft.roots(each.blocks)):
-            draft.freeze(each.blocks, f"{each.place} has groups of a single channel")
-    balances = [each for each in draft.balances if not _trivial(draft.roots(each.blocks))]
-    changed = True
-    while changed:
-        changed = False
-        for each in balances:
-            roots = draft.roots(each.blocks)
-            held = (roots == FIXED).sum(1)
-            if bool((held != held[0]).any()) and bool(roots.any()):
-                draft.freeze(
-                    roots[roots != FIXED], f"{each.place} needs equal numbers in each part, and some must stay"
-                )
-                changed = True
-    return [each for each in balances if bool(draft.roots(each.blocks).any())]
-
-
-def _trivial(roots: torch.Tensor) -> bool:
-    """Whether every block goes or stays as one (49 positions of one channel): no constraint."""
-    return bool((roots == roots[:, :1]).all())
-
-
-def _cells(constraints: Iterable[Balance], draft: Draft) -> dict[int, tuple[tuple[int, ...], ...]]:
-    """Root → in which blocks of which constraints its members are; equal tuples may replace one another."""
-    cells: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
-    for number, each in enumerate(constraints):
-        roots = draft.roots(each.blocks)
-        blocks = len(each.blocks)
-        members: defaultdict[int, list[int]] = defaultdict(lambda blocks=blocks: [0] * blocks)  # type: ignore[misc]
-        for block, row in enumerate(roots.tolist()):
-            for root in row:
-                members[root][block] += 1
-        for root, counts in members.items():
-            least = min(counts)
-            if root != FIXED and max(counts) > least:
-                cells[root].append((number, *(count - least for count in counts)))
-    return {root: tuple(signature) for root, signature in cells.items()}
-
-
-def _hopeless(
-    part: list[int], cells: dict[int, tuple[tuple[int, ...], ...]], constraints: Sequence[Balance], draft: Draft
-) -> str | None:
-    """Why nothing of a group can go."""
-    sizes = Counter(cells.get(root, ()) for root in part)
-    if math.gcd(*sizes.values()) > 1:
-        return None
-    if len(part) == 1:
-        return draft.mixed(part[0]) or "it is a single filter"
-    constrained = [constraints[signature[0][0]].place for signature in sizes if signature]
-    return f"{constrained[0] if constrained else 'the network'} leaves no choice of equal shares"
-
-
-def _parts(lines: Iterable[torch.Tensor]) -> list[list[int]]:
-    """Roots that are connected because they appear in one line; in the order of first appearance."""
-    parent: dict[int, int] = {}
-
-    def find(root: int) -> int:
-        while parent[root] != root:
-            parent[root] = parent[parent[root]]
-            root = parent[root]
-        return root
-
-    for line in lines:
-        present = [root for root in dict.fromkeys(line.flatten().tolist()) if root != FIXED]
-        for root in present:
-            parent.setdefault(root, root)
-            parent[find(root)] = find(present[0])
-    parts: dict[int, list[int]] = {}
-    for root in parent:
-        parts.setdefault(find(root), []).append(root)
-    return list(parts.values())
 
 
 # --- what the trace says -----------------------------------------------------------------------------------------
