@@ -21,6 +21,7 @@ from thinet_deploy import samples
 from thinet_deploy.counting import count
 from thinet_deploy.models.loading import build_model
 from thinet_deploy.torch_latency import measure_torch
+from thinet_deploy.torch_modes import Mode
 
 
 def networks(names: list[str], shape: tuple[int, int, int] | None) -> dict[str, nn.Module]:
@@ -28,7 +29,7 @@ def networks(names: list[str], shape: tuple[int, int, int] | None) -> dict[str, 
     return {name: build_model(name, input_shape=shape, num_classes=1000, seed=0) for name in names}
 
 
-def costs(name: str, batch: int, rounds: int, device: str, *, quick: bool) -> None:
+def costs(name: str, batch: int, rounds: int, device: str, mode: Mode, *, quick: bool) -> None:
     """Measure a table, keep it with raw samples, print it."""
     printed = COSTS[name]
     models = networks(list(printed), (3, 64, 64) if quick else None)
@@ -37,7 +38,8 @@ def costs(name: str, batch: int, rounds: int, device: str, *, quick: bool) -> No
     first = next(iter(printed))
     # SqueezeNet takes 227×227 where its FLOPs are counted, and any size when it is timed beside the others.
     timed = {("original" if each == first else each): model for each, model in models.items()}
-    times = {row.model: row for row in measure_torch(timed, size, batch=batch, rounds=rounds, device=device)}
+    found = measure_torch(timed, size, batch=batch, rounds=rounds, device=device, mode=mode)
+    times = {row.model: row for row in found}
     rows: dict[str, Any] = {}
     for each, model in models.items():
         row = times["original" if each == first else each]
@@ -45,8 +47,9 @@ def costs(name: str, batch: int, rounds: int, device: str, *, quick: bool) -> No
         for part in ("forward", "backward"):
             base, own = (getattr(times[key], part).rounds_ms for key in ("original", row.model))
             rows[each][f"{part}_speedup"] = samples.ratio_interval(base, own)
-    facts = {"batch": batch, "size": size, "device": device, "threads": torch.get_num_threads()}
-    print(keep(f"paper_tables-{name}", {**facts, "rows": rows}, quick=quick))
+    facts = {"batch": batch, "size": size, "device": device, "mode": mode, "threads": torch.get_num_threads()}
+    where = "" if (device, mode) == ("cpu", "eager") else f"-{device}-{mode}".replace(":", "")
+    print(keep(f"paper_tables-{name}{where}", {**facts, "rows": rows}, quick=quick))
     show(name, rows)
 
 

@@ -20,6 +20,8 @@ from _paper_transfer import transfers
 from _papers import COSTS
 from _trained import cifar10, few, missing
 
+from thinet_deploy.torch_modes import MODES
+
 
 def main() -> None:
     """One table, or all."""
@@ -33,11 +35,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="images per pass")
     parser.add_argument("--rounds", type=int, default=7, help="passes of each network that count")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--mode", choices=MODES, default="eager", help="how torch runs the networks that are timed")
     given = parser.parse_args()
     absent = missing()
     for name in [given.table] if given.table else [*COSTS, "criteria", "transfer"]:
         if name in COSTS and given.only != "accuracy":
-            costs(name, 2 if given.quick else given.batch, given.rounds, given.device, quick=given.quick)
+            costs(name, 2 if given.quick else given.batch, given.rounds, given.device, given.mode, quick=given.quick)
         if given.only == "costs":
             continue
         if absent and not (name in COSTS and given.data):

@@ -65,6 +65,7 @@ LEVELS = {
         "verify",
         "latency",
         "torch_latency",
+        "torch_modes",
         "things",
         "bundle",
         "device_site",

@@ -1,5 +1,6 @@
 """latency.py: engines and models measured in turn, raw samples kept, failures explained. Times are never asserted."""
 
+import copy
 import functools
 import json
 import subprocess
@@ -250,6 +251,34 @@ def test_nested_outputs_and_too_few_rounds() -> None:
     assert len(torch_latency._tensors({"main": one, "auxiliary": (one, None, [one])})) == 3
     with pytest.raises(InputError, match="3 rounds are too few"):
         torch_latency.measure_torch({}, (3, 8, 8), rounds=3)
+
+
+def test_modes_change_how_a_model_runs_and_not_what_it_says() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from thinet_deploy.torch_modes import Mode, in_mode, laid_out
+
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 8, 8)
+    model = torch.nn.Conv2d(3, 4, 3)
+    said = model(images).detach()
+    types: dict[Mode, Any] = {"eager": torch.float32, "channels-last": torch.float32, "amp": torch.bfloat16}
+    for mode, dtype in types.items():
+        taken = laid_out(images, mode)
+        output = in_mode(copy.deepcopy(model), taken, mode)(taken)
+        assert output.dtype == dtype
+        assert taken.is_contiguous(memory_format=torch.channels_last) == (mode != "eager")
+        torch.testing.assert_close(output.float(), said, atol=0.05, rtol=0.05)
+    (found,) = torch_latency.measure_torch({"original": model}, (3, 8, 8), batch=2, mode="amp")
+    assert (found.mode, found.backward.summary["n"]) == ("amp", 7)
+
+
+def test_a_mode_that_cannot_be_is_refused() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    models = {"original": torch.nn.Conv2d(3, 4, 3)}
+    with pytest.raises(MissingError, match="no CUDA graph on a CPU"):
+        torch_latency.measure_torch(models, (3, 8, 8), mode="cuda-graph")
+    with pytest.raises(InputError, match="no mode called 'amb'"):
+        torch_latency.measure_torch(models, (3, 8, 8), mode="amb")  # type: ignore[arg-type]
 
 
 def test_cuda_is_timed_with_events_or_refused() -> None:

@@ -112,6 +112,7 @@ class TorchLatency:
         peak_memory_bytes: of the device, by torch's own count; None on a CPU, where torch has no count.
         launch_share: the part of forward and backward that launching the work on a GPU took; None on a CPU.
         machine: clocks, temperatures, throttling and load meanwhile.
+        mode: how torch ran it: eager, channels-last, amp or cuda-graph.
     """
 
     model: str
@@ -124,6 +125,7 @@ class TorchLatency:
     peak_memory_bytes: int | None
     launch_share: float | None
     machine: dict[str, Any]
+    mode: str = "eager"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .torch_modes import Mode
+
     Clock = Callable[[Callable[[], Any]], tuple[Any, float, float | None]]
 
 MIN_ROUNDS = 7  # with 7 the 95 % interval of a median may leave out nothing but the extremes
@@ -46,6 +48,7 @@ def measure_torch(
     rounds: int = MIN_ROUNDS,
     progress: Progress = silent,
     device: str = "cpu",
+    mode: Mode = "eager",
 ) -> list[TorchLatency]:
     """Time forward and backward in training mode, the models in turn, one pass per round.
 
@@ -58,8 +61,11 @@ def measure_torch(
         rounds: passes of every model that count, at least 7; before them all are warmed up, two passes each at least.
         progress: told about each round.
         device: "cpu", "cuda" or "cuda:1".
+        mode: how torch runs them: eager, channels-last, amp or cuda-graph (`torch_modes`).
     """
     import torch
+
+    from .torch_modes import in_mode, laid_out
 
     if rounds < MIN_ROUNDS:
         raise InputError(f"{rounds} rounds are too few for an interval.", hint=f"Give at least {MIN_ROUNDS}.")
@@ -67,8 +73,9 @@ def measure_torch(
     if where.type == "cuda" and not torch.cuda.is_available():
         raise MissingError("There is no CUDA device here.", hint="Measure with device cpu, or on a machine with a GPU.")
     noise = torch.Generator().manual_seed(derive("latency", "images"))
-    images = torch.randn(batch, *input_shape, generator=noise).to(where)
+    images = laid_out(torch.randn(batch, *input_shape, generator=noise).to(where), mode)
     copies = {name: copy.deepcopy(model).requires_grad_(True).to(where).train() for name, model in models.items()}
+    copies = {name: in_mode(model, images, mode) for name, model in copies.items()}
     peaks = {name: _peak_memory(model, images) for name, model in copies.items()}
     # Dropout draws from the global generators: leave them as they were.
     with torch.random.fork_rng([where] if where.type == "cuda" else []):
@@ -76,6 +83,7 @@ def measure_torch(
     about: dict[str, Any] = {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else device,
         "batch": batch,
+        "mode": mode,
     }
     about |= {"threads": torch.get_num_threads(), "machine": machine}
     return [
