@@ -20,18 +20,18 @@ from . import on_device
 from .artifact import hash_json, sha256_of
 from .bundle import MANIFEST, read_manifest
 from .devices import AGAIN, NOT_THERE, Device, Done, full_disk
+from .engines import ENGINES
 from .environment import JETSON_COMMANDS, JETSON_FILES, jetson_facts
 from .errors import BundleError, DeviceError, MissingError, TargetError
 from .interfaces import Progress
-from .runner import ENGINES
 from .target import Stack, TargetProfile
 
 SCRIPT = Path(on_device.__file__)
 OLDEST_PYTHON = (3, 8)  # JetPack 5
 _NOT_FOUND = (126, 127, NOT_THERE)
 _NO_ROOM_BYTES = 1 << 20
-# What Python imports, by runtime; engines of TensorRT are built on the device.
-_MODULES = {**{name: engine.module or engine.package for name, engine in ENGINES.items()}, "tensorrt": "tensorrt"}
+# What Python imports, by runtime.
+_MODULES = {name: engine.module or engine.package for name, engine in ENGINES.items()}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import cast
 
 from .artifact import Artifact, sha256_of, size_of
+from .engines import can_run
 from .errors import InputError, MissingError, UnknownNameError
 from .interfaces import Contract, Conversion, Converter, Progress, silent
 from .isolation import LIMIT_S, convert_isolated
 from .reproduce import write_script
-from .runner import ENGINES
 from .target import TargetProfile, load_profile
 
 # Without these nothing is built that names them; the others are left out, with a note, where they are not installed.
@@ -167,7 +167,7 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
                 f"This bundle has no {runtime} engine, because {' and '.join(_missing(runtime))} is not installed "
                 f'here: pip install "thinet-deploy[{extra}]", and run the same command again.'
             )
-        elif runtime not in ENGINES:
+        elif not can_run(runtime):
             notes.append(
                 f"The {runtime} engine was made, but nothing on this machine can run it: check it on the device."
             )
