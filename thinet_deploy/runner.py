@@ -31,6 +31,7 @@ if __name__ == "__main__":
     if importlib.util.find_spec("numpy") is None:
         print(f"error: {sys.executable} has no numpy. Do: {sys.executable} -m pip install numpy", file=sys.stderr)
         sys.exit(3)
+    sys.dont_write_bytecode = True  # a bundle stays as it is
     # What is imported from "." comes from this folder, which is a package of its own for that, whatever its name is.
     sys.modules["beside_run"] = types.ModuleType("beside_run")
     sys.modules["beside_run"].__path__ = [_FOLDER]
