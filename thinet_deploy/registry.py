@@ -157,7 +157,7 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
             f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}. "
             f"--device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
             f"  {_trtexec(target, input_name, input_shape)}\n"
-            f"  python3 run.py    # checks the bundle there with ONNX Runtime (pip install onnxruntime numpy)"
+            f"  python3 run.py    # checks there what the bundle has engines for (needs numpy and their runtimes)"
         )
     made = host_runtimes(target)
     for runtime in _made_here(target):
