@@ -146,6 +146,8 @@ def _onnx_shapes(path: Path) -> dict[str, list[int]]:
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
+    if not graph.node:
+        raise ValueError("it is empty")
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]] for value in inputs}
