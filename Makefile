@@ -21,6 +21,10 @@ UNFINISHED := $(VENV)/.unfinished
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# Python 3.8, as JetPack 5 has it.
+ON_DEVICES := runner.py cuda.py engine.py engines.py runner_text.py samples.py self_test.py sensors.py serving.py \
+	tensorrt_engine.py tensorrt_builder.py on_device.py
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format types bench wheel clean
 
@@ -60,7 +64,7 @@ test-all: $(STAMP) ## all tests, also the slow ones
 lint: $(STAMP) ## ruff, formatting, and that what runs on devices is Python 3.8
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/vermin --target=3.8- --violations --no-tips $(addprefix thinet_deploy/,runner.py samples.py sensors.py tensorrt_builder.py on_device.py)
+	$(BIN)/vermin --target=3.8- --violations --no-tips $(addprefix thinet_deploy/,$(ON_DEVICES))
 
 format: $(STAMP) ## let ruff fix and format
 	$(BIN)/ruff check --fix .

@@ -18,10 +18,10 @@ from _record import keep
 from torch import nn
 
 from thinet_deploy import registry
+from thinet_deploy.engines import can_run, open_engine
 from thinet_deploy.errors import ThinetDeployError
 from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Conversion
-from thinet_deploy.runner import ENGINES, open_engine
 from thinet_deploy.verify import ALLOWANCE, compare, rounding_noise, tolerance
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
@@ -69,7 +69,7 @@ def examine(runtime: str, network: nn.Module, source: Path, folder: Path) -> dic
     record = path.with_suffix(".delegation.json")
     made: dict[str, Any] = {"verdict": "built", "size_bytes": artifact.size_bytes, "made_by": artifact.made_by}
     made["delegation"] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
-    return {**made, **run(runtime, path, network)} if runtime in ENGINES else made
+    return {**made, **run(runtime, path, network)} if can_run(runtime) else made
 
 
 def run(runtime: str, path: Path, network: nn.Module) -> dict[str, Any]:

@@ -44,18 +44,21 @@ class StandIn:
         self.__dict__.update(kind=kind, own={})
 
     def __bytes__(self) -> bytes:
-        return b"bytes of an engine or a cache"
+        return bytes(self.own.get("bytes", b"bytes of an engine or a cache"))
 
     def __getattr__(self, name: str) -> Any:
         kind: type = self.__dict__["kind"]
         member, place = getattr(kind, name), f"{kind.__name__}.{name}"
         CALLED.append(place)
         if not isinstance(member, property):
-            return lambda *given, **named: self.own.setdefault(
-                f"{place}{given}{named}", called(place, member.__doc__, (self, *given), named)
-            )
+            return lambda *given, **named: self._call(place, member.__doc__, given, named)
         assert member.fget is not None
-        return self.own[name] if name in self.own else result(place, _returned(member.fget.__doc__))
+        return self.own[name] if name in self.own else result(place, _returned(member.fget.__doc__), (self,))
+
+    def _call(self, place: str, documented: str | None, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What stands for an object of TensorRT is the same one every time."""
+        found = called(place, documented, (self, *given), named)
+        return found if callable(WORLD.get(place)) else self.own.setdefault(f"{place}{given}{named}", found)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind: type = self.__dict__["kind"]
@@ -74,7 +77,7 @@ def called(place: str, documented: str | None, given: tuple[Any, ...], named: di
         if fits(list(_parameters(parameters)), given, named):
             if place == "Builder.build_serialized_network":
                 _pretend_to_build(given[2])
-            return result(place, returned)
+            return result(place, returned, given, named)
     raise TypeError(f"{place} takes {texts}, not {given[1:]} {named}")
 
 
@@ -100,7 +103,7 @@ def is_a(value: Any, kind: str) -> bool:
     if isinstance(value, StandIn):
         return kind.lower() == "buffer" or value.__dict__["kind"].__name__ == kind
     simple: dict[str, Any] = {"int": int, "SupportsInt": int, "str": str, "bool": bool, "buffer": bytes}
-    simple |= {"Buffer": bytes, "Dims": tuple, "object": object}
+    simple |= {"Buffer": bytes, "Dims": tuple, "tuple": tuple, "list": list, "object": object}
     return isinstance(value, simple.get(kind) or getattr(trt, kind))
 
 
@@ -108,10 +111,10 @@ def _returned(documented: str | None) -> str:
     return (documented or "").strip().rpartition("-> ")[2]
 
 
-def result(place: str, returned: str) -> Any:
+def result(place: str, returned: str, given: tuple[Any, ...] = (), named: dict[str, Any] | None = None) -> Any:
     """A result of the type that is documented, from WORLD where it says something."""
     if place in WORLD:
-        return WORLD[place]
+        return WORLD[place](*given, **(named or {})) if callable(WORLD[place]) else WORLD[place]
     name = returned.rpartition(".")[2].rpartition("::")[2]
     simple: dict[str, Any] = {"None": None, "bool": True, "int": 3, "str": "text"}
     if name in simple:
@@ -139,8 +142,10 @@ def stand_in() -> types.SimpleNamespace:
     def constructor(kind: type) -> Any:
         def make(*given: Any, **named: Any) -> StandIn:
             CALLED.append(kind.__name__)
-            called(kind.__name__, vars(kind)["__init__"].__doc__, (StandIn(kind), *given), named)
-            return StandIn(kind)
+            made = StandIn(kind)
+            called(kind.__name__, vars(kind)["__init__"].__doc__, (made, *given), named)
+            made.own["given"] = given
+            return made
 
         return make
 

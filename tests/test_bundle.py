@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_onnx import scored_onnx
 
-from thinet_deploy import bundle, runner
+from thinet_deploy import bundle, runner, runner_text, self_test
 from thinet_deploy.artifact import sha256_of
 from thinet_deploy.bundle import BundleSpec, EngineFile
+from thinet_deploy.engine import RunnerError
 from thinet_deploy.errors import BundleError, OutputError
 from thinet_deploy.interfaces import TensorSpec
 
@@ -206,8 +207,8 @@ def test_a_truncated_manifest_is_explained(made: Path) -> None:
     manifest = (made / "manifest.json").read_bytes()
     for end in range(0, len(manifest) - 2, 97):
         (made / "manifest.json").write_bytes(manifest[:end])
-        with pytest.raises(runner.RunnerError, match=r"manifest\.json is damaged"):
-            runner.verify(str(made))
+        with pytest.raises(RunnerError, match=r"manifest\.json is damaged"):
+            self_test.verify(str(made))
     done = run(made)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.startswith("error: ")
@@ -242,16 +243,16 @@ KEYS = ["schema", "version", "model", "target", "created_by", "notes", "files", 
 )
 @settings(max_examples=200, deadline=None)
 def test_no_damage_of_the_manifest_makes_a_traceback(changes: dict[str, Any], engine: dict[str, Any]) -> None:
-    good = {"schema": runner.SCHEMA, "version": 1, "model": "m", "target": "t", "created_by": "c", "notes": []}
+    good = {"schema": self_test.SCHEMA, "version": 1, "model": "m", "target": "t", "created_by": "c", "notes": []}
     entry = {"runtime": "abacus", "path": "p", "precision": "fp32", "tolerance": 1, **engine}
     document = {**good, "files": {"p": "0", "g": "0"}, "golden": {"path": "g"}, "engines": [entry], **changes}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_text", lambda *_, **__: json.dumps(document))
         try:
-            report = runner.verify("nowhere")
-        except runner.RunnerError:
+            report = self_test.verify("nowhere")
+        except RunnerError:
             return
-    runner.verify_text(report)
+    runner_text.verify_text(report)
     assert report["exit_code"] in {1, 3}
 
 

@@ -32,6 +32,7 @@ from thinet_deploy.errors import (
 from thinet_deploy.interfaces import TensorSpec, silent
 from thinet_deploy.shared_run import SharedRun
 from thinet_deploy.store import Stage
+from thinet_deploy.target import load_profile
 
 PYTHON = sys.executable
 # Takes the arguments of tensorrt_builder.py and speaks as it does; counts how often it was started.
@@ -138,7 +139,8 @@ def builder(steps: int = 1, end: str = "") -> str:
 
 def deploy(server: Server, made: Stage, run: Path) -> dict[str, Any]:
     machine = device_site.reach(find_device(server.address), PYTHON)
-    return device_stage.on_device(SharedRun(run), machine, made, 1, silent)
+    target = load_profile(bundle.read_manifest(made.folder).target)
+    return device_stage.on_device(SharedRun(run), machine, target, made, 1, silent)
 
 
 def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:

@@ -18,10 +18,10 @@ from torch import nn
 
 from thinet_deploy import registry
 from thinet_deploy.bundle import read_manifest, verify_bundle
+from thinet_deploy.engines import ENGINES, open_engine
 from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Conversion
 from thinet_deploy.pipeline import build
-from thinet_deploy.runner import ENGINES, open_engine
 from thinet_deploy.target import load_profile
 from thinet_deploy.verify import compare, rounding_noise, tolerance
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_onnx import pooled_onnx
 
-from thinet_deploy import latency, runner, torch_latency
+from thinet_deploy import latency, runner, runner_text, sensors, torch_latency
 from thinet_deploy.errors import InputError, MissingError, ThinetDeployError
 from thinet_deploy.latency import EngineRef
 
@@ -140,7 +140,7 @@ def test_one_round_of_one_run_is_measured_and_said_to_be_little(tmp_path: Path) 
     assert found.samples.summary["interval_ms"] is None
     assert "there is 1 sample only" in found.samples.summary["warnings"][0]
     row = {**vars(found), "summary": found.samples.summary}
-    assert "[" not in runner.latency_words(row)
+    assert "[" not in runner_text.latency_words(row)
 
 
 def test_runs_can_be_paced(tmp_path: Path) -> None:
@@ -154,22 +154,22 @@ def test_outputs_that_are_no_numbers_make_a_time_invalid(tmp_path: Path) -> None
     (found,) = latency.measure_engines([one_engine(tmp_path)], inputs, threads=1, rounds=2, seconds=0.01)
     assert found.samples.summary["invalid"] == ["the outputs hold NaN or infinity"]
     row = {**vars(found), "summary": found.samples.summary}
-    assert runner.latency_notes(row)[0] == "INVALID because the outputs hold NaN or infinity"
+    assert runner_text.latency_notes(row)[0] == "INVALID because the outputs hold NaN or infinity"
 
 
 def test_a_machine_that_throttles_makes_a_time_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sensors = runner.beside("sensors")
     counter = tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
     counter.parent.mkdir(parents=True)
     counter.write_text("1")
-    monkeypatch.setattr(sensors, "Watch", functools.partial(sensors.Watch, str(tmp_path)))
-    look = sensors.Watch.func.look
+    watch = sensors.Watch
+    monkeypatch.setattr(sensors, "Watch", functools.partial(watch, str(tmp_path)))
+    look = watch.look
 
     def hotter(self: Any) -> None:
         counter.write_text(str(int(counter.read_text()) + 1))
         look(self)
 
-    monkeypatch.setattr(sensors.Watch.func, "look", hotter)
+    monkeypatch.setattr(watch, "look", hotter)
     (found,) = latency.measure_engines([one_engine(tmp_path)], INPUTS, threads=1, rounds=2, seconds=0.01)
     (reason,) = found.samples.summary["invalid"]
     assert reason.startswith("the machine throttled: cpu0 core_throttle_count rose by")

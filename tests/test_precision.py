@@ -528,9 +528,9 @@ def test_bf16_in_place_of_fp32_is_found(path: Path, model: ModelProto, tmp_path:
     assert prove_precision("openvino", built, model, "bf16").shares == {"bf16": 100.0}
     # OpenVINO's own default on such a CPU: what happens to those who ask for nothing.
     with pytest.MonkeyPatch.context() as patch:
-        from thinet_deploy import runner
+        from thinet_deploy import engines
 
-        patch.setattr(runner._OpenVino, "hints", {"fp32": "bf16"})
+        patch.setattr(engines._OpenVino, "hints", {"fp32": "bf16"})
         assert {each.got for each in prove_precision("openvino", built, model, "fp32").wrong} == {"bf16"}
 
 

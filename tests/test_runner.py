@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinet_deploy import runner
+from thinet_deploy import engines, runner, self_test, serving
+from thinet_deploy.engine import MissingRuntimeError, RunnerError, in_steps, to_batch
 
 SOURCE = Path(runner.__file__)
 
@@ -53,45 +55,60 @@ def tiny_engine(runtime: str, folder: Path) -> Path:
 # --------------------------------------------------------------------------------------- the language
 
 
+def copied(folder: Path) -> Path:
+    """run.py and what belongs beside it, as a bundle has them."""
+    for name in runner.COMPANIONS:
+        shutil.copyfile(SOURCE.with_name(f"{name}.py"), folder / f"{name}.py")
+    return Path(shutil.copyfile(SOURCE, folder / "run.py"))
+
+
 def test_nothing_beside_the_script_stands_in_for_a_module(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_bytes(SOURCE.read_bytes())
+    copied(tmp_path)
     for name in ("json", "numpy", "queue"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module was imported')")
     done = subprocess.run([sys.executable, tmp_path / "run.py", "--help"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# -------------------------------------------------------------------------------------- one file and two beside it
+# -------------------------------------------------------------------------------------- one file and others beside it
 
 
 @pytest.mark.parametrize("name", ["runner", *runner.COMPANIONS])
 def test_what_goes_into_bundles_is_python_3_8_and_needs_no_package(name: str) -> None:
     path = SOURCE.with_name(f"{name}.py")
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
-    statements = [s for s in ast.walk(tree) if isinstance(s, ast.ImportFrom)]
-    assert not [s for s in statements if s.level or (s.module or "").startswith("thinet")]
+    assert not [s for s in ast.walk(tree) if isinstance(s, ast.ImportFrom) and (s.module or "").startswith("thinet")]
     pytest.importorskip("vermin", reason="vermin is not installed")
     code, options = "import vermin; vermin.main()", ["-t=3.8-", "--no-tips", "--violations", str(path)]
     done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_a_bundle_that_lacks_a_file_beside_the_runner_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runner, "__file__", str(tmp_path / "run.py"))
-    with pytest.raises(runner.RunnerError, match=r"rust\.py is missing: copy the whole bundle"):
-        runner.beside("rust")
+def test_a_bundle_that_lacks_files_beside_run_py_says_so(tmp_path: Path) -> None:
+    script = copied(tmp_path)
+    for name in ("cuda", "sensors"):
+        (tmp_path / f"{name}.py").unlink()
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path} lacks cuda.py, sensors.py: copy the whole bundle again.\n"
+
+
+def test_a_python_without_numpy_is_told_so(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", copied(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"error: {sys.executable} has no numpy. Do: ")
 
 
 def test_runs_are_paced() -> None:
     calls: list[float] = []
-    runner.time_run(lambda: calls.append(time.perf_counter()), 5, fps=100)
+    serving.time_run(lambda: calls.append(time.perf_counter()), 5, fps=100)
     assert calls[-1] - calls[0] > 0.02, "five runs a hundredth of a second apart, of which the first may come late"
 
 
 def test_time_run_and_warm_up_count_their_calls() -> None:
     calls: list[int] = []
-    assert len(runner.time_run(lambda: calls.append(1), 5)) == len(calls) == 5
-    assert runner.warm_up(lambda: calls.append(1), 0.0) == 1
+    assert len(serving.time_run(lambda: calls.append(1), 5)) == len(calls) == 5
+    assert serving.warm_up(lambda: calls.append(1), 0.0) == 1
 
 
 # -------------------------------------------------------------------------------------------- outputs
@@ -99,12 +116,12 @@ def test_time_run_and_warm_up_count_their_calls() -> None:
 
 def test_outputs_are_compared_relative_to_their_scale() -> None:
     want = {"y": np.array([[1.0, -100.0], [3.0, 2.0]], "float32")}
-    near = runner.compare_outputs(want, {"y": want["y"] + 0.05}, 1e-3)
+    near = self_test.compare_outputs(want, {"y": want["y"] + 0.05}, 1e-3)
     assert near["passed"]
     assert near["max_abs_error"] == pytest.approx(0.05, rel=1e-3)
     assert near["max_relative_error"] == pytest.approx(0.0005, rel=1e-3)
     assert near["top1_agreement"] == 1.0
-    far = runner.compare_outputs(want, {"y": want["y"][:, ::-1]}, 1e-3)
+    far = self_test.compare_outputs(want, {"y": want["y"][:, ::-1]}, 1e-3)
     assert (far["passed"], far["top1_agreement"]) == (False, 0.0)
     assert "allowed 0.001" in far["problem"]
 
@@ -113,7 +130,7 @@ def test_outputs_are_compared_relative_to_their_scale() -> None:
 def test_nan_never_passes(bad: float) -> None:
     good, broken = {"y": np.ones((1, 4))}, {"y": np.array([[1.0, bad, 1.0, 1.0]])}
     for want, have in ((good, broken), (broken, broken), (broken, good)):
-        result = runner.compare_outputs(want, have, 1e9)
+        result = self_test.compare_outputs(want, have, 1e9)
         assert not result["passed"]
         json.dumps(result, allow_nan=False)
         assert "NaN" in result["problem"]
@@ -121,9 +138,9 @@ def test_nan_never_passes(bad: float) -> None:
 
 def test_missing_and_misshapen_outputs_are_named() -> None:
     want = {"y": np.ones((2, 4))}
-    assert "'y' is missing" in runner.compare_outputs(want, {}, 1.0)["problem"]
-    assert "shape (4,)" in runner.compare_outputs(want, {"y": np.ones(4)}, 1.0)["problem"]
-    assert not runner.compare_outputs({}, {}, 1.0)["passed"]
+    assert "'y' is missing" in self_test.compare_outputs(want, {}, 1.0)["problem"]
+    assert "shape (4,)" in self_test.compare_outputs(want, {"y": np.ones(4)}, 1.0)["problem"]
+    assert not self_test.compare_outputs({}, {}, 1.0)["passed"]
 
 
 # -------------------------------------------------------------------------------------------- engines
@@ -134,13 +151,13 @@ def test_an_engine_runs_at_any_batch_and_tells_about_itself(runtime: str, tmp_pa
     pytest.importorskip("onnx", reason="ReferenceEvaluator gives the expected output")
     from onnx.reference import ReferenceEvaluator
 
-    engine = runner.open_engine(runtime, str(tiny_engine(runtime, tmp_path)), threads=1)
+    engine = engines.open_engine(runtime, str(tiny_engine(runtime, tmp_path)), threads=1)
     evaluator = ReferenceEvaluator(str(tmp_path / "tiny.onnx"))
     assert engine.input_names == ["x"]
     for batch in (1, 3, 2):
         x = np.random.default_rng(batch).standard_normal((batch, 3, 16, 16)).astype("float32")
         want = {"y": np.asarray(next(iter(evaluator.run(None, {"x": x}))))}
-        assert runner.compare_outputs(want, engine.run({"x": x}), 1e-5)["passed"]
+        assert self_test.compare_outputs(want, engine.run({"x": x}), 1e-5)["passed"]
     about = engine.describe()
     assert (about["runtime"], about["threads"]) == (runtime, 1)
     assert about["version"]
@@ -150,28 +167,28 @@ def test_an_engine_runs_at_any_batch_and_tells_about_itself(runtime: str, tmp_pa
 
 def test_openvino_computes_in_fp32_when_asked_to_even_where_bf16_is_its_default(tmp_path: Path) -> None:
     path = str(tiny_engine("openvino", tmp_path))
-    about = runner.open_engine("openvino", path, 1, "fp32").describe()
+    about = engines.open_engine("openvino", path, 1, "fp32").describe()
     assert (about["precision_asked"], about["precision_in_use"]) == ("f32", "f32")
     assert about["executed_layers"] == {"f32": 1}
 
 
 def test_what_cannot_be_opened_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(runner.MissingRuntimeError, match=r"no runtime called 'abacus'.*openvino"):
-        runner.open_engine("abacus", "x", 1)
+    with pytest.raises(MissingRuntimeError, match=r"no runtime called 'abacus'.*openvino"):
+        engines.open_engine("abacus", "x", 1)
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    with pytest.raises(runner.RunnerError, match=r"no engine at .*nowhere\.onnx"):
-        runner.open_engine("onnxruntime", str(tmp_path / "nowhere.onnx"), 1)
+    with pytest.raises(RunnerError, match=r"no engine at .*nowhere\.onnx"):
+        engines.open_engine("onnxruntime", str(tmp_path / "nowhere.onnx"), 1)
     (tmp_path / "bad.onnx").write_bytes(b"garbage")
-    with pytest.raises(runner.RunnerError, match=r"onnxruntime refuses .*bad\.onnx"):
-        runner.open_engine("onnxruntime", str(tmp_path / "bad.onnx"), 1)
-    with pytest.raises(runner.RunnerError, match="no precision 'fp7'"):
-        runner.open_engine("onnxruntime", str(tmp_path / "bad.onnx"), 1, "fp7")
+    with pytest.raises(RunnerError, match=r"onnxruntime refuses .*bad\.onnx"):
+        engines.open_engine("onnxruntime", str(tmp_path / "bad.onnx"), 1)
+    with pytest.raises(RunnerError, match="no precision 'fp7'"):
+        engines.open_engine("onnxruntime", str(tmp_path / "bad.onnx"), 1, "fp7")
 
 
 def test_a_missing_runtime_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(runner.MissingRuntimeError, match="pip install openvino"):
-        runner.open_engine("openvino", "x.xml", 1)
+    with pytest.raises(MissingRuntimeError, match="pip install openvino"):
+        engines.open_engine("openvino", "x.xml", 1)
 
 
 # ------------------------------------------------------------------------------------------- protocol
@@ -187,11 +204,11 @@ def test_the_protocol_opens_warms_times_and_closes(tmp_path: Path) -> None:
         assert opened["describe"]["runtime"] == "onnxruntime"
         assert worker.ask("warm", seconds=0.01)["calls"] >= 1
         assert len(worker.ask("time", count=7)["samples_ms"]) == 7
-        with pytest.raises(runner.RunnerError, match="no engine at"):
+        with pytest.raises(RunnerError, match="no engine at"):
             worker.ask("open", **{**what, "path": "nowhere"}, shapes={"x": [3, 16, 16]})
-        with pytest.raises(runner.RunnerError, match="KeyError: 'dance'"):
+        with pytest.raises(RunnerError, match="KeyError: 'dance'"):
             worker.ask("dance")
-        with pytest.raises(runner.MissingRuntimeError, match="abacus"):
+        with pytest.raises(MissingRuntimeError, match="abacus"):
             worker.ask("open", **{**what, "runtime": "abacus"})
         worker.ask("close")
         assert worker.process.wait(20) == 0
@@ -219,12 +236,12 @@ def test_the_child_ends_with_its_parents_pipe() -> None:
 def test_a_child_that_dies_or_hangs_is_reported_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     with runner.Worker() as worker:
         worker.process.kill()
-        with pytest.raises(runner.RunnerError, match="ended by itself at 'warm' with code -9"):
+        with pytest.raises(RunnerError, match="ended by itself at 'warm' with code -9"):
             worker.ask("warm", seconds=1)
     monkeypatch.setattr(runner.Worker, "patience_s", 0.2)
     with runner.Worker() as worker:
         worker.process.send_signal(signal.SIGSTOP)
-        with pytest.raises(runner.RunnerError, match=r"hangs: no answer to 'warm' within 0\.2 s"):
+        with pytest.raises(RunnerError, match=r"hangs: no answer to 'warm' within 0\.2 s"):
             worker.ask("warm", seconds=1)
     assert worker.process.poll() is not None
 
@@ -238,11 +255,11 @@ def test_an_engine_of_one_batch_size_runs_any_number_of_images(count: int, batch
         return {"y": inputs["x"] * 2}
 
     x = np.arange(count * 3).reshape(count, 3)
-    np.testing.assert_array_equal(runner.in_steps({"x": x}, batch, run)["y"], 2 * x)
+    np.testing.assert_array_equal(in_steps({"x": x}, batch, run)["y"], 2 * x)
     assert seen == [batch] * math.ceil(count / batch)
 
 
 def test_batches_repeat_or_cut() -> None:
     rows = np.arange(3)[:, None]
-    assert runner.to_batch(rows, 5)[:, 0].tolist() == [0, 1, 2, 0, 1]
-    assert runner.to_batch(rows, 2)[:, 0].tolist() == [0, 1]
+    assert to_batch(rows, 5)[:, 0].tolist() == [0, 1, 2, 0, 1]
+    assert to_batch(rows, 2)[:, 0].tolist() == [0, 1]

@@ -4,94 +4,31 @@ TensorRT's own library cannot be had here, so no engine of it was ever built by 
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from tensorrt_versions import BINDINGS, Version, version_of, with_bindings
 
 from thinet_deploy import registry, tensorrt_builder
 from thinet_deploy.errors import ConversionError
 from thinet_deploy.interfaces import Conversion, Precision
 from thinet_deploy.tensorrt_builder import BuildError, Settings, workspace_mb
 
-BINDINGS = {
-    "8.6": "tensorrt-bindings==8.6.1",
-    "10.3": "tensorrt-cu12-bindings==10.3.0",
-    "10.16": "tensorrt-cu13-bindings==10.16.1.11",
-    "11.4": "tensorrt-cu13-bindings==11.4.0.106",
-}
-# What the bindings want from TensorRT's libraries when they are imported; none of it is ever called.
-SYMBOLS = (
-    *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL"),
-    *("createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getNvOnnxParserVersion"),
-    *("getBuilderPluginRegistry", "getPluginRegistry", "initLibNvInferPlugins", "getInferLibVersion"),
-    # of 8.6 only
-    *("_ZN11nvuffparser15createUffParserEv", "_ZN11nvuffparser8FieldMapC1EPKcPKvNS_9FieldTypeEi"),
-    *("_ZN14nvcaffeparser117createCaffeParserEv", "_ZN14nvcaffeparser123shutdownProtobufLibraryEv"),
-)
-LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser", "nvparsers")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "thinet-deploy" / "tensorrt-bindings"
-
 Build = Callable[..., dict[str, Any]]
-
-
-class Version(NamedTuple):
-    name: str
-    bindings: Path
-    libraries: Path
-
-    @property
-    def major(self) -> int:
-        return int(self.name.split(".")[0])
-
-
-def downloaded(requirement: str) -> Path:
-    """A wheel's files, from the cache, or from the package index once."""
-    place = CACHE / requirement.replace("==", "-")
-    if not place.exists():
-        wheels = CACHE / "wheels"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(wheels), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{requirement} cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
-        stem = requirement.replace("-", "_").replace("==", "-")
-        with zipfile.ZipFile(next(wheels.glob(f"{stem}*.whl"))) as wheel:
-            wheel.extractall(place.with_suffix(".partial"))
-        place.with_suffix(".partial").rename(place)
-    return place
 
 
 @pytest.fixture(scope="module", params=BINDINGS)
 def version(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Version:
-    """The bindings of one version, and empty libraries that let them be imported."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler for the empty libraries")
-    found = Version(request.param, downloaded(BINDINGS[request.param]), tmp_path_factory.mktemp("libraries"))
-    source = found.libraries / "empty.c"
-    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in SYMBOLS))
-    for name in LIBRARIES:
-        file = f"lib{name}.so.{found.major}"
-        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(found.libraries / file), f"-Wl,-soname,{file}"]
-        subprocess.run(command, check=True)
-    return found
-
-
-def with_bindings(version: Version, *command: object) -> subprocess.CompletedProcess[str]:
-    """Run Python with the bindings of a version, and tensorrt_stand_in.py."""
-    places = [str(version.bindings), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "LD_LIBRARY_PATH": str(version.libraries)}
-    words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    """The bindings of one version."""
+    return version_of(request.param, tmp_path_factory.mktemp("libraries"))
 
 
 @pytest.fixture

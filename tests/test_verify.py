@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from thinet_deploy.engines import open_engine
 from thinet_deploy.export import export_onnx
 from thinet_deploy.interfaces import Conversion
 from thinet_deploy.models.vgg import VGG
 from thinet_deploy.pruning.proof import Proof
 from thinet_deploy.registry import convert
-from thinet_deploy.runner import open_engine
 from thinet_deploy.training import Accuracy
 from thinet_deploy.verify import (
     ALLOWANCE,

@@ -3,7 +3,7 @@
     manifest.json      what everything is, with the SHA-256 of every file
     typed/…            the same network in other precisions, for engines that the device builds
     run.py             a copy of runner.py: `python run.py` verifies the bundle without this package
-    samples.py  sensors.py   what `python run.py latency` needs beside it
+    engine.py  cuda.py  …    what run.py needs beside it (runner.COMPANIONS)
     tensorrt_builder.py      where the target builds TensorRT engines itself
     model.onnx  engines/RUNTIME-PRECISION/…  golden.npz  labels.txt  preprocess.json
 

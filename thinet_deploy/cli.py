@@ -284,7 +284,7 @@ def verify(
     [bold]thinet-deploy verify RUN/bundle --device ssh://user@host[/bold]   (copies it there and checks it there)
     """
     from .bundle import verify_bundle
-    from .runner import verify_text
+    from .runner_text import verify_text
 
     result = ask_device(bundle, device, device_python, "verify") if device else verify_bundle(bundle)
     if as_json:

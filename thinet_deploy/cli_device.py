@@ -79,7 +79,8 @@ def show_device(found: Mapping[str, Any]) -> None:
 
 
 def _measured(report: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
-    from .runner import PASSED, latency_notes, latency_words
+    from .runner_text import latency_notes, latency_words
+    from .self_test import PASSED
 
     jetson = facts["jetson"] or {}
     system = f"Linux {facts['kernel']}"

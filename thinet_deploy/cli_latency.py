@@ -111,8 +111,8 @@ def _alike(engines: Sequence[Engines]) -> list[Engines]:
 
 
 def _engines(group: Engines, how: How, progress: Any) -> list[EngineLatency]:
+    from .engine import to_batch
     from .latency import measure_engines
-    from .runner import to_batch
 
     threads, batch, seconds, rounds, fps, _ = how
     inputs = {name: to_batch(array, batch) for name, array in group.inputs.items()}
@@ -149,7 +149,8 @@ def _models(models: Sequence[Model], how: How, progress: Any) -> list[TorchLaten
 
 
 def _show(found: LatencyReport) -> None:
-    from .runner import latency_notes, latency_words, processor
+    from .runner import processor
+    from .runner_text import latency_notes, latency_words
 
     typer.echo(f"{processor()}; milliseconds, 95 % intervals, one process per engine, all in turn")
     for row in found.engines:

@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 Target = Annotated[
-    str | None, typer.Option("--target", "-t", help="What to build for: see `targets`. \\[default: cpu]")
+    str | None,
+    typer.Option(
+        "--target", "-t", help="What to build for: see `targets`; NAME@STACK for another stack. \\[default: cpu]"
+    ),
 ]
 Model = Annotated[
     str | None,

@@ -113,7 +113,9 @@ def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, ma
         },
         lambda f, _: stages.bundled(tools, ship, files, engine_paths, parity.folder, notes, f),
     )
-    there = device_stage.on_device(run, machine, bundle, job.options.threads, tools.progress) if machine else None
+    there = (
+        device_stage.on_device(run, machine, target, bundle, job.options.threads, tools.progress) if machine else None
+    )
     inputs = {**digests, "data": job.data.digest, "typed": sources["typed"], "precision": plan.engines}
     drops = run.alone("accuracy", inputs, lambda f, _: stages.drops(tools, folders, files, f))
     table = _table(job, made, onnx, measured, drops, files)

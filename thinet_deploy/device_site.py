@@ -20,18 +20,18 @@ from . import on_device
 from .artifact import hash_json, sha256_of
 from .bundle import MANIFEST, read_manifest
 from .devices import AGAIN, NOT_THERE, Device, Done, full_disk
+from .engines import ENGINES
 from .environment import JETSON_COMMANDS, JETSON_FILES, jetson_facts
 from .errors import BundleError, DeviceError, MissingError, TargetError
 from .interfaces import Progress
-from .runner import ENGINES
 from .target import Stack, TargetProfile
 
 SCRIPT = Path(on_device.__file__)
 OLDEST_PYTHON = (3, 8)  # JetPack 5
 _NOT_FOUND = (126, 127, NOT_THERE)
 _NO_ROOM_BYTES = 1 << 20
-# What Python imports, by runtime; engines of TensorRT are built on the device.
-_MODULES = {**{name: engine.module or engine.package for name, engine in ENGINES.items()}, "tensorrt": "tensorrt"}
+# What Python imports, by runtime.
+_MODULES = {name: engine.module or engine.package for name, engine in ENGINES.items()}
 
 
 @dataclass(frozen=True)
@@ -198,19 +198,26 @@ def _stack(machine: Machine, target: TargetProfile) -> Stack | None:
     of_version = (stack for stack in target.stacks if f"{installed}.".startswith(f"{stack.tensorrt}."))
     found = target.stack_of(l4t) or next(of_version, None)
     expected = found or target.stack
-    if _builds(target) and expected and expected.tensorrt and not _same_major(installed, expected.tensorrt):
-        where = f"L4T {l4t} ({expected.name})" if found else expected.name
+    if not _builds(target) or expected is None or _same_major(installed, expected.tensorrt):
+        return found
+    if found is None:
+        known = ", ".join(f"{stack.name} ({stack.tensorrt})" for stack in target.stacks)
         raise TargetError(
-            f"{machine.device.name} has TensorRT {installed}, but {where} brings {expected.tensorrt}: engines of one "
-            "do not run with the other.",
-            hint="Remove the one that was installed beside JetPack's own (pip uninstall tensorrt), or name JetPack's "
-            "Python with --device-python.",
+            f"{machine.device.name} has TensorRT {installed}{f' and L4T {l4t}' if l4t else ''}, which is no stack that "
+            f"target {target.id} knows: {known}.",
+            hint="Update it, or give a --target of your own: a .toml file that extends this one, with that stack.",
         )
-    return found
+    raise TargetError(
+        f"{machine.device.name} has TensorRT {installed}, but L4T {l4t} ({found.name}) brings {found.tensorrt}: "
+        "engines of one do not run with the other.",
+        hint="Remove the one that was installed beside JetPack's own (pip uninstall tensorrt), or name JetPack's "
+        "Python with --device-python.",
+    )
 
 
-def _same_major(one: str, other: str) -> bool:
-    return not one or one.partition(".")[0] == other.partition(".")[0]
+def _same_major(one: str, other: str | None) -> bool:
+    """Whether two versions have the same first number; unknown ones have."""
+    return not one or not other or one.partition(".")[0] == other.partition(".")[0]
 
 
 # ------------------------------------------------------------------------------------------ a bundle there

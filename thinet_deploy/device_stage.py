@@ -21,7 +21,7 @@ from .errors import ConversionError, DeviceError, GateError, MissingError
 from .interfaces import Precision, Progress
 from .shared_run import SharedRun
 from .store import Stage
-from .target import TargetProfile, load_profile
+from .target import TargetProfile
 
 FACTS, VERIFIED, MEASURED = "facts.json", "verify.json", "latency.json"
 SECONDS = 5  # per engine
@@ -35,8 +35,18 @@ def reach(address: str, python: str, target: TargetProfile) -> tuple[Machine, Ta
     return machine, device_site.check_target(machine, target)
 
 
-def on_device(run: SharedRun, machine: Machine, bundle: Stage, threads: int, progress: Progress) -> dict[str, Any]:
+def on_device(
+    run: SharedRun, machine: Machine, target: TargetProfile, bundle: Stage, threads: int, progress: Progress
+) -> dict[str, Any]:
     """The stage: RUN/device gets engines, timing cache, logs, verdicts and raw samples from the device.
+
+    Args:
+        run: to add it to.
+        machine: the device.
+        target: whose bundle it is.
+        bundle: the finished one.
+        threads: of engines that run on the CPU.
+        progress: to report to.
 
     Returns:
         facts, verify, latency: what the three JSON files there say; folder.
@@ -46,16 +56,17 @@ def on_device(run: SharedRun, machine: Machine, bundle: Stage, threads: int, pro
         DeviceError: see `device_site`.
     """
     inputs = {"bundle": bundle.digest, "machine": machine.identity, "threads": threads, "seconds": SECONDS}
-    make = partial(_fill, machine, bundle.folder, threads, progress)
+    make = partial(_fill, machine, target, bundle.folder, threads, progress)
     stage = run.alone("device", inputs, lambda folder, _: make(folder))
     results = {name.removesuffix(".json"): stage.json(name) for name in (FACTS, VERIFIED, MEASURED)}
     _gate(machine, results["verify"], stage.folder)
     return {"folder": str(stage.folder), **results}
 
 
-def _fill(machine: Machine, bundle: Path, threads: int, progress: Progress, folder: Path) -> None:
-    site = device_site.send(machine, bundle, progress)
-    manifest, target = read_manifest(bundle), load_profile(read_manifest(bundle).target)
+def _fill(
+    machine: Machine, target: TargetProfile, bundle: Path, threads: int, progress: Progress, folder: Path
+) -> None:
+    site, manifest = device_site.send(machine, bundle, progress), read_manifest(bundle)
     if target.builds_on_device and _BUILDER in manifest.files:
         _build_all(site, manifest, target, folder, progress)
     verified = ask(site, "verify", progress)
@@ -177,7 +188,7 @@ def _shown(precision: str, progress: Progress) -> Callable[[bytes], None]:
 
 
 def _refused(site: Site, job: str, code: int, done: Done, folder: Path) -> None:
-    device, words = site.machine.device.name, done.err
+    device, words = site.machine.device.name, (done.err.splitlines() or [""])[-1]
     for line in done.out.splitlines():
         if line.startswith(b'{"error"'):
             words = json.loads(line)["error"]

@@ -10,7 +10,7 @@ from typing import Any
 from . import comparison, contract, report, report_plots
 from .artifact import hash_json, read_json, sha256_of
 from .report import Row, Table
-from .runner import latency_notes
+from .runner_text import latency_notes
 
 TEMPLATE = Path(__file__).with_name("assets") / "report.html.j2"
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import runner, samples
+from .engine import MissingRuntimeError, RunnerError
 from .errors import InputError, MissingError, ThinetDeployError
 from .interfaces import Array, Precision, Progress, silent
 
@@ -241,11 +242,11 @@ def explained(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except runner.MissingRuntimeError as error:
+    except MissingRuntimeError as error:
         raise MissingError(
             f"{what} cannot be measured. {error}", hint="`thinet-deploy doctor` shows the rest."
         ) from error
-    except runner.RunnerError as error:
+    except RunnerError as error:
         hint = "`thinet-deploy verify` checks whether the engine is whole; convert it again if it is not."
         raise ThinetDeployError(f"{what} failed. {error}", hint=hint) from error
 

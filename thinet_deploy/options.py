@@ -285,7 +285,7 @@ def read_config(path: Path) -> dict[str, Any]:
     values = {name.replace("-", "_"): value for name, value in values.items()}
     for name in ("data", "unlabelled", "transfer_to", "weights", "preprocess", "out", "model", "trainer", "target"):
         value = values.get(name)
-        if isinstance(value, str) and (name not in _NAMES or ".py:" in value or value.endswith(".toml")):
+        if isinstance(value, str) and (name not in _NAMES or ".py:" in value or ".toml" in value):
             values[name] = value if (name, value) == ("weights", DEFAULT) else str(path.parent / value)
     return values
 

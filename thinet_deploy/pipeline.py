@@ -10,7 +10,7 @@ from . import contract, device_stage, feasibility_stage, networks, precision_sta
 from .artifact import read_json, sha256_of, write_json
 from .deployment import Build, deploy
 from .device_site import Machine
-from .errors import InputError, first_line
+from .errors import InputError, TargetError, first_line
 from .interfaces import Progress, silent
 from .job import load_job, moved
 from .networks import Pruning
@@ -107,14 +107,26 @@ def _device(options: Options) -> tuple[Machine | None, TargetProfile | None]:
     """The device, looked at before any work starts, and the target on the stack that it has."""
     if options.device is None:
         return None, None
-    return device_stage.reach(options.device, options.device_python, load_profile(options.target))
+    profile = load_profile(options.target)
+    machine, target = device_stage.reach(options.device, options.device_python, profile)
+    _check_stack(machine, target, options.target.rpartition("@")[2])
+    return machine, target
+
+
+def _check_stack(machine: Machine, target: TargetProfile, asked: str) -> None:
+    """Refuse a stack that was named and is not the device's; unnamed, the device decides."""
+    if target.stack and asked != target.stack.name and asked in {stack.name for stack in target.stacks}:
+        raise TargetError(
+            f"--target names {asked}, but {machine.device.name} has {target.stack.name}.",
+            hint=f"Leave @{asked} out: what the device has is found there.",
+        )
 
 
 def _remember(options: Options, root: Path) -> None:
     """Keep the options for `build_from`, with whole paths, so that it may be called from another folder."""
     kept = options.model_dump(mode="json")
     for name, value in options:
-        if isinstance(value, Path) or ".py:" in str(value) or str(value).endswith(".toml"):
+        if isinstance(value, Path) or ".py:" in str(value) or ".toml" in str(value):
             kept[name] = str(Path(value).absolute())
     write_json(root / "options.json", kept)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import cast
 
 from .artifact import Artifact, sha256_of, size_of
+from .engines import can_run
 from .errors import InputError, MissingError, UnknownNameError
 from .interfaces import Contract, Conversion, Converter, Progress, silent
 from .isolation import LIMIT_S, convert_isolated
 from .reproduce import write_script
-from .runner import ENGINES
 from .target import TargetProfile, load_profile
 
 # Without these nothing is built that names them; the others are left out, with a note, where they are not installed.
@@ -153,11 +153,12 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
     """What is left to do on the device, and what was not run here."""
     notes = []
     if target.builds_on_device and "tensorrt" in target.runtimes:
+        stack = f" ({target.stack.name}, TensorRT {target.stack.tensorrt})" if target.stack else ""
         notes.append(
-            f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}. "
+            f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}{stack}. "
             f"--device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
             f"  {_trtexec(target, input_name, input_shape)}\n"
-            f"  python3 run.py    # checks the bundle there with ONNX Runtime (pip install onnxruntime numpy)"
+            f"  python3 run.py    # checks there what the bundle has engines for (needs numpy and their runtimes)"
         )
     made = host_runtimes(target)
     for runtime in _made_here(target):
@@ -167,7 +168,7 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
                 f"This bundle has no {runtime} engine, because {' and '.join(_missing(runtime))} is not installed "
                 f'here: pip install "thinet-deploy[{extra}]", and run the same command again.'
             )
-        elif runtime not in ENGINES:
+        elif not can_run(runtime):
             notes.append(
                 f"The {runtime} engine was made, but nothing on this machine can run it: check it on the device."
             )

@@ -16,6 +16,7 @@ from . import latency, verify
 from .artifact import read_json, sha256_of, write_json
 from .bundle import BundleSpec, EngineFile, TypedFile, write_bundle
 from .counting import count
+from .engines import can_run
 from .export import INPUT, OUTPUT, export_onnx, export_program
 from .gcos_stage import check_layout
 from .interfaces import Conversion, Precision, TensorSpec
@@ -27,7 +28,6 @@ from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
 from .pruning.surgery import apply, gap_head, load_thin
 from .registry import convert, converter, sources
-from .runner import ENGINES
 from .seeds import derive
 from .store import Checkpoint
 from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, json_ready, write_network
@@ -253,7 +253,7 @@ def parity(
         np.savez(folder / f"{name}.npz", **kept)
         precision, allowed = files.engines, allowed_of[files.engines]
         for (owner, runtime), path in engine_paths.items():
-            if owner == name and runtime in ENGINES:  # the others get a note: nothing runs them here
+            if owner == name and can_run(runtime):  # the others get a note: nothing runs them here
                 tools.progress("Verifying", len(hops), steps + len(pruning_hops), f"{name}: ONNX to {runtime}")
                 hops.append(verify.engine_hop(name, runtime, path, inputs, aim, allowed, precision=precision))
     tools.progress("Verifying", len(hops), len(hops))

@@ -297,14 +297,15 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name_or_path: str) -> TargetProfile:
-    """The target profile of that id or alias, or of a .toml file.
+    """The target profile of that id or alias, or of a .toml file; "NAME@STACK" takes another stack than its default.
 
     Raises:
-        UnknownNameError: no built-in target has that id or alias.
+        UnknownNameError: no built-in target has that id or alias, or the target no such stack.
         TargetError: a file that cannot be read, is not TOML or does not hold; names file and field.
     """
-    profile, _ = _load(_find(name_or_path, Path()), ())
-    return profile
+    name, _, stack = (name_or_path, "", "") if name_or_path.endswith(".toml") else name_or_path.partition("@")
+    profile, _ = _load(_find(name, Path()), ())
+    return profile.on_stack(stack) if stack else profile
 
 
 def _builtin() -> dict[str, Traversable]:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from . import runner
+from . import self_test
 from .artifact import read_json
 from .bundle import GOLDEN, MANIFEST, read_manifest
 from .errors import BundleError, InputError, UnknownNameError, first_line
@@ -97,7 +97,7 @@ def _model(name: str, input_shape: InputShape | None) -> Model:
 def _bundle(folder: Path) -> Engines:
     """Only engines that the manifest vouches for: loading one runs native code."""
     manifest = read_manifest(folder)
-    files = runner.check_files(str(folder), manifest.files)
+    files = self_test.check_files(str(folder), manifest.files)
     if damaged := files["missing"] + files["changed"]:
         raise BundleError(
             f"{folder} is damaged: {', '.join(damaged[:3])} is not as the manifest says.",
@@ -106,7 +106,7 @@ def _bundle(folder: Path) -> Engines:
     refs = [EngineRef(manifest.model, e.runtime, folder / e.path, e.precision) for e in manifest.engines]
     if not refs:
         raise InputError(f"{folder} holds no engine.", hint="Build it for a target whose engines this version makes.")
-    return Engines(tuple(refs), runner.load_arrays(str(folder / GOLDEN), "input:"))
+    return Engines(tuple(refs), self_test.load_arrays(str(folder / GOLDEN), "input:"))
 
 
 def _run(folder: Path) -> Engines:
@@ -146,6 +146,8 @@ def _onnx_shapes(path: Path) -> dict[str, list[int]]:
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
+    if not graph.node:
+        raise ValueError("it is empty")
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]] for value in inputs}

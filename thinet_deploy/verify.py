@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .engines import open_engine
 from .export import INPUT, OUTPUT, run_onnx
 from .interfaces import Precision
 from .pruning.proof import Proof
-from .runner import open_engine
 from .training import Accuracy
 
 Floats = NDArray[np.float32]

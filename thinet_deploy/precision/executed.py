@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
+from ..engine import MissingRuntimeError
+from ..engines import import_runtime, open_engine
 from ..errors import MissingError, ThinetDeployError
 from ..interfaces import Precision
-from ..runner import MissingRuntimeError, import_runtime, open_engine
 from .graph import COMPUTING, layers, readers
 
 FOLDED = "folded"

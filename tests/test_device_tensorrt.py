@@ -1,0 +1,164 @@
+"""--device with TensorRT: built there by the real builder, verified and measured there by the real run.py.
+
+The device is this machine behind a real sshd; its TensorRT has the real bindings' names and signatures, and runs ONNX
+Runtime (see tensorrt_device.py). Neither TensorRT nor a GPU was ever at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ssh_server import Server, serving
+from tensorrt_versions import Version, as_tensorrt, fake_engine, version_of
+
+from thinet_deploy import bundle, device_site, device_stage
+from thinet_deploy.artifact import read_json, sha256_of, write_json
+from thinet_deploy.bundle import BundleSpec, TypedFile
+from thinet_deploy.devices import find_device
+from thinet_deploy.errors import GateError
+from thinet_deploy.interfaces import TensorSpec, silent
+from thinet_deploy.shared_run import SharedRun
+from thinet_deploy.store import Stage
+from thinet_deploy.target import load_profile
+
+Deploy = Callable[..., dict[str, Any]]
+
+
+ONE = pytest.mark.parametrize("version", ["10.3"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=["8.6", "10.3"])
+def version(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Version:
+    """What JetPack 6.0 and 6.2 bring."""
+    return version_of(request.param, tmp_path_factory.mktemp("libraries"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("ssh")) as server:
+        yield server
+
+
+def half_onnx(path: Path, kind: str = "FLOAT16") -> Path:
+    """Cast → convolution → global pool → flatten → cast, with the convolution in fp16."""
+    onnx = pytest.importorskip("onnx", reason="the files of these tests are made with onnx")
+    make, types = onnx.helper, onnx.TensorProto
+    weight = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype("f2" if kind == "FLOAT16" else "f4")
+    nodes = [
+        make.make_node("Cast", ["x"], ["a"], to=getattr(types, kind)),
+        make.make_node("Conv", ["a", "w"], ["c"]),
+        make.make_node("GlobalAveragePool", ["c"], ["g"]),
+        make.make_node("Flatten", ["g"], ["f"]),
+        make.make_node("Cast", ["f"], ["y"], to=types.FLOAT),
+    ]
+    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 12, 12]), ("y", [5]))]
+    graph = make.make_graph(nodes, "half", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    """A bundle for a Jetson: no engine yet, an fp16 file, the real builder."""
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    source = half_onnx(tmp_path / "full.onnx", "FLOAT")
+    x = np.random.default_rng(1).standard_normal((2, 3, 12, 12)).astype("float32")
+    (y,) = reference.ReferenceEvaluator(str(source)).run(None, {"x": x})
+    spec = BundleSpec(
+        model=str(tmp_path),  # so that it is another bundle for every test
+        target="jetson",
+        onnx=source,
+        engines=(),
+        inputs=(TensorSpec("x", ("batch", 3, 12, 12), "float32"),),
+        outputs=(TensorSpec("y", ("batch", 5), "float32"),),
+        golden_inputs={"x": x},
+        golden_outputs={"y": y},
+        tolerance=1e-4,
+        typed=(TypedFile(half_onnx(tmp_path / "half.onnx"), "fp16", "", 1e-2),),
+        has_builder=True,
+    )
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    bundle.write_bundle(folder, spec)
+    return Stage(folder, sha256_of(folder / "manifest.json"), reused=False)
+
+
+@pytest.fixture
+def deploy(server: Server, version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deploy:
+    """Takes a bundle to the device, whose Python finds the tests' TensorRT; `changes` are of its environment."""
+    monkeypatch.setenv("PATH", f"{server.folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(device_stage, "SECONDS", 1)
+    python, modules = tmp_path / "python", as_tensorrt(tmp_path / "modules")
+
+    def go(stage: Stage, run: str = "run", **changes: str) -> dict[str, Any]:
+        known = version.environment(modules)
+        exported = {**{name: known[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH")}, **changes}
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in exported.items())
+        python.write_text(f'#!/bin/sh\n{words} exec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        machine = device_site.reach(find_device(server.address), str(python))
+        target = load_profile(bundle.read_manifest(stage.folder).target)
+        return device_stage.on_device(SharedRun(tmp_path / run), machine, target, stage, 1, silent)
+
+    return go
+
+
+def test_an_engine_is_built_verified_and_measured_there(
+    deploy: Deploy, stage: Stage, version: Version, tmp_path: Path
+) -> None:
+    found = deploy(stage)
+    (verified,), (measured,) = found["verify"]["engines"], found["latency"]["engines"]
+    assert (verified["runtime"], verified["precision"], verified["verdict"]) == ("tensorrt", "fp16", "passed")
+    assert verified["max_relative_error"] < verified["tolerance"] == 1e-2
+    assert verified["describe"]["executed_layers"] == {"fp16": 1}
+    assert verified["describe"]["version"] == version.exact
+    assert set(measured["clocks_ms"]) == {"upload", "compute", "download", "host"}
+    assert measured["rounds_ms"]
+    device = tmp_path / "run" / "device"
+    (engine,) = bundle.read_manifest(device).engines
+    assert sha256_of(device / engine.path) == engine.sha256
+    assert (device / "timing.cache").exists()
+    report = read_json(device / "engines" / "tensorrt-fp16" / "model.build.json")
+    assert (report["strongly_typed"], report["flags"]) == ((False, ["FP16"]) if version.major == 8 else (True, []))
+    assert report["tensorrt"] == version.exact
+    assert read_json(device / "engines" / "tensorrt-fp16" / "model.layers.json")["Layers"]
+
+
+@pytest.mark.slow
+@ONE
+def test_after_an_update_of_its_tensorrt_the_engine_is_built_anew(deploy: Deploy, stage: Stage) -> None:
+    """The machine is another one then: what was built and measured before does not hold."""
+    deploy(stage)
+    found = deploy(stage, "again", TENSORRT_FAKE_VERSION="10.99")
+    assert [row["verdict"] for row in found["verify"]["engines"]] == ["passed"]
+    assert found["verify"]["engines"][0]["describe"]["version"] == "10.99"
+
+
+@ONE
+def test_a_bundle_with_an_engine_of_another_version_fails_there(
+    deploy: Deploy, stage: Stage, version: Version, tmp_path: Path
+) -> None:
+    """As when a finished bundle is copied from one JetPack to another."""
+    engine = stage.folder / "engines" / "tensorrt-fp16" / "model.engine"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(fake_engine((stage.folder / "typed" / "model-fp16.onnx").read_bytes(), "8.4.1"))
+    manifest = json.loads((stage.folder / "manifest.json").read_text())
+    entry = {"runtime": "tensorrt", "path": "engines/tensorrt-fp16/model.engine", "precision": "fp16"}
+    manifest["engines"] = [{**entry, "sha256": sha256_of(engine), "tolerance": 1e-2}]
+    manifest["files"][entry["path"]] = sha256_of(engine)
+    manifest["target"] = "cpu"  # so that nothing is built there
+    write_json(stage.folder / "manifest.json", manifest)
+    said = r"tensorrt fp16: tensorrt refuses .*model\.engine: it was built by another TensorRT: .* so build it there"
+    with pytest.raises(GateError, match=said):
+        deploy(stage)
+    (row,) = read_json(tmp_path / "run" / "device" / "verify.json")["engines"]
+    assert row["verdict"] == "failed"
