@@ -67,6 +67,7 @@ LEVELS = {
         "torch_latency",
         "things",
         "bundle",
+        "apps",
         "device_site",
         "report",
         "hops",
@@ -158,7 +159,7 @@ def _modules() -> dict[str, Path]:
         folder = Path(spec.origin).parent
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
-            if parts[0] in {"assets", "converters", "profiles"}:  # data, or a package with a turn of its own
+            if parts[0] in {"assets", "converters", "integrations", "profiles"}:  # data, or with a turn of their own
                 continue
             modules[".".join((package, *parts)).removesuffix(".__init__")] = file
     return modules

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import device_site
 from .artifact import write_bytes, write_json
-from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, read_manifest
+from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, built_path, read_manifest
 from .device_site import Machine, Site
 from .devices import Done, find_device
 from .errors import ConversionError, DeviceError, GateError, MissingError
@@ -153,7 +153,7 @@ def _build(
     """Build one engine there within the target's memory; one that is finished is kept."""
     limits = target.build
     bounds = {"--workspace-mb": limits.workspace_mb, "--guard-mb": limits.ram_guard_mb}
-    engine = f"{site.bundle}/engines/tensorrt-{precision}/model.engine"
+    engine = f"{site.bundle}/{built_path(precision)}"
     options = [word for name, value in bounds.items() if value for word in (name, str(value))]
     command = [f"{site.bundle}/{_BUILDER}", f"{site.bundle}/{source}", engine]
     command += ["--precision", precision, "--cache", f"{site.cache}/{_TIMINGS}", *options]
