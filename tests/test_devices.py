@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinet_deploy import on_device
-from thinet_deploy.devices import Local, Ssh, find_device
+from thinet_deploy.device import Local
+from thinet_deploy.devices import find_device
 from thinet_deploy.errors import DeviceError, InputError
+from thinet_deploy.ssh import Ssh
 
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 NAMES = st.text("ab'\"$(){};|&<>*? \\\n~#!-é", min_size=1, max_size=12).filter(lambda name: name not in {".", ".."})
@@ -39,7 +41,7 @@ def test_addresses(address: str, device: Ssh) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        *("orin", "ssh://", "ssh://me@", "ssh://orin:0", "ssh://orin:99999", "ssh://orin/home", "adb:123"),
+        *("orin", "ssh://", "ssh://me@", "ssh://orin:0", "ssh://orin:99999", "ssh://orin/home", "adb"),
         *(
             "ssh://-oProxyCommand=id",
             "ssh://-l@orin",
@@ -52,7 +54,7 @@ def test_addresses(address: str, device: Ssh) -> None:
     ],
 )
 def test_what_is_no_address_is_refused_before_ssh_is_called(address: str) -> None:
-    with pytest.raises(InputError, match="but ssh://user@host:port was expected") as stop:
+    with pytest.raises(InputError, match="but ssh://user@host:port or adb:SERIAL was expected") as stop:
         find_device(address)
     assert stop.value.exit_code == 2
 

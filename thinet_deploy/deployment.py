@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import apps, contract, device_stage, html_report, latency, precision_stage, registry, stages, verify
+from .android_site import Phone
 from .artifact import hash_json, sha256_of, write_bytes, write_json
 from .device_site import Machine
 from .environment import fingerprint, machine_id
@@ -56,7 +57,9 @@ class Build:
     device: dict[str, Any] | None = None
 
 
-def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, machine: Machine | None = None) -> Build:
+def deploy(
+    run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, machine: Machine | Phone | None = None
+) -> Build:
     """Export → type → convert → verify → measure → bundle → the same on the device, if there is one → report."""
     job, target = tools.job, tools.job.target
     folders = {name: stage.folder for name, stage in made.stages.items()}

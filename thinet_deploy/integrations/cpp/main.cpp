@@ -84,9 +84,15 @@ int classify(const Model& model, const std::string& path) {
     return 0;
 }
 
+/// How preprocessing here compares with that of training.
+struct Comparison {
+    size_t values = 0, differ = 0;
+    bool passed = false;
+};
+
 /// The golden picture has to become the golden input. A compiler that fuses multiplications may turn a rare pixel by one
 /// level; anything else is another preprocessing.
-bool check_picture(const Model& model) {
+Comparison compare_picture(const Model& model) {
     const std::vector<float> expected = model.floats("app/golden/picture.f32");
     const std::vector<float> got = preprocess(read_ppm(model.path("app/golden/picture.ppm")), model.preprocess());
     const Preprocess& how = model.preprocess();
@@ -96,9 +102,14 @@ bool check_picture(const Model& model) {
         differ += got[i] != expected[i];
         far += !(std::abs(got[i] - expected[i]) <= level);
     }
-    const bool passed = got.size() == expected.size() && far == 0 && differ * 1000 <= got.size();
-    std::printf("%s  preprocessing: %zu of %zu values differ\n", passed ? "passed" : "FAILED", differ, got.size());
-    return passed;
+    return {got.size(), differ, got.size() == expected.size() && far == 0 && differ * 1000 <= got.size()};
+}
+
+bool check_picture(const Model& model) {
+    const Comparison found = compare_picture(model);
+    const char* verdict = found.passed ? "passed" : "FAILED";
+    std::printf("%s  preprocessing: %zu of %zu values differ\n", verdict, found.differ, found.values);
+    return found.passed;
 }
 
 bool check_engine(const Model& model) {
@@ -127,7 +138,8 @@ int outputs(const Model& model, const std::string& precision, int threads, const
     stream.write(reinterpret_cast<const char*>(got.data()), static_cast<std::streamsize>(got.size() * sizeof(float)));
     stream.close();
     if (!stream) throw std::runtime_error(target + " cannot be written: is the storage full?");
-    std::printf("{\"protocol\": %d, \"version\": \"%s\", \"values\": %zu}\n", kProtocol, runtime_version().c_str(), got.size());
+    std::printf("{\"protocol\": %d, \"version\": \"%s\", \"same_preprocessing\": %s}\n", kProtocol,
+                runtime_version().c_str(), compare_picture(model).passed ? "true" : "false");
     return 0;
 }
 

@@ -1,4 +1,4 @@
-"""Classifies images with an engine of this bundle. Needs Python 3.8, numpy, Pillow 11 or later and the engine's runtime.
+"""Classifies images with an engine of this bundle. Needs Python 3.8, numpy, Pillow and the engine's runtime.
 
     python app/python/classify.py photo.jpg     the three likeliest classes
     python app/python/classify.py check         is an image preprocessed as in training?
