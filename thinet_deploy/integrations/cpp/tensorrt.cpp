@@ -54,6 +54,16 @@ size_t count_of(const nvinfer1::Dims& shape) {
     return count;
 }
 
+nvinfer1::Dims shape_of(const Preprocess& how) {
+    nvinfer1::Dims shape{};  // its numbers have 32 bits in TensorRT 8, later 64
+    shape.nbDims = 4;
+    shape.d[0] = 1;
+    shape.d[1] = how.channels();
+    shape.d[2] = how.height;
+    shape.d[3] = how.width;
+    return shape;
+}
+
 class TensorRt final : public Engine {
 public:
     TensorRt(const Model& model, const EngineFile& file)
@@ -68,8 +78,7 @@ public:
             if (engine_->getTensorDataType(name.c_str()) != nvinfer1::DataType::kFLOAT)
                 throw std::runtime_error("the engine's inputs and outputs have to be float32");
         context_.reset(checked(engine_->createExecutionContext(), "too little GPU memory for the engine"));
-        const Preprocess& how = model.preprocess();
-        if (!context_->setInputShape(input_.c_str(), nvinfer1::Dims4{1, how.channels(), how.height, how.width}))
+        if (!context_->setInputShape(input_.c_str(), shape_of(model.preprocess())))
             throw std::runtime_error("the engine takes no single image of this size");
         for (const std::string& name : {input_, output_}) {
             buffers_.push_back(std::make_unique<Buffer>(count_of(context_->getTensorShape(name.c_str()))));

@@ -9,7 +9,7 @@ Engines are opened by run.py of the bundle, which knows every runtime that it sh
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ class Classifier:
         self.manifest = json.loads((self.bundle / "manifest.json").read_text(encoding="utf-8"))
         self.how = self.manifest["preprocess"]
         self.labels = self.manifest["labels"]
-        self.engine = self._open(_runner(self.bundle / "run.py"), runtime, threads)
+        self.engine = self._open(_runner(self.bundle), runtime, threads)
 
     def _open(self, runner: ModuleType, runtime: str, threads: int) -> Any:
         reasons = []
@@ -94,13 +94,12 @@ def _middle(pixels: Any, height: int, width: int) -> Any:
     return pixels[top : top + height, left : left + width]
 
 
-def _runner(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("thinet_run", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _runner(bundle: Path) -> ModuleType:
+    """run.py of the bundle; the folder becomes a package, so that no file in it stands in for another module."""
+    package = ModuleType("bundle_of_thinet_deploy")
+    package.__path__ = [str(bundle)]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.run")
 
 
 def check(bundle: Path) -> int:
