@@ -25,6 +25,7 @@ from thinet_deploy.adb import Adb
 from thinet_deploy.apps import App
 from thinet_deploy.artifact import hash_json, read_json
 from thinet_deploy.bundle import BundleSpec, EngineFile
+from thinet_deploy.cli_device import show_device
 from thinet_deploy.devices import find_device
 from thinet_deploy.errors import DeviceError, GateError, InputError, MissingError, TargetError, ThinetDeployError
 from thinet_deploy.interfaces import TensorSpec, silent
@@ -322,7 +323,9 @@ def deployed(made: Path, run: Path) -> dict[str, Any]:
     return device_stage.on_device(SharedRun(run), found, Stage(made, hash_json(str(made)), reused=False), 1, silent)
 
 
-def test_a_build_keeps_what_the_device_gave(phone: Fake, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_build_keeps_what_the_device_gave(
+    phone: Fake, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(device_stage, "SECONDS", 0.9)
     found = deployed(made, tmp_path / "run")
     kept = {path.name for path in Path(found["folder"]).iterdir()}
@@ -330,6 +333,10 @@ def test_a_build_keeps_what_the_device_gave(phone: Fake, made: Path, tmp_path: P
     facts = read_json(Path(found["folder"]) / "facts.json")
     assert (facts["system"], facts["properties"]["ro.soc.model"]) == ("Android 15", "QCM6490")
     assert "SECRET" not in json.dumps(found)
+    show_device(found)
+    shown = capsys.readouterr().out
+    assert "Measured on the device: Fairphone FP5 QCM6490, arm64-v8a, Android 15" in shown
+    assert "onnxruntime fp32: golden outputs passed there" in shown
     count = len(phone.calls)
     deployed(made, tmp_path / "run")
     assert not [call for call in phone.calls[count:] if "thinet-onnxruntime" in call[-1]], "it is done"

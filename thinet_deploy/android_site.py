@@ -126,8 +126,8 @@ def reach(device: Device, target: TargetProfile | None = None) -> Phone:
     if not phone.programs:
         raise MissingError(
             f"{device.name} needs a program that runs engines there, and {phone.folder} has none.",
-            hint="Build it once with Android's NDK, from the source code in a bundle: app/README.md in it says how. "
-            "It fits every bundle.",
+            hint="Build it once with Android's NDK, from the source code in any bundle for Android (a build without "
+            "--device makes one): app/README.md in it says how.",
         )
     return phone
 
