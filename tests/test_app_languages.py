@@ -167,6 +167,24 @@ def test_tensorrt_in_cpp_against_a_stand_in(
     assert words in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ("", "Say for which runtime"),
+        ("litert", "Say for which runtime"),
+        ("tensorrt", "NvInfer.h or the library nvinfer is not found"),
+    ],
+)
+def test_what_cannot_be_built_is_said(tmp_path: Path, runtime: str, words: str) -> None:
+    if shutil.which("cmake") is None or Path("/usr/include/x86_64-linux-gnu/NvInfer.h").exists():
+        pytest.skip("there is no cmake here, or there is a TensorRT")
+    compiler()
+    command = ["cmake", "-S", SOURCES / "cpp", "-B", tmp_path, f"-DRUNTIME={runtime}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert words in " ".join(done.stderr.split())
+
+
 @pytest.fixture(scope="module")
 def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program, cpp = tmp_path_factory.mktemp("tensorrt") / "thinet-tensorrt", SOURCES / "cpp"

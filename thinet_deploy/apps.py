@@ -116,7 +116,7 @@ def _sources(app: App) -> Iterator[str]:
     languages |= {"python"} if app.system == _WITH_PYTHON else set()
     for name in _all():
         wanted = name in _ALWAYS or name.partition("/")[0] in languages
-        if wanted and _OF_RUNTIME.get(name, app.runtimes[0]) in app.runtimes:
+        if wanted and (name not in _OF_RUNTIME or _OF_RUNTIME[name] in app.runtimes):
             yield name
 
 
