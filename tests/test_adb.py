@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adb_fake import Fake, plug_in
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_onnx import scored_onnx
 
@@ -134,13 +133,13 @@ def test_what_is_no_serial_is_refused_before_adb_is_called(serial: str) -> None:
     assert stop.value.exit_code == 2
 
 
+@settings(deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=4))
 def test_a_devices_shell_gets_back_the_words_that_were_given(words: list[str]) -> None:
     *_, name, serial, shell, raw, line = Adb("FP5").argv(words)
     assert (name, serial, shell, raw) == ("-s", "FP5", "shell", "-T")
     shown = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
     assert shown.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1] == words
-    assert shlex.split(line)[: len(words)] == [*words[:-1], f"{words[-1]};"] or words[-1] != words[-1].strip() or words
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 77])

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinet_deploy import on_device
@@ -59,6 +59,7 @@ def test_what_is_no_address_is_refused_before_ssh_is_called(address: str) -> Non
     assert stop.value.exit_code == 2
 
 
+@settings(deadline=None)  # a process each: how long that takes is the machine's affair
 @given(st.lists(WORDS, min_size=1, max_size=4))
 def test_a_remote_shell_gets_back_the_words_that_were_given(words: list[str]) -> None:
     *_, mark, host, line = Ssh("orin", "me", 22).argv(words)
@@ -75,6 +76,7 @@ def test_host_keys_are_left_to_the_user() -> None:
     assert "BatchMode=yes" in words
 
 
+@settings(deadline=None)
 @given(NAMES, st.binary(max_size=300))
 def test_files_of_any_name_go_there_and_come_back(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: bytes
