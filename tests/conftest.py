@@ -194,6 +194,14 @@ def quick_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def openvino_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program in C++ that runs OpenVINO's engines."""
+    from app_builds import SOURCES, build
+
+    return build("openvino", SOURCES / "cpp", tmp_path_factory.mktemp("openvino-program"))
+
+
+@pytest.fixture(scope="session")
 def tiny_options(tiny: Path) -> Callable[..., Any]:
     """Makes options for a network of tiny_nets.py, for a target whose latency is not measured here (takes time)."""
     from thinet_deploy.options import make_options

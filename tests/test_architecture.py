@@ -42,6 +42,7 @@ LEVELS = {
         "pipeline",
         "deployment",
         "device_stage",
+        "android_stage",
         "networks",
         "stages",
         "prune_stage",
@@ -69,7 +70,9 @@ LEVELS = {
         "torch_modes",
         "things",
         "bundle",
+        "apps",
         "device_site",
+        "android_site",
         "report",
         "hops",
         "html_report",
@@ -89,7 +92,10 @@ LEVELS = {
         "target",
         "data",
         "image_files",
+        "device",
         "devices",
+        "ssh",
+        "adb",
         "distillation",
         "intervals",
         "surfaces",
@@ -165,7 +171,7 @@ def _modules() -> dict[str, Path]:
         folder = Path(spec.origin).parent
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
-            if parts[0] in {"assets", "converters", "profiles"}:  # data, or a package with a turn of its own
+            if parts[0] in {"assets", "converters", "integrations", "profiles"}:  # data, or with a turn of their own
                 continue
             modules[".".join((package, *parts)).removesuffix(".__init__")] = file
     return modules

@@ -20,7 +20,7 @@ from tiny_onnx import scored_onnx
 from thinet_deploy import bundle, device_site, device_stage
 from thinet_deploy.artifact import hash_json, read_json, sha256_of, write_json
 from thinet_deploy.bundle import BundleSpec, EngineFile, TypedFile
-from thinet_deploy.devices import Ssh, find_device
+from thinet_deploy.devices import find_device
 from thinet_deploy.errors import (
     BundleError,
     ConversionError,
@@ -31,6 +31,7 @@ from thinet_deploy.errors import (
 )
 from thinet_deploy.interfaces import TensorSpec, silent
 from thinet_deploy.shared_run import SharedRun
+from thinet_deploy.ssh import Ssh
 from thinet_deploy.store import Stage
 from thinet_deploy.target import load_profile
 

@@ -9,10 +9,10 @@ import pytest
 
 from thinet_deploy import device_site
 from thinet_deploy.device_site import Machine
-from thinet_deploy.devices import Ssh
 from thinet_deploy.environment import JETSON_COMMANDS
 from thinet_deploy.errors import MissingError, TargetError, UnknownNameError
 from thinet_deploy.pipeline import _check_stack
+from thinet_deploy.ssh import Ssh
 from thinet_deploy.target import load_profile
 
 

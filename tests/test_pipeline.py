@@ -4,6 +4,8 @@ import io
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +132,8 @@ def test_every_stage_leaves_its_files(full: Build) -> None:
     assert manifest.labels == ("class0", "class1", "class2")
     assert manifest.parity["passed"] is True
     assert full.notes == ()
+    check = [sys.executable, str(full.bundle / "app" / "python" / "classify.py"), "check"]
+    assert subprocess.run(check, capture_output=True, check=True).stdout.startswith(b"passed")
 
 
 def test_the_same_command_does_nothing_anew(full: Build, copy: Path, tiny_options: MakeOptions, made: Made) -> None:
@@ -192,6 +196,13 @@ def test_a_residual_network_is_pruned_inside_its_blocks(tiny_options: MakeOption
     assert [engine["verdict"] for engine in verify_bundle(done.bundle)["engines"]] == ["passed", "passed"]
 
 
+APPS = {  # target → what its bundle has for apps, beside README.md, model.properties and golden/
+    "jetson": {"cpp", "python"},
+    "nvidia-gpu": {"cpp", "python"},
+    "raspberry-pi-5": {"cpp", "python"},
+    "android": {"cpp", "kotlin"},
+    "ios": {"swift"},
+}
 TARGETS = {  # target → (opset, IR version, engines in the bundle)
     "jetson": (20, 9, ["onnxruntime"]),
     "nvidia-gpu": (20, 9, ["onnxruntime"]),
@@ -225,6 +236,7 @@ def test_a_device_gets_a_bundle_and_is_not_said_to_have_been_measured(
     assert [engine["verdict"] for engine in checked["engines"]] == ["passed"] * len(runtimes)
     assert checked["exit_code"] == (0 if runtimes else 3)
     assert manifest.notes == done.notes
+    assert {path.name for path in (done.bundle / "app").iterdir() if path.is_dir()} == APPS[target] | {"golden"}
     notes = "\n".join(done.notes)
     assert f"Nothing was run on the {target}" in notes
     if target in ("jetson", "nvidia-gpu"):

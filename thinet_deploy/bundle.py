@@ -5,6 +5,7 @@
     run.py             a copy of runner.py: `python run.py` verifies the bundle without this package
     engine.py  cuda.py  …    what run.py needs beside it (runner.COMPANIONS)
     tensorrt_builder.py      where the target builds TensorRT engines itself
+    app/…              source code for apps, and what they are checked with (see apps.py)
     model.onnx  engines/RUNTIME-PRECISION/…  golden.npz  labels.txt  preprocess.json
 
 Checksums show damage, not origin: who can change a file can change the manifest as well.
@@ -26,6 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import runner
+from .apps import App, Ends, write_app
 from .artifact import explain_os_errors, sha256_of, write_json
 from .errors import BundleError, OutputError
 from .interfaces import Array, Precision, TensorSpec
@@ -138,6 +140,7 @@ class BundleSpec:
         golden_inputs, golden_outputs: arrays by name, batch first; outputs from the model before conversion.
         tolerance: for engines built later, on the device.
         has_builder: whether the device builds TensorRT engines, and so needs tensorrt_builder.py.
+        app: for source code that runs a network of one input and one output; None for none.
     """
 
     model: str
@@ -156,6 +159,7 @@ class BundleSpec:
     notes: tuple[str, ...] = ()
     typed: tuple[TypedFile, ...] = ()
     has_builder: bool = False
+    app: App | None = None
 
 
 def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
@@ -179,6 +183,8 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
         shutil.copyfile(runner.__file__, folder / "run.py")
         for name in (*runner.COMPANIONS, *(["tensorrt_builder"] if spec.has_builder else [])):
             shutil.copyfile(Path(runner.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        if spec.app:
+            write_app(folder, spec.app, _ends(spec), _for_apps(spec, engines, typed))
         manifest = _manifest(folder, spec, engines, typed)
         write_json(folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest
@@ -240,6 +246,27 @@ def _copy_typed(file: TypedFile, folder: Path) -> TypedEntry:
         layout=file.layout,
         tolerance=file.tolerance,
     )
+
+
+def _ends(spec: BundleSpec) -> Ends:
+    source, result = spec.inputs[0].name, spec.outputs[0].name
+    return Ends(source, result, spec.golden_inputs[source], spec.golden_outputs[result])
+
+
+def _for_apps(
+    spec: BundleSpec, engines: tuple[EngineEntry, ...], typed: tuple[TypedEntry, ...]
+) -> dict[str, tuple[str, float]]:
+    """Path and tolerance of each engine, by runtime and precision, and of those that the device will build."""
+    known = {f"{engine.runtime}.{engine.precision}": (engine.path, engine.tolerance) for engine in engines}
+    if spec.has_builder:
+        later = {entry.precision: entry.tolerance for entry in typed} or {"fp32": spec.tolerance}
+        known |= {f"tensorrt.{name}": (built_path(name), tolerance) for name, tolerance in later.items()}
+    return known
+
+
+def built_path(precision: str) -> str:
+    """Where the device puts a TensorRT engine, relative to the bundle."""
+    return f"engines/tensorrt-{precision}/model.engine"
 
 
 def _manifest(

@@ -1,10 +1,10 @@
-"""What commands do with `--device ssh://…`: bundles that are checked and measured there, and what is shown of it."""
+"""What commands do with `--device`: bundles that are checked and measured there, and what is shown of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -12,27 +12,57 @@ from rich.console import Console
 from .cli_progress import bars
 from .cli_tables import print_json
 
+if TYPE_CHECKING:
+    from .device import Device
+    from .interfaces import Progress
+
 DEFAULT_PYTHON = "python3"
 
 
-def ask_device(bundle: Path, address: str, python: str | None, command: str, *options: str) -> dict[str, Any]:
-    """Copy a bundle to a device and run its run.py there.
+def ask_device(
+    bundle: Path, address: str, python: str | None, command: str, pace: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Copy a bundle to a device and run its run.py there; over adb, where no Python is, its programs in C++.
 
     Returns:
         The report of `run.py COMMAND --json`, with the device's fingerprint.
     """
     from . import device_site, device_stage
+    from .adb import Adb
     from .bundle import read_manifest
     from .devices import find_device
 
-    manifest = read_manifest(bundle)
+    manifest, device = read_manifest(bundle), find_device(address)
+    options = [word for name, value in (pace or {}).items() if value for word in (f"--{name}", str(value))]
     with bars(Console(stderr=True)) as progress:
-        machine = device_site.reach(find_device(address), python or DEFAULT_PYTHON)
+        if isinstance(device, Adb):
+            return _ask_phone(bundle, device, command, pace or {}, progress)
+        machine = device_site.reach(device, python or DEFAULT_PYTHON)
         device_site.check_runtimes(machine, [engine.runtime for engine in manifest.engines])
         site = device_site.send(machine, bundle, progress)
         report = device_stage.ask(site, command, progress, *options)
         device_stage.forget(site, command, *options)
     return {**report, "environment": machine.fingerprint}
+
+
+def _ask_phone(
+    bundle: Path, device: Device, command: str, pace: Mapping[str, int], progress: Progress
+) -> dict[str, Any]:
+    from . import android_site, android_stage
+    from .errors import InputError
+
+    if pace.get("batch", 1) != 1:
+        raise InputError(
+            f"Android devices are measured with one image per run, but --batch {pace['batch']} was given.",
+            hint="Leave --batch out.",
+        )
+    phone = android_site.reach(device)
+    if command == "verify":
+        report = android_stage.verify(phone, bundle, progress)
+    else:
+        how = {name: value for name, value in pace.items() if name != "batch"}
+        report = android_stage.latency(phone, bundle, progress, **how)
+    return {**report, "environment": phone.fingerprint}
 
 
 def remote_latency(
@@ -44,7 +74,7 @@ def remote_latency(
     *,
     as_json: bool,
 ) -> None:
-    """`thinet-deploy latency BUNDLE --device ssh://…`; exits with the code of run.py."""
+    """`thinet-deploy latency BUNDLE --device …`; exits with the code of run.py."""
     from .artifact import write_json
     from .errors import InputError
 
@@ -53,8 +83,7 @@ def remote_latency(
             f"--device {address} measures one bundle, but {len(things)} things were given.",
             hint="thinet-deploy latency RUN/bundle --device ssh://user@host",
         )
-    options = [word for name, value in pace.items() if value for word in (f"--{name}", str(value))]
-    report = ask_device(Path(things[0]), address, python, "latency", *options)
+    report = ask_device(Path(things[0]), address, python, "latency", pace)
     if out:
         write_json(out, report)
     if as_json:
@@ -83,7 +112,7 @@ def _measured(report: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[s
     from .self_test import PASSED
 
     jetson = facts["jetson"] or {}
-    system = f"Linux {facts['kernel']}"
+    system = facts.get("system") or f"Linux {facts['kernel']}"
     more = [f"{key} {jetson[key]}" for key in ("l4t", "tensorrt", "power_mode") if jetson.get(key)]
     yield f"Measured on the device: {', '.join([report['processor'], facts['machine'], system, *more])}"
     yield f"  milliseconds per run, batch {report['batch']}, threads {report['threads']}, with 95 % intervals"

@@ -39,8 +39,8 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     device: Annotated[
         str,
         typer.Option(
-            help="cpu or cuda: where models run forward and backward; ssh://user@host:port: where a bundle is copied "
-            "to and measured."
+            help="cpu or cuda: where models run forward and backward; ssh://user@host:port or adb:SERIAL: where a "
+            "bundle is copied to and measured."
         ),
     ] = "cpu",
     device_python: DevicePython = None,

@@ -185,8 +185,8 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine whil
 Device = Annotated[
     str | None,
     typer.Option(
-        help="ssh://user@host:port (user and port may be left out): copy the bundle there, build its engines there, "
-        "verify and measure them there, and bring all that back into RUN/device.",
+        help="ssh://user@host:port (user and port may be left out) or, for Android, adb:SERIAL: copy the bundle there, "
+        "build its engines there, verify and measure them there, and bring all that back into RUN/device.",
         show_default=False,
     ),
 ]

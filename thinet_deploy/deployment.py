@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import contract, device_stage, html_report, latency, precision_stage, registry, stages, verify
+from . import apps, contract, device_stage, html_report, latency, precision_stage, registry, stages, verify
+from .android_site import Phone
 from .artifact import hash_json, sha256_of, write_bytes, write_json
 from .device_site import Machine
 from .environment import fingerprint, machine_id
@@ -56,7 +57,9 @@ class Build:
     device: dict[str, Any] | None = None
 
 
-def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, machine: Machine | None = None) -> Build:
+def deploy(
+    run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, machine: Machine | Phone | None = None
+) -> Build:
     """Export → type → convert → verify → measure → bundle → the same on the device, if there is one → report."""
     job, target = tools.job, tools.job.target
     folders = {name: stage.folder for name, stage in made.stages.items()}
@@ -107,7 +110,8 @@ def deploy(run: SharedRun, tools: Tools, plan: PrecisionPlan, made: Networks, ma
             "engines": engines.digest,
             "parity": parity.digest,
             "runner": [sha256_of(file) for file in (*RUNNER_FILES, BUILDER)],
-            "target": [target.id, target.builds_on_device],
+            "app": apps.digest(),
+            "target": [target.id, target.builds_on_device, target.os, list(target.runtimes)],
             "model": [job.model_name, made.labels],
             "notes": list(notes),
         },

@@ -11,7 +11,7 @@ import errno
 import json
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from . import on_device
 from .artifact import hash_json, sha256_of
 from .bundle import MANIFEST, read_manifest
-from .devices import AGAIN, NOT_THERE, Device, Done, full_disk
+from .device import AGAIN, NOT_THERE, Device, Done, full_disk
 from .engines import ENGINES
 from .environment import JETSON_COMMANDS, JETSON_FILES, jetson_facts
 from .errors import BundleError, DeviceError, MissingError, TargetError
@@ -130,7 +130,7 @@ def _answer(device: Device, done: Done) -> dict[str, Any]:
         raise DeviceError(f"{device.name} did not answer as expected, it said: {words}", hint=AGAIN) from None
     if "error" in answer:
         if answer["errno"] in (errno.ENOSPC, errno.EDQUOT):
-            raise full_disk(device.name)
+            raise full_disk(device)
         raise DeviceError(f"{device.name}: {answer['error']}", hint=AGAIN)
     return answer
 
@@ -146,12 +146,8 @@ def check_target(machine: Machine, target: TargetProfile) -> TargetProfile:
         MissingError: a runtime that it needs is not installed there.
     """
     name = machine.device.name
-    if not all(_matches(machine, target, number) for number in range(len(target.detect))):
-        what = jetson["model"] if (jetson := machine.fingerprint["jetson"]) else machine.facts["machine"]
-        raise TargetError(
-            f"{name} is no {target.id}, as far as can be seen: it is {what or 'another machine'}.",
-            hint="Give the --target that it is, or a profile of your own: `thinet-deploy targets` lists them.",
-        )
+    jetson = machine.fingerprint["jetson"]
+    check_probes(name, target, machine.facts, jetson["model"] if jetson else machine.facts["machine"])
     if _builds(target):
         check_runtimes(machine, [], ["tensorrt"])
     check_runtimes(machine, [name for name in target.runtimes if name in ENGINES])  # that run.py can open
@@ -159,10 +155,22 @@ def check_target(machine: Machine, target: TargetProfile) -> TargetProfile:
     return target.on_stack(stack.name) if stack else target
 
 
-def _matches(machine: Machine, target: TargetProfile, number: int) -> bool:
-    probe = target.detect[number]
-    text = machine.facts["files"][probe.file] if probe.file else machine.facts["commands"][" ".join(probe.command)]
-    return re.search(probe.pattern, text, re.MULTILINE) is not None
+def check_probes(name: str, target: TargetProfile, facts: Mapping[str, Any], what: str) -> None:
+    """Raise TargetError where a device is not what the target's profile says.
+
+    Args:
+        name: of the device.
+        target: that it should be.
+        facts: what was found: `files` and `commands` have the target's probes.
+        what: it is instead, for people.
+    """
+    for probe in target.detect:
+        text = facts["files"][probe.file] if probe.file else facts["commands"][" ".join(probe.command)]
+        if re.search(probe.pattern, text, re.MULTILINE) is None:
+            raise TargetError(
+                f"{name} is no {target.id}, as far as can be seen: it is {what or 'another machine'}.",
+                hint="Give the --target that it is, or a profile of your own: `thinet-deploy targets` lists them.",
+            )
 
 
 def _builds(target: TargetProfile) -> bool:
@@ -274,7 +282,7 @@ class Site:
         answer, done = self.tell("job", self.place(name, command), self.machine.python, *command, on_line=on_line)
         code, device = answer["code"], self.machine.device.name
         if (code is None or code != 0) and answer["free_bytes"] < _NO_ROOM_BYTES:
-            raise full_disk(device)
+            raise full_disk(self.machine.device)
         if code is None:
             raise DeviceError(f"{name} on {device} ended without a result: was the device restarted?", hint=AGAIN)
         if code < 0:
@@ -298,17 +306,32 @@ def send(machine: Machine, bundle: Path, progress: Progress) -> Site:
     site = Site(machine, f"{machine.facts['root']}/{wanted[MANIFEST][:16]}")
     device.push(SCRIPT, f"{site.folder}/on_device.py")
     there, _ = site.tell("sums", site.bundle)
-    todo = [name for name in wanted if there.get(name) != wanted[name]]
-    for number, name in enumerate(todo):
-        progress("Copying to the device", number, len(todo), name)
-        if not _inside(bundle, name) or sha256_of(bundle / name) != wanted[name]:
+    copy(
+        device,
+        bundle,
+        site.bundle,
+        {name: digest for name, digest in wanted.items() if there.get(name) != digest},
+        progress,
+    )
+    return site
+
+
+def copy(device: Device, bundle: Path, target: str, wanted: Mapping[str, str], progress: Progress) -> None:
+    """Copy files of a bundle, each with the checksum that it is to have.
+
+    Raises:
+        BundleError: one has another.
+        DeviceError: the connection was cut, or the disk there is full.
+    """
+    for number, (name, digest) in enumerate(wanted.items()):
+        progress("Copying to the device", number, len(wanted), name)
+        if not _inside(bundle, name) or sha256_of(bundle / name) != digest:
             raise BundleError(
                 f"{bundle} is damaged: {name} is not as the manifest says.",
                 hint="Build it again; `thinet-deploy verify` shows everything.",
             )
-        device.push(bundle / name, f"{site.bundle}/{name}")
-    progress("Copying to the device", len(todo), len(todo))
-    return site
+        device.push(bundle / name, f"{target}/{name}")
+    progress("Copying to the device", len(wanted), len(wanted))
 
 
 def _inside(bundle: Path, name: str) -> bool:

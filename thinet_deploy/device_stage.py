@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import device_site
+from . import android_site, android_stage, device_site
+from .adb import Adb
+from .android_site import Phone
 from .artifact import write_bytes, write_json
-from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, read_manifest
+from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, built_path, read_manifest
+from .device import Done
 from .device_site import Machine, Site
-from .devices import Done, find_device
+from .devices import find_device
 from .errors import ConversionError, DeviceError, GateError, MissingError
 from .interfaces import Precision, Progress
 from .shared_run import SharedRun
@@ -29,14 +32,22 @@ _BUILDER, _TIMINGS = "tensorrt_builder.py", "timing.cache"
 _NOTHING_RAN, _NO_TENSORRT = 3, 3
 
 
-def reach(address: str, python: str, target: TargetProfile) -> tuple[Machine, TargetProfile]:
+def reach(address: str, python: str, target: TargetProfile) -> tuple[Machine | Phone, TargetProfile]:
     """The device, and the target on the stack that it has; see `device_site.reach` and `check_target` for errors."""
-    machine = device_site.reach(find_device(address), python, target)
+    device = find_device(address)
+    if isinstance(device, Adb):
+        return android_site.reach(device, target), target
+    machine = device_site.reach(device, python, target)
     return machine, device_site.check_target(machine, target)
 
 
 def on_device(
-    run: SharedRun, machine: Machine, target: TargetProfile, bundle: Stage, threads: int, progress: Progress
+    run: SharedRun,
+    machine: Machine | Phone,
+    target: TargetProfile,
+    bundle: Stage,
+    threads: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The stage: RUN/device gets engines, timing cache, logs, verdicts and raw samples from the device.
 
@@ -56,7 +67,11 @@ def on_device(
         DeviceError: see `device_site`.
     """
     inputs = {"bundle": bundle.digest, "machine": machine.identity, "threads": threads, "seconds": SECONDS}
-    make = partial(_fill, machine, target, bundle.folder, threads, progress)
+    if isinstance(machine, Phone):
+        names = (FACTS, VERIFIED, MEASURED)
+        make = partial(android_stage.fill, machine, bundle.folder, threads, SECONDS, progress, names=names)
+    else:
+        make = partial(_fill, machine, target, bundle.folder, threads, progress)
     stage = run.alone("device", inputs, lambda folder, _: make(folder))
     results = {name.removesuffix(".json"): stage.json(name) for name in (FACTS, VERIFIED, MEASURED)}
     _gate(machine, results["verify"], stage.folder)
@@ -81,7 +96,7 @@ def _fill(
     forget(site, "latency", *timing)
 
 
-def _gate(machine: Machine, verified: dict[str, Any], folder: Path) -> None:
+def _gate(machine: Machine | Phone, verified: dict[str, Any], folder: Path) -> None:
     """An engine that fails on the device fails the build, and so does a device where nothing ran."""
     failed = [row for row in verified["engines"] if row["verdict"] == "failed"]
     if verified["exit_code"] == _NOTHING_RAN:
@@ -164,7 +179,7 @@ def _build(
     """Build one engine there within the target's memory; one that is finished is kept."""
     limits = target.build
     bounds = {"--workspace-mb": limits.workspace_mb, "--guard-mb": limits.ram_guard_mb}
-    engine = f"{site.bundle}/engines/tensorrt-{precision}/model.engine"
+    engine = f"{site.bundle}/{built_path(precision)}"
     options = [word for name, value in bounds.items() if value for word in (name, str(value))]
     command = [f"{site.bundle}/{_BUILDER}", f"{site.bundle}/{source}", engine]
     command += ["--precision", precision, "--cache", f"{site.cache}/{_TIMINGS}", *options]

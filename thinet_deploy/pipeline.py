@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from . import contract, device_stage, feasibility_stage, networks, precision_stage, registry, stages
+from .android_site import Phone
 from .artifact import read_json, sha256_of, write_json
 from .deployment import Build, deploy
 from .device_site import Machine
@@ -103,7 +104,7 @@ def build(options: Options, progress: Progress = silent) -> Build:
         return deploy(run, tools, plan, networks.finish(run, tools, networks.prune(run, tools)), machine)
 
 
-def _device(options: Options) -> tuple[Machine | None, TargetProfile | None]:
+def _device(options: Options) -> tuple[Machine | Phone | None, TargetProfile | None]:
     """The device, looked at before any work starts, and the target on the stack that it has."""
     if options.device is None:
         return None, None
@@ -113,7 +114,7 @@ def _device(options: Options) -> tuple[Machine | None, TargetProfile | None]:
     return machine, target
 
 
-def _check_stack(machine: Machine, target: TargetProfile, asked: str) -> None:
+def _check_stack(machine: Machine | Phone, target: TargetProfile, asked: str) -> None:
     """Refuse a stack that was named and is not the device's; unnamed, the device decides."""
     if target.stack and asked != target.stack.name and asked in {stack.name for stack in target.stacks}:
         raise TargetError(

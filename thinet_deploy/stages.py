@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import latency, verify
+from .apps import App, picture_of
 from .artifact import read_json, sha256_of, write_json
 from .bundle import BundleSpec, EngineFile, TypedFile, write_bundle
 from .counting import count
@@ -21,6 +22,7 @@ from .export import INPUT, OUTPUT, export_onnx, export_program
 from .gcos_stage import check_layout
 from .interfaces import Conversion, Precision, TensorSpec
 from .intervals import difference_interval
+from .job import Job
 from .models.weights import load_weights
 from .precision_stage import typed_hits, typed_hops
 from .prune_stage import HELD_OUT, calibration, check_way
@@ -364,8 +366,15 @@ def bundled(
             plan=sha256_of(ship.folder / PLAN),
             notes=notes,
             has_builder=job.target.builds_on_device and "tensorrt" in job.target.runtimes,
+            app=_app(job),
         ),
     )
+
+
+def _app(job: Job) -> App:
+    canvas = job.data.test.read(np.arange(1))[0]
+    how = job.data.preprocess
+    return App(how, picture_of(canvas, how), tuple(job.target.runtimes), job.target.os)
 
 
 def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,132 @@
+"""Classifies images with an engine of this bundle. Needs Python 3.8, numpy, Pillow and the engine's runtime.
+
+    python app/python/classify.py photo.jpg     the three likeliest classes
+    python app/python/classify.py check         is an image preprocessed as in training?
+
+In an app: `classifier = Classifier("path/of/the/bundle")`, then `classifier.classify(Image.open("photo.jpg"))`.
+Engines are opened by run.py of the bundle, which knows every runtime that it ships engines for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Classifier:
+    """An engine of a bundle, from images to classes.
+
+    Args:
+        bundle: its folder.
+        runtime: whose engine; the first one that is installed here where none is named.
+        threads: of the processor that one image may use.
+    """
+
+    def __init__(self, bundle: str, runtime: str = "", threads: int = 1) -> None:
+        self.bundle = Path(bundle)
+        self.manifest = json.loads((self.bundle / "manifest.json").read_text(encoding="utf-8"))
+        self.how = self.manifest["preprocess"]
+        self.labels = self.manifest["labels"]
+        self.engine = self._open(_runner(self.bundle), runtime, threads)
+
+    def _open(self, runner: ModuleType, runtime: str, threads: int) -> Any:
+        reasons = []
+        for entry in self.manifest["engines"]:
+            if runtime in ("", entry["runtime"]):
+                path = str(self.bundle / entry["path"])
+                try:
+                    return runner.open_engine(entry["runtime"], path, threads, entry["precision"])
+                except runner.MissingRuntimeError as error:
+                    reasons.append(str(error))
+        raise SystemExit(" ".join(["No engine of this bundle can run here.", *reasons]))
+
+    def classify(self, image: Image.Image) -> list[tuple[str, float]]:
+        """The classes with their probabilities, the likeliest first."""
+        outputs = self.engine.run({self.manifest["inputs"][0]["name"]: preprocess(image, self.how)[None]})
+        scores = outputs[self.manifest["outputs"][0]["name"]][0].astype("float64")
+        shares = np.exp(scores - scores.max())
+        shares /= shares.sum()
+        return [(self.labels[index], float(shares[index])) for index in np.argsort(-shares, kind="stable")]
+
+
+def preprocess(image: Image.Image, how: dict[str, Any]) -> Any:
+    """From an image to the network's input, float32 (channels, height, width), as in training.
+
+    Args:
+        image: of 8 bits per channel.
+        how: the content of preprocess.json.
+    """
+    image = image.convert("L" if how["colour"] == "GRAY" else "RGB")
+    shorter = how["resize"] if isinstance(how["resize"], int) else 0
+    height, width = (shorter, shorter) if shorter else how["resize"]
+    size = (width, height)
+    if shorter:
+        image = _less_long(image)
+        scale = shorter / min(image.size)
+        size = (max(shorter, round(image.width * scale)), max(shorter, round(image.height * scale)))
+    pixels = np.asarray(image.resize(size, FILTERS[how["interpolation"]]))
+    pixels = _middle(_middle(pixels.reshape(size[1], size[0], -1), height, width), *how["crop"])
+    if how["colour"] == "BGR":
+        pixels = pixels[..., ::-1]
+    values = pixels.astype(np.float32) / (255.0 if how["range"] == "0..1" else 1.0)
+    normal = (values - np.array(how["mean"], np.float32)) / np.array(how["std"], np.float32)
+    return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+
+def _less_long(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, of which no more than a square is used."""
+    limit = 8 * min(image.size)
+    left, top = max(0, image.width - limit) // 2, max(0, image.height - limit) // 2
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def _middle(pixels: Any, height: int, width: int) -> Any:
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _runner(bundle: Path) -> ModuleType:
+    """run.py of the bundle; the folder becomes a package, so that no file in it stands in for another module."""
+    package = ModuleType("bundle_of_thinet_deploy")
+    package.__path__ = [str(bundle)]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.run")
+
+
+def check(bundle: Path) -> int:
+    """Compare the golden picture's input with what training makes of it; the exit code."""
+    how = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
+    golden = bundle / "app" / "golden"
+    with Image.open(golden / "picture.ppm") as image:
+        got = preprocess(image, how).ravel()
+    expected = np.fromfile(golden / "picture.f32", "<f4")
+    differ = int((got != expected).sum()) if got.size == expected.size else got.size
+    print(f"{'FAILED' if differ else 'passed'}  preprocessing: {differ} of {got.size} values differ")
+    return int(differ > 0)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    bundle = Path(__file__).resolve().parents[2]
+    if arguments == ["check"]:
+        return check(bundle)
+    if len(arguments) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    with Image.open(arguments[0]) as image:
+        for label, share in Classifier(str(bundle)).classify(image)[:3]:
+            print(f"{100 * share:6.2f} %  {label}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
