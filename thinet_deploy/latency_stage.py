@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .artifact import write_bytes
+from .environment import fingerprint
 from .errors import InputError, ModelError
 from .export import INPUT, export_onnx
-from .interfaces import Conversion, Progress
+from .interfaces import Array, Conversion, Precision, Progress
 from .job import Job
 from .latency import EngineRef, measure_engines
 from .layer_networks import layers_of
 from .models.loading import InputShape
+from .precision.graph import read_onnx
+from .precision.plan import plan_precision
 from .pruning.allocation import Curve
 from .pruning.budget import Widths, Wish, cost, softened, some
 from .pruning.graph import ChannelGraph, ChannelGroup
@@ -29,7 +33,7 @@ from .pruning.plan import empty_plan
 from .pruning.retrace import RetraceError, settled_plan
 from .pruning.surgery import apply, gap_head
 from .pruning.trace import example_inputs, named_tensors
-from .registry import check, convert, host_runtimes, runs_here
+from .registry import check, convert, runs_here
 from .staircase import RUNTIMES, Engine, Points, Stopwatch, survey
 from .target import TargetProfile
 
@@ -39,21 +43,24 @@ ROUNDS, SECONDS = 11, 4.0  # of the original and of a thin network, in turn
 Meter = Callable[[nn.Module], Measured]
 
 
-def engine_for(target: TargetProfile, threads: int) -> Engine:
-    """The first of a target's engines whose layers can be timed on this machine.
+def engine_for(target: TargetProfile, threads: int, precision: Precision | None = None) -> Engine:
+    """The first of a target's engines in a precision whose layers can be timed on this machine.
 
     Raises:
         InputError: there is none.
+        TargetError: the target cannot compute in that precision.
         MissingError: its runtime is not installed.
     """
-    here = [runtime for runtime in host_runtimes(target) if runtime in RUNTIMES] if runs_here(target) else []
+    plan = plan_precision(target, precision, fingerprint()["cpu"]["flags"])
+    here = [runtime for runtime in plan.runtimes if runtime in RUNTIMES] if runs_here(target) else []
     if not here:
+        typed = f" in {precision}" if precision else ""
         raise InputError(
-            f"Layers for {target.id} cannot be timed here: no engine of it runs on this machine.",
+            f"Layers for {target.id} cannot be timed here: no engine of it{typed} runs on this machine.",
             hint=f"Choose a target that runs here with {' or '.join(RUNTIMES)}, such as cpu.",
         )
     check(here[0])
-    return Engine(here[0], threads)
+    return Engine(here[0], threads, plan.engines, plan.layout)
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -61,8 +68,12 @@ def identity(job: Job) -> dict[str, Any]:
     options = job.options
     if not options.timed:
         return {}
-    engine = engine_for(job.target, options.threads)
+    engine = _engine_of(job)
     return {"timed": {"latency": options.latency, "speedup": options.speedup, **engine.identity}}
+
+
+def _engine_of(job: Job) -> Engine:
+    return engine_for(job.target, job.options.threads, job.options.precision)
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,22 @@ class Bench:
     """Where a budget of time is met.
 
     Attributes:
-        job: what is being pruned.
-        engine: that it has to be fast on.
+        engine: that a network has to be fast on.
+        target: whose engine it is.
+        image: that networks are timed with, (1, channels, height, width).
         progress: to report to.
     """
 
-    job: Job
     engine: Engine
+    target: TargetProfile
+    image: Array
     progress: Progress
+
+    @property
+    def input_shape(self) -> InputShape:
+        """Of one image."""
+        channels, height, width = self.image.shape[1:]
+        return channels, height, width
 
     def stopwatch(self) -> Stopwatch:
         """Measures layers."""
@@ -91,14 +110,13 @@ class Bench:
             folder: takes the engines; it has to last as long as the meter.
         """
         base = self.made(original, "original", folder)
-        image = self.job.data.test.inputs(np.arange(1))
         numbers = itertools.count(1)
 
         def measure(thin: nn.Module) -> Measured:
             refs = [base, self.made(thin, f"thin{next(numbers)}", folder)]
             first, second = measure_engines(
                 refs,
-                {INPUT: image},
+                {INPUT: self.image},
                 threads=self.engine.threads,
                 rounds=ROUNDS,
                 seconds=SECONDS,
@@ -112,27 +130,30 @@ class Bench:
 
     def made(self, model: nn.Module, name: str, folder: Path) -> EngineRef:
         """A network as an engine."""
-        return as_engine(model, self.job.input_shape, name, self.engine, self.job.target, folder)
+        return as_engine(model, self.input_shape, name, self.engine, self.target, folder)
 
 
 def as_engine(
     model: nn.Module, input_shape: InputShape, name: str, engine: Engine, target: TargetProfile, folder: Path
 ) -> EngineRef:
-    """A network as an engine, made as `build` makes it."""
+    """A network as an engine, made as `build` makes it; in INT8 without calibration, for it is only to be timed."""
     source, place = folder / f"{name}.onnx", folder / name
     place.mkdir()
     export_onnx(model, input_shape, source, opset=target.opset, ir_version=target.ir_version)
-    artifact = convert(engine.runtime, Conversion(source, place), folder)
-    return EngineRef(name, engine.runtime, folder / artifact.path)
+    if engine.precision == "int8":
+        write_bytes(source, engine.typed(read_onnx(source)).SerializeToString())
+    artifact = convert(engine.runtime, Conversion(source, place, engine.precision), folder)
+    return EngineRef(name, engine.runtime, folder / artifact.path, engine.precision)
 
 
 def bench_of(job: Job, progress: Progress) -> Bench:
     """The job's own: the target's engine on this machine."""
-    return Bench(job, engine_for(job.target, job.options.threads), progress)
+    return Bench(_engine_of(job), job.target, job.data.test.inputs(np.arange(1)), progress)
 
 
 def fitting(
     bench: Bench,
+    job: Job,
     original: nn.Module,
     graph: ChannelGraph,
     groups: Sequence[ChannelGroup],
@@ -145,18 +166,16 @@ def fitting(
         GateError: it cannot be reached.
         InputError: nothing has to be pruned for it, or the thin network is none.
     """
-    job, goal = bench.job, Goal(bench.job.options.most_ms, bench.job.options.times_faster)
-    wish = _with_room(original, graph, groups, wish, goal)
-    costs = layer_costs(job, original, graph, groups, wish, Points.on(bench.engine), bench.stopwatch())
+    goal, head = Goal(job.options.most_ms, job.options.times_faster), job.replaces_head
+    wish = with_room(original, graph, groups, wish, goal)
+    costs = layer_costs(bench, original, graph, groups, wish, ignore="classifier." if head else None)
     with tempfile.TemporaryDirectory() as folder:
         measure = bench.meter(original, Path(folder))
-        make = partial(shaped, job, original, graph, groups)
+        make = partial(shaped, bench.input_shape, original, graph, groups, new_head=head)
         return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)))
 
 
-def _with_room(
-    original: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish, goal: Goal
-) -> Wish:
+def with_room(original: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish, goal: Goal) -> Wish:
     """A soft grid as fine as a budget of as many times fewer multiply-accumulates would make it."""
     tensors = dict(named_tensors(original))
     macs = cost(tensors, graph, np.ones(graph.channels, dtype=bool)).macs / (goal.speedup or 2.0)
@@ -164,47 +183,61 @@ def _with_room(
 
 
 def layer_costs(
-    job: Job,
+    bench: Bench,
     original: nn.Module,
     graph: ChannelGraph,
     groups: Sequence[ChannelGroup],
     wish: Wish,
-    points: Points,
-    stopwatch: Stopwatch,
+    *,
+    ignore: str | None = None,
 ) -> Milliseconds:
-    """The network's time by its layers; a head that is going to be replaced is not counted."""
-    layers = layers_of(original, job.input_shape)
-    if job.replaces_head:
-        layers = [layer for layer in layers if not layer.name.startswith("classifier.")]
+    """The network's time by its layers, measured where it is not known yet.
+
+    Args:
+        bench: where.
+        original: the network.
+        graph: of it.
+        groups: to prune.
+        wish: has the grid.
+        ignore: what the names of layers begin with that are not counted: of a head that is going to be replaced.
+    """
+    layers = [each for each in layers_of(original, bench.input_shape) if not (ignore and each.name.startswith(ignore))]
     mine = sized(layers, graph, groups, wish)
-    surfaces = survey([(each.layer.shape, each.domain) for each in mine], points, stopwatch, POINTS)
-    return Milliseconds(mine, surfaces, groups)
+    domains = [(each.layer.shape, each.domain) for each in mine]
+    return Milliseconds(mine, survey(domains, Points.on(bench.engine), bench.stopwatch(), POINTS), groups)
 
 
 def shaped(
-    job: Job, original: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], widths: Widths
+    input_shape: InputShape,
+    original: nn.Module,
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    widths: Widths,
+    *,
+    new_head: bool = False,
 ) -> nn.Module:
     """The network with these widths, whichever filters stay: times depend on numbers only."""
     kept = some(graph, groups, widths)
     try:
-        plan = settled_plan(original, graph, kept, example_inputs(original, job.input_shape))
+        plan = settled_plan(original, graph, kept, example_inputs(original, input_shape))
     except RetraceError as error:
         raise ModelError(
             f"A network of these widths cannot be made: {error.what} ({error.modules[0] or 'the network'}).",
             hint=f'Leave this part whole: --ignore "{error.modules[0] or "*"}*".',
         ) from error
     thin = apply(plan, original)
-    head = gap_head(thin) if job.replaces_head else None
+    head = gap_head(thin) if new_head else None
     return apply(empty_plan(thin).model_copy(update={"head": head}), thin).eval() if head else thin
 
 
 def told(found: Found, job: Job) -> dict[str, Any]:
     """For the report: what was asked, predicted and measured."""
-    options, engine = job.options, engine_for(job.target, job.options.threads)
+    options, engine = job.options, _engine_of(job)
     trials = [
         {"predicted_ms": found.factor * each.layers_ms, **asdict(each.measured), "widths": each.widths}
         for each in found.trials
     ]
     best = trials[found.trials.index(found.best)]
-    asked = {"runtime": engine.runtime, "threads": engine.threads, "latency": options.latency}
-    return {**asked, "speedup": options.speedup, "factor": found.factor, "trials": trials, "best": best}
+    asked = {"latency": options.latency, "speedup": options.speedup}
+    where = {"runtime": engine.runtime, "threads": engine.threads, "precision": engine.precision}
+    return {**asked, **where, "factor": found.factor, "trials": trials, "best": best}

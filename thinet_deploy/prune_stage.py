@@ -242,7 +242,7 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
 
     def widths(curves: Mapping[str, Curve]) -> Widths:
         if options.timed:
-            found.append(fitting(bench_of(job, tools.progress), original, graph, groups, wish, curves))
+            found.append(fitting(bench_of(job, tools.progress), job, original, graph, groups, wish, curves))
             return found[0].best.widths
         # As many multiply-accumulates as the keep ratio leaves, put where they help most.
         budget = with_budget(costs, groups, wish)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx import ModelProto
+
 from . import runner
 from .artifact import read_json, write_json
 from .environment import cache_folder, fingerprint, machine_id
@@ -21,6 +23,8 @@ from .errors import OutputError
 from .interfaces import Precision, Progress, silent
 from .latency import explained
 from .layer_networks import LayerShape, frame, framed, image_of
+from .precision.int8 import U8S8, Layout
+from .precision.timing import to_be_timed
 from .registry import made_by
 from .surfaces import POINTS, Domain, Point, Surface, Timing, wanted
 
@@ -41,12 +45,14 @@ class Engine:
     Attributes:
         runtime: one of RUNTIMES.
         threads: CPU threads.
-        precision: that it computes in.
+        precision: that it computes in: fp32 or int8.
+        layout: of the Q/DQ pairs in int8; the machine says which.
     """
 
     runtime: str
     threads: int = 1
     precision: Precision = "fp32"
+    layout: Layout = U8S8
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -68,7 +74,7 @@ class Engine:
         with tempfile.TemporaryDirectory() as folder, runner.Worker() as worker, what:
             paths = {key: Path(folder, f"{number}.onnx") for number, key in enumerate(networks)}
             for key, network in networks.items():
-                paths[key].write_bytes(network.SerializeToString())
+                paths[key].write_bytes(self.typed(network).SerializeToString())
             for number in range(ROUNDS):
                 order = list(networks)
                 random.Random(f"staircase:{number}").shuffle(order)
@@ -77,6 +83,10 @@ class Engine:
                     rounds[key].append(self._turn(worker, paths[key], key))
         progress("Measuring layers", ROUNDS * len(networks), ROUNDS * len(networks))
         return [_without(rounds[task], rounds.get((*task[:2], None))) for task in tasks]
+
+    def typed(self, network: ModelProto) -> ModelProto:
+        """A float32 network in the type that this engine computes in, to be timed."""
+        return to_be_timed(network, self.layout) if self.precision == "int8" else network
 
     def _turn(self, worker: runner.Worker, path: Path, key: tuple[LayerShape, int, int | None]) -> float:
         """The median of some runs."""
