@@ -15,11 +15,11 @@ from torch import nn
 
 from .artifact import write_bytes
 from .environment import fingerprint
-from .errors import InputError, ModelError
+from .errors import InputError
 from .export import INPUT, export_onnx
-from .interfaces import Array, Conversion, Precision, Progress
+from .interfaces import Array, Conversion, Precision, Progress, silent
 from .job import Job
-from .latency import EngineRef, measure_engines
+from .latency import EngineLatency, EngineRef, measure_engines
 from .layer_networks import layers_of
 from .models.loading import InputShape
 from .precision.graph import read_onnx
@@ -29,10 +29,9 @@ from .pruning.budget import Widths, Wish, cost, softened, some
 from .pruning.graph import ChannelGraph, ChannelGroup
 from .pruning.latency_budget import Found, Goal, Measured, meet
 from .pruning.milliseconds import Milliseconds, sized
-from .pruning.plan import empty_plan
-from .pruning.retrace import RetraceError, settled_plan
+from .pruning.plan import empty_plan, plan_channels
 from .pruning.surgery import apply, gap_head
-from .pruning.trace import example_inputs, named_tensors
+from .pruning.trace import named_tensors
 from .registry import check, convert, runs_here
 from .staircase import RUNTIMES, Engine, Points, Stopwatch, survey
 from .target import TargetProfile
@@ -85,12 +84,15 @@ class Bench:
         target: whose engine it is.
         image: that networks are timed with, (1, channels, height, width).
         progress: to report to.
+        rounds, seconds: of each measurement; see `measure_engines`.
     """
 
     engine: Engine
     target: TargetProfile
     image: Array
-    progress: Progress
+    progress: Progress = silent
+    rounds: int = ROUNDS
+    seconds: float = SECONDS
 
     @property
     def input_shape(self) -> InputShape:
@@ -109,24 +111,23 @@ class Bench:
             original: made once.
             folder: takes the engines; it has to last as long as the meter.
         """
-        base = self.made(original, "original", folder)
-        numbers = itertools.count(1)
+        base, numbers = self.made(original, "original", folder), itertools.count(1)
 
         def measure(thin: nn.Module) -> Measured:
-            refs = [base, self.made(thin, f"thin{next(numbers)}", folder)]
-            first, second = measure_engines(
-                refs,
-                {INPUT: self.image},
-                threads=self.engine.threads,
-                rounds=ROUNDS,
-                seconds=SECONDS,
-                progress=self.progress,
-            )
-            before, after = (each.samples.summary["median_ms"] for each in (first, second))
-            assert second.speedup is not None
-            return Measured(after, before, second.speedup.ratio, second.speedup.low, second.speedup.high)
+            if thin is original:
+                (alone,) = self.timed([base])
+                return Measured(alone.median_ms, alone.median_ms, 1.0)
+            before, after = self.timed([base, self.made(thin, f"thin{next(numbers)}", folder)])
+            faster = after.speedup
+            assert faster is not None
+            return Measured(after.median_ms, before.median_ms, faster.ratio, faster.low, faster.high)
 
         return measure
+
+    def timed(self, refs: Sequence[EngineRef]) -> list[EngineLatency]:
+        """Engines in turn."""
+        how = {"threads": self.engine.threads, "rounds": self.rounds, "seconds": self.seconds}
+        return measure_engines(refs, {INPUT: self.image}, **how, progress=self.progress)  # type: ignore[arg-type]  # as named
 
     def made(self, model: nn.Module, name: str, folder: Path) -> EngineRef:
         """A network as an engine."""
@@ -171,7 +172,7 @@ def fitting(
     costs = layer_costs(bench, original, graph, groups, wish, ignore="classifier." if head else None)
     with tempfile.TemporaryDirectory() as folder:
         measure = bench.meter(original, Path(folder))
-        make = partial(shaped, bench.input_shape, original, graph, groups, new_head=head)
+        make = partial(shaped, original, graph, groups, new_head=head)
         return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)))
 
 
@@ -208,7 +209,6 @@ def layer_costs(
 
 
 def shaped(
-    input_shape: InputShape,
     original: nn.Module,
     graph: ChannelGraph,
     groups: Sequence[ChannelGroup],
@@ -216,16 +216,13 @@ def shaped(
     *,
     new_head: bool = False,
 ) -> nn.Module:
-    """The network with these widths, whichever filters stay: times depend on numbers only."""
+    """The network with these widths, itself if it has them; times depend on numbers only, so any filters stay.
+
+    Whether it is still the same network is not looked into: that takes another trace, which is due once the filters
+    are chosen.
+    """
     kept = some(graph, groups, widths)
-    try:
-        plan = settled_plan(original, graph, kept, example_inputs(original, input_shape))
-    except RetraceError as error:
-        raise ModelError(
-            f"A network of these widths cannot be made: {error.what} ({error.modules[0] or 'the network'}).",
-            hint=f'Leave this part whole: --ignore "{error.modules[0] or "*"}*".',
-        ) from error
-    thin = apply(plan, original)
+    thin = original if kept.all() else apply(plan_channels(original, graph, kept), original)
     head = gap_head(thin) if new_head else None
     return apply(empty_plan(thin).model_copy(update={"head": head}), thin).eval() if head else thin
 
