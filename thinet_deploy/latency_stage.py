@@ -114,15 +114,19 @@ class Bench:
         base, numbers = self.made(original, "original", folder), itertools.count(1)
 
         def measure(thin: nn.Module) -> Measured:
-            if thin is original:
-                (alone,) = self.timed([base])
-                return Measured(alone.median_ms, alone.median_ms, 1.0)
-            before, after = self.timed([base, self.made(thin, f"thin{next(numbers)}", folder)])
-            faster = after.speedup
-            assert faster is not None
-            return Measured(after.median_ms, before.median_ms, faster.ratio, faster.low, faster.high)
+            return self.compared(base, base if thin is original else self.made(thin, f"thin{next(numbers)}", folder))
 
         return measure
+
+    def compared(self, base: EngineRef, thin: EngineRef) -> Measured:
+        """The original's engine and another one in turn; the original's alone, if that is the other one."""
+        if thin is base:
+            (alone,) = self.timed([base])
+            return Measured(alone.median_ms, alone.median_ms, 1.0)
+        before, after = self.timed([base, thin])
+        faster = after.speedup
+        assert faster is not None
+        return Measured(after.median_ms, before.median_ms, faster.ratio, faster.low, faster.high)
 
     def timed(self, refs: Sequence[EngineRef]) -> list[EngineLatency]:
         """Engines in turn."""
