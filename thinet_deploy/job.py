@@ -145,7 +145,8 @@ def _check_timed(options: Options) -> None:
 
 def _check_preset(options: Options) -> None:
     """Raise InputError for widths that are asked for beside those of the preset."""
-    names = ("keep", "macs", "size", "latency", "speedup", "round_to", "keep_layer", "ignore", "prune_shortcuts")
+    budgets = ("keep", "macs", "size", "latency", "speedup")
+    names = (*budgets, "round_to", "keep_layer", "ignore", "prune_shortcuts", "drop_branches")
     given = [
         name
         for name in names

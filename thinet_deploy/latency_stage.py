@@ -26,7 +26,7 @@ from .precision.graph import read_onnx
 from .precision.plan import plan_precision
 from .pruning.allocation import Curve
 from .pruning.budget import Widths, Wish, cost, softened, some
-from .pruning.graph import ChannelGraph, ChannelGroup
+from .pruning.graph import Branch, ChannelGraph, ChannelGroup
 from .pruning.latency_budget import Found, Goal, Measured, meet
 from .pruning.milliseconds import Milliseconds, sized
 from .pruning.plan import empty_plan, plan_channels
@@ -164,6 +164,7 @@ def fitting(
     groups: Sequence[ChannelGroup],
     wish: Wish,
     curves: Mapping[str, Curve],
+    branches: Sequence[Branch] = (),
 ) -> Found:
     """Widths within the budget of time that the job asks for.
 
@@ -177,7 +178,7 @@ def fitting(
     with tempfile.TemporaryDirectory() as folder:
         measure = bench.meter(original, Path(folder))
         make = partial(shaped, original, graph, groups, new_head=head)
-        return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)))
+        return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)), branches)
 
 
 def with_room(original: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish, goal: Goal) -> Wish:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from .branches import branches
 from .graph import STAYS, Attribute, Axis, ChannelGraph, ChannelGroup, Channels, Consumer
 from .label_pass import Labels
 from .labels import FIXED, PARAMETER, Balance, Draft, Site, distinct
@@ -108,7 +109,16 @@ def group_channels(
         if operation(node) in _CONVOLUTIONS and not trace.parameter(arguments(node)["weight"]):
             whole[owner(node)] = "its weight is computed from other parameters"
     return ChannelGraph(
-        tuple(groups), axes, tuple(attributes), whole, len(numbers), _joins(trace), dict(work), draft, trace
+        tuple(groups),
+        branches(model, trace, groups),
+        axes,
+        tuple(attributes),
+        whole,
+        len(numbers),
+        _joins(trace),
+        dict(work),
+        draft,
+        trace,
     )
 
 
