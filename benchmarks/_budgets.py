@@ -94,7 +94,7 @@ class Subject:
 
 def error(curves: dict[str, Curve], widths: Widths) -> float:
     """Predicted: the share of what the consumers say that is lost."""
-    return sum(float(c.error[c.widths.tolist().index(widths[name])]) for name, c in curves.items())
+    return sum(curve.at(widths[name]) for name, curve in curves.items())
 
 
 def written(curves: dict[str, Curve]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def main() -> None:
             each = rows[name]
             print(f"{name}: {percent(each)}, predicted error {each['error']:.4f}, gone: {each['vanished']}", flush=True)
         without, with_it = (rows[f"{times:g}x, {kind}"] for kind in ("as it was", "branches may vanish"))
-        gain = difference_interval(*(unpack(each["right"], len(held_out)) for each in (with_it, without)))
+        gain = difference_interval(unpack(with_it["right"], len(held_out)), unpack(without["right"], len(held_out)))
         print(f"  gain {gain.value:+.2f} points [{gain.low:+.2f}, {gain.high:+.2f}]", flush=True)
 
 
