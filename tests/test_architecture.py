@@ -77,6 +77,7 @@ LEVELS = {
         "plots",
         "counting",
         "layer_networks",
+        "layer_times",
         "staircase",
     },
     1: {
