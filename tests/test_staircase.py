@@ -2,7 +2,11 @@
 
 import json
 import math
+import random
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from thinet_deploy import latency_stage, pipeline, staircase, staircase_stage
+from thinet_deploy import latency_stage, pipeline, runner, staircase, staircase_stage
 from thinet_deploy.artifact import read_json
 from thinet_deploy.counting import count
 from thinet_deploy.environment import cache_folder
@@ -102,6 +106,35 @@ def test_a_real_engine_times_layers(runtime: str, precision: Precision, monkeypa
     found = Engine(runtime, precision=precision).time(tasks)
     assert len(found) == len(tasks)
     assert all(each.ms > 0 and each.spread_ms >= 0 for each in found)
+
+
+@dataclass
+class Simulated:
+    """A worker whose runs take a millisecond, or whatever they like."""
+
+    luck: random.Random | None = None
+    opened: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self) -> Any:
+        return nullcontext(self)
+
+    def ask(self, op: str, **given: Any) -> dict[str, Any]:
+        if op == "open":
+            self.opened[given["path"]] += 1
+        shaken = 1.0 if self.luck is None else self.luck.uniform(0.5, 2.0)
+        return {"calls": 10, "seconds": 0.01, "samples_ms": [shaken] * given.get("count", 1)}
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_layer_that_is_known_gets_no_further_turns(steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Simulated(None if steady else random.Random(0))
+    monkeypatch.setattr(runner, "Worker", worker)
+    layers = layers_of(Mixed(), (3, 16, 16))
+    found = Engine("openvino").time([(each.shape, each.ins, each.outs) for each in layers])
+    assert len(worker.opened) == 2 * len(layers) - 1, "each in its frame and the frame; the first one needs none"
+    turns = set(worker.opened.values())
+    assert turns == {staircase.ROUNDS_AT_LEAST} if steady else staircase.ROUNDS in turns
+    assert all(each.spread_ms == 0 for each in found) == steady
 
 
 def test_points_are_kept_and_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto
 
@@ -24,7 +25,7 @@ from .runner import MissingRuntimeError, import_runtime
 
 # Left alone, OpenVINO chooses a type itself; quantised layers stay quantised.
 _HINTS: Mapping[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
-RUNS = 20  # and one before them, which does not count
+RUNS, ENGINES = 20, 3
 OTHERS = "all other operations"
 Times = dict[tuple[str, ...], float]  # names that a kernel goes by → milliseconds
 
@@ -72,16 +73,22 @@ def _by_layer(source: ModelProto, kernels: Mapping[tuple[str, ...], float]) -> d
 
 
 def _openvino(path: Path, precision: Precision, image: Array, threads: int) -> Times:
-    """From the runtime model, which has averages of all runs and the layers that went into each kernel."""
+    """From the runtime model, which knows averages only; of several engines, lest one disturbed run decides."""
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": True}
-    model = (
-        import_runtime("openvino")
-        .Core()
-        .compile_model(str(path), "CPU", {**options, "INFERENCE_PRECISION_HINT": _HINTS[precision]})
-    )
-    request = model.create_infer_request()
-    for _ in range(1 + RUNS):
-        request.infer({INPUT: image})
+    options["INFERENCE_PRECISION_HINT"] = _HINTS[precision]
+    core, found = import_runtime("openvino").Core(), defaultdict[tuple[str, ...], list[float]](list)
+    for _ in range(ENGINES):
+        model = core.compile_model(str(path), "CPU", options)
+        request = model.create_infer_request()
+        for _ in range(RUNS):
+            request.infer({INPUT: image})
+        for names, ms in _averages(model).items():
+            found[names].append(ms)
+    return {names: statistics.median(values) for names, values in found.items()}
+
+
+def _averages(model: Any) -> Times:
+    """Of a compiled model's kernels, by the names of the layers that went into each."""
     found: Times = defaultdict(float)
     for kernel in model.get_runtime_model().get_ops():
         info = kernel.get_rt_info()
@@ -89,7 +96,7 @@ def _openvino(path: Path, precision: Precision, image: Array, threads: int) -> T
         if took.isdigit():
             names = tuple(plain_name(name) for name in str(info["originalLayersNames"].value).split(","))
             found[names] += int(took) / 1000
-    return dict(found)
+    return found
 
 
 def _onnxruntime(path: Path, precision: Precision, image: Array, threads: int) -> Times:
@@ -102,7 +109,7 @@ def _onnxruntime(path: Path, precision: Precision, image: Array, threads: int) -
         options.log_severity_level, options.intra_op_num_threads = 3, threads
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder, "run"))
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for _ in range(1 + RUNS):
+        for _ in range(RUNS):
             session.run(None, {INPUT: image})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     took: dict[str, list[float]] = defaultdict(list)
@@ -113,8 +120,8 @@ def _onnxruntime(path: Path, precision: Precision, image: Array, threads: int) -
 
 
 def _of_runs(values: Sequence[float]) -> float:
-    """The median of all but the first run; a kernel may be called several times in each."""
-    calls = math.ceil(len(values) / (1 + RUNS))
+    """The median of all but the first run, which may be slower; a kernel may be called several times in each."""
+    calls = math.ceil(len(values) / RUNS)
     return calls * statistics.median(values[calls:] or values)
 
 
