@@ -19,10 +19,10 @@ from thinet_deploy.interfaces import Precision, Progress, silent
 from thinet_deploy.latency import EngineLatency, EngineRef
 from thinet_deploy.latency_stage import Bench, engine_for, layer_costs, shaped
 from thinet_deploy.pruning.allocation import Curve
-from thinet_deploy.pruning.budget import Widths, Wish, cost, some, uniform
+from thinet_deploy.pruning.budget import Widths, Wish, cost, may_vanish, some, uniform
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
-from thinet_deploy.pruning.graph import ChannelGraph, ChannelGroup
+from thinet_deploy.pruning.graph import Branch, ChannelGraph, ChannelGroup
 from thinet_deploy.pruning.latency_budget import CORRECTIONS, NEAR, Measured
 from thinet_deploy.pruning.milliseconds import Milliseconds
 from thinet_deploy.pruning.oneshot import Method, weigh
@@ -32,19 +32,23 @@ from thinet_deploy.target import load_profile
 
 @dataclass
 class Subject:
-    """A network to prune but for its residual streams.
+    """A network to prune.
 
     Attributes:
         model: of full width.
         images: to calibrate on; the first one is what engines are timed with.
         calibration: how many of them.
         batch: of them that run together.
+        streams: whether residual streams may become narrower too.
+        vanishing: whether residual branches may vanish.
     """
 
     model: nn.Module
     images: ImageSet
     calibration: int
     batch: int
+    streams: bool = False
+    vanishing: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,7 +63,12 @@ class Subject:
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
         """Those that may become narrower."""
-        return tuple(group for group in self.graph.groups if not group.shortcut)
+        return tuple(group for group in self.graph.groups if self.streams or not group.shortcut)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Those that may vanish."""
+        return may_vanish(self.graph, self.groups, Wish()) if self.vanishing else ()
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
