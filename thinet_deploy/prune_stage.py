@@ -321,7 +321,8 @@ def _row(group: ChannelGroup, done: Pruned) -> dict[str, Any]:
         "after": after,
     }
     if curve := done.curves.get(group.name):  # of what the narrowest width would have cost
-        row["error"] = curve.at(after) / max(float(curve.error[-1]), 1e-30)
+        narrowest = int(curve.widths[curve.widths > 0].min())
+        row["error"] = curve.at(after) / max(curve.at(narrowest), 1e-30)
     return row
 
 

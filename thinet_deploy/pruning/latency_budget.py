@@ -138,7 +138,8 @@ def meet(
         least = fastest(costs, groups, wish, branches)
         known = next((trial for trial in trials if trial.widths == least), None)
         raise _out_of_reach(goal, best, known or tried(least))
-    return Found(tuple(trials), best, idle)
+    # What does not pay when it is narrowed may still have gone with its branch.
+    return Found(tuple(trials), best, {name: why for name, why in idle.items() if best.widths[name]})
 
 
 def _budget(goal: Goal, trials: Sequence[Trial]) -> float:
