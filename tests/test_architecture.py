@@ -82,6 +82,7 @@ LEVELS = {
         "plots",
         "counting",
         "layer_networks",
+        "layer_times",
         "staircase",
     },
     1: {

@@ -1,6 +1,7 @@
 """The HTML report: whole in one file, and in a real browser without a word of complaint, in light and dark."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 from thinet_deploy import html_report, report_plots
 from thinet_deploy.deployment import Build
 from thinet_deploy.html_report import Page
+from thinet_deploy.layer_times import OTHERS
 from thinet_deploy.pipeline import build
 
 pytestmark = pytest.mark.usefixtures("quick_module")
-SECTIONS = ("contract", "papers", "accuracy", "widths", "latency", "parity", "ledger", "environment")
+SECTIONS = ("contract", "papers", "accuracy", "widths", "layers", "latency", "parity", "ledger", "environment")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
 
@@ -71,9 +73,22 @@ def test_the_same_run_gives_the_same_page(built: Build, page: str) -> None:
 
 def test_a_run_without_engines_or_with_lost_files_leaves_sections_out(built: Build, tmp_path: Path) -> None:
     text = html_report.render([Page(tmp_path, built.table)])
-    for section in ("contract", "widths", "latency", "parity", "environment"):
+    for section in ("contract", "widths", "layers", "latency", "parity", "environment"):
         assert f'<section class="{section}">' not in text
     assert '<section class="papers">' in text
+
+
+def test_layers_have_times_in_both_networks(built: Build, page: str) -> None:
+    found = json.loads((built.run / "latency" / "layers.json").read_text(encoding="utf-8"))
+    assert found.keys() == {"openvino", "onnxruntime"}
+    for networks in found.values():
+        assert {"original", "gap"} <= networks.keys()
+        for name, layers in networks.items():
+            assert all(ms > 0 for ms in layers.values())
+            convolutions = {layer for layer in layers if layer.startswith("features.")}
+            assert convolutions == {"features.0", "features.2", "features.5"}, name
+            assert OTHERS in layers
+    assert page.count('<section class="layers">') == 2
 
 
 def browse(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -89,7 +104,7 @@ def test_chromium_shows_it_without_complaint(built: Build, page: str, tmp_path: 
     file.write_text(page, encoding="utf-8")
     done = browse(file, "--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert done.stdout.count("<table") == 6, "contract, papers, widths, latency, parity, ledger"
+    assert done.stdout.count("<table") == 8, "contract, papers, widths, layers on two runtimes, latency, parity, ledger"
     assert done.stdout.count("<svg") == 2
     assert "ERR_" not in done.stderr
 

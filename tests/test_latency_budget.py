@@ -68,6 +68,8 @@ class Device:
         self.luck = random.Random(0)
 
     def layer(self, shape: LayerShape, ins: int, outs: int) -> float:
+        if not ins or not outs:
+            return 0.0
         up = [-(-side // self.step) * self.step for side in (ins, outs)]
         if shape.kind == "depthwise":
             up[0] = 1
@@ -110,7 +112,7 @@ def solve(device: Device, goal: Goal, wish: Wish | None = None, **changes: Any) 
     mine = sized(LAYERS, GRAPH, GROUPS, wish)
     surfaces = survey([(each.layer.shape, each.domain) for each in mine], Points(), device.stopwatch)
     costs = Milliseconds(mine, surfaces, GROUPS)
-    return meet(costs, GROUPS, curves(), wish, goal, lambda widths: device.measure(widths, wish)), costs
+    return meet(costs, GROUPS, curves(), wish, goal, lambda widths: device.measure(widths, wish), **changes), costs
 
 
 @pytest.mark.parametrize("step", [8, 16])
@@ -155,6 +157,22 @@ def test_layers_that_do_not_gain_stay_whole_and_it_is_said_why() -> None:
     assert found.best.widths[group.name] == len(group.channels)
     assert "hardly be faster" in found.unpaid["point"]
     assert found.unpaid.keys() < {each.name for each in GROUPS}
+
+
+def test_a_branch_may_vanish_where_narrowing_it_does_not_pay() -> None:
+    assert [(branch.end, branch.inside, branch.groups) for branch in GRAPH.branches] == [("b", ("a",), ("a",))]
+    device = Device(8, idle=lambda shape: shape.map_size == SHAPE[1:] and shape.stride == (1, 1))
+    stays, _ = solve(device, Goal(speedup=1.5))
+    assert stays.best.widths["a"] == 384
+    assert "a" in stays.unpaid
+    found, costs = solve(device, Goal(speedup=1.5), branches=GRAPH.branches)
+    assert found.best.widths["a"] == 0
+    assert "a" not in found.unpaid
+    assert found.best.measured.speedup == pytest.approx(1.5, rel=0.05)
+    whole = {group.name: len(group.channels) for group in GROUPS}
+    layers = [each for each in sized(LAYERS, GRAPH, GROUPS, Wish()) if each.layer.name in {"a", "b"}]
+    gone = sum(device.layer(each.layer.shape, *each.domain.whole) for each in layers)
+    assert costs(whole)[0] - costs({**whole, "a": 0})[0] == pytest.approx(gone, rel=0.01)
 
 
 def test_a_budget_out_of_reach_says_the_smallest_time() -> None:

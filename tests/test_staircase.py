@@ -2,7 +2,12 @@
 
 import json
 import math
+import random
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -14,12 +19,13 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from thinet_deploy import latency_stage, pipeline, staircase, staircase_stage
+from thinet_deploy import latency_stage, pipeline, runner, staircase, staircase_stage
 from thinet_deploy.artifact import read_json
 from thinet_deploy.counting import count
+from thinet_deploy.engines import open_engine
 from thinet_deploy.environment import cache_folder
 from thinet_deploy.errors import GateError, InputError
-from thinet_deploy.interfaces import Progress, silent
+from thinet_deploy.interfaces import Precision, Progress, silent
 from thinet_deploy.latency_stage import Bench
 from thinet_deploy.layer_networks import LayerShape, frame, framed, image_of, layers_of
 from thinet_deploy.options import Options
@@ -89,16 +95,46 @@ def test_networks_of_layers_are_sound_and_hold_the_layer(layer: Any) -> None:
     assert sizes[-1] == tuple(weight.shape)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("runtime", staircase.RUNTIMES)
-def test_a_real_engine_times_layers(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_engine_times_layers(runtime: str, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")
     monkeypatch.setattr(staircase, "SECONDS", 0.002)
     monkeypatch.setattr(staircase, "ROUNDS", 3)
     tasks: list[Task] = [(each.shape, each.ins, each.outs) for each in layers_of(Mixed(), (3, 16, 16))]
     tasks += [(tasks[-1][0], 1, 1), (tasks[1][0], 1, 4)]
-    found = Engine(runtime).time(tasks)
+    found = Engine(runtime, precision=precision).time(tasks)
     assert len(found) == len(tasks)
     assert all(each.ms > 0 and each.spread_ms >= 0 for each in found)
+
+
+@dataclass
+class Simulated:
+    """A worker whose runs take a millisecond, or whatever they like."""
+
+    luck: random.Random | None = None
+    opened: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self) -> Any:
+        return nullcontext(self)
+
+    def ask(self, op: str, **given: Any) -> dict[str, Any]:
+        if op == "open":
+            self.opened[given["path"]] += 1
+        shaken = 1.0 if self.luck is None else self.luck.uniform(0.5, 2.0)
+        return {"calls": 10, "seconds": 0.01, "samples_ms": [shaken] * given.get("count", 1)}
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_layer_that_is_known_gets_no_further_turns(steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Simulated(None if steady else random.Random(0))
+    monkeypatch.setattr(runner, "Worker", worker)
+    layers = layers_of(Mixed(), (3, 16, 16))
+    found = Engine("openvino").time([(each.shape, each.ins, each.outs) for each in layers])
+    assert len(worker.opened) == 2 * len(layers) - 1, "each in its frame and the frame; the first one needs none"
+    turns = set(worker.opened.values())
+    assert turns == {staircase.ROUNDS_AT_LEAST} if steady else staircase.ROUNDS in turns
+    assert all(each.spread_ms == 0 for each in found) == steady
 
 
 def test_points_are_kept_and_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
@@ -142,11 +178,10 @@ def swift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (staircase, "SECONDS", 0.001),
         (staircase, "ROUNDS", 1),
         (staircase_stage, "SECONDS", 0.05),
-        (latency_stage, "SECONDS", 0.05),
-        (latency_stage, "ROUNDS", 6),
         (latency_stage, "POINTS", 4),
     ):
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(latency_stage, "Bench", partial(Bench, rounds=6, seconds=0.05))
     return tmp_path / "cache"
 
 
@@ -197,7 +232,7 @@ def test_where_time_is_work_a_budget_of_time_is_met(
 
     def meter(self: Bench, original: nn.Module, folder: Path) -> Callable[[nn.Module], Measured]:
         def measure(thin: nn.Module) -> Measured:
-            before, after = (count(model, self.job.input_shape).macs / 1000 for model in (original, thin))
+            before, after = (count(model, self.input_shape).macs / 1000 for model in (original, thin))
             return Measured(after, before, before / after, before / after, before / after)
 
         return measure
@@ -213,19 +248,41 @@ def test_where_time_is_work_a_budget_of_time_is_met(
     assert widths
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_budget_of_time_on_a_real_engine(
-    tiny_options: MakeOptions, tmp_path: Path, swift: Path, monkeypatch: pytest.MonkeyPatch
+    precision: Precision, tiny_options: MakeOptions, tmp_path: Path, swift: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if precision == "int8":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     monkeypatch.setattr(latency_budget, "SLACK", 1e9)  # so small a network gets as fast as the machine's mood lets it
-    report = read_json(pipeline.prune(tiny_options(tmp_path / "run", **TIMED, speedup="4x")) / "report.json")
+    options = tiny_options(tmp_path / "run", **TIMED, speedup="4x", precision=precision)
+    report = read_json(pipeline.prune(options) / "report.json")
     timing = report["timing"]
-    assert (timing["runtime"], timing["speedup"]) == ("openvino", "4x")
+    assert (timing["runtime"], timing["precision"], timing["speedup"]) == ("openvino", precision, "4x")
     assert 1 <= len(timing["trials"]) <= 2 + latency_budget.CORRECTIONS
     assert timing["best"] in timing["trials"]
     after = {each["producer"]: each["after"] for each in report["layers"]}
     assert after.items() <= timing["best"]["widths"].items()
     assert report["macs"]["after"] <= report["macs"]["before"]
-    assert list((swift / "staircase").iterdir())
+    (kept,) = (swift / "staircase").iterdir()
+    assert f"-{precision}-" in kept.name
+
+
+@pytest.mark.parametrize("kind", ["plain", "depthwise", "linear"])
+def test_layers_to_be_timed_in_int8_compute_in_it(kind: str, tmp_path: Path) -> None:
+    """What OpenVINO says that it runs; zero points are those of tensors that are never negative."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    name = {"plain": "twice", "depthwise": "deep", "linear": "head"}[kind]
+    layer = next(each for each in layers_of(Mixed(), (3, 16, 16)) if each.name == name)
+    typed = Engine("openvino", precision="int8").typed(framed(layer.shape, layer.ins, layer.outs))
+    path = tmp_path / "layer.onnx"
+    path.write_bytes(typed.SerializeToString())
+    assert open_engine("openvino", str(path), 1, "int8").describe()["executed_layers"].keys() <= {"u8", "i8"}
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in typed.graph.initializer}
+    zeros = {name: int(value) for name, value in stored.items() if name.endswith(":zero") and not value.shape}
+    assert zeros.pop("x:zero") == 128
+    assert zeros
+    assert not any(zeros.values()), "a ReLU stands behind each layer"
 
 
 @pytest.mark.slow
@@ -244,7 +301,7 @@ def test_an_impossible_budget_ends_with_the_smallest_time(
         ({"latency": "8ms", "speedup": "2x"}, "--latency and --speedup are 2 budgets"),
         ({"speedup": "2x", "recipe": "iccv2017"}, "with --recipe iccv2017 there are none"),
         ({"speedup": "2x", "method": "apoz"}, "with --method apoz there are none"),
-        ({"speedup": "2x", "precision": "int8"}, "times layers in fp32"),
+        ({"speedup": "2x", "target": "cpu", "precision": "fp16"}, "fp16"),
         ({"speedup": "1x"}, "something faster than the original"),
         ({"speedup": "2x"}, "Layers for raspberry-pi-5 cannot be timed here"),
     ],

@@ -18,8 +18,8 @@ from .artifact import write_json
 from .bundle import EngineEntry, Manifest, read_manifest
 from .device import full_disk
 from .interfaces import Array, Progress
-from .self_test import FAILED, NOT_RUN, PASSED, compare_outputs, load_arrays
 from .samples import judged, summarize_rounds
+from .self_test import FAILED, NOT_RUN, PASSED, compare_outputs, load_arrays
 
 ROUNDS = 9
 _OUTPUTS = "outputs.f32"

@@ -16,6 +16,7 @@ from .cli_device import ask_device, show_device, without_samples
 from .cli_latency import latency as latency_command
 from .cli_options import (
     BatchSize,
+    Branches,
     CalibrationImages,
     Config,
     Controls,
@@ -112,6 +113,7 @@ def build(  # noqa: PLR0917 - one argument per option
     gcos_layer: GcosLayer = None,
     ignore: Ignore = None,
     prune_shortcuts: Shortcuts = None,
+    drop_branches: Branches = None,
     epochs: Epochs = None,
     layer_epochs: LayerEpochs = None,
     finetune_epochs: FinetuneEpochs = None,
@@ -151,16 +153,13 @@ def build(  # noqa: PLR0917 - one argument per option
 
     with bars(_ERR) as progress:
         if from_run:
-            devices = {name: given[name] for name in ("device", "device_python") if name in given}
-            if weights is None or set(given) - {"weights", "target", "precision", "require", *devices} or config:
+            more = {name: given[name] for name in ("precision", "device", "device_python") if name in given}
+            if weights is None or set(given) - {"weights", "target", "require", *more} or config:
                 raise InputError(
                     "--from takes --weights, --require, --device and, if they change, --target and --precision.",
                     hint="thinet-deploy build --from RUN --weights mine.safetensors",
                 )
-            wanted = tuple(require or ())
-            done = pipeline.build_from(
-                from_run, weights, target, progress, precision=precision, require=wanted, **devices
-            )
+            done = pipeline.build_from(from_run, weights, target, progress, require=tuple(require or ()), **more)
         else:
             done = pipeline.build(_options(given, config), progress)
     if as_json:
@@ -216,6 +215,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     gcos_layer: GcosLayer = None,
     ignore: Ignore = None,
     prune_shortcuts: Shortcuts = None,
+    drop_branches: Branches = None,
     epochs: Epochs = None,
     layer_epochs: LayerEpochs = None,
     lr: LearningRate = None,

@@ -129,6 +129,10 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers that s
 Shortcuts = Annotated[
     bool | None, typer.Option("--prune-shortcuts", help="Prune residual streams too, not only inside blocks.")
 ]
+Branches = Annotated[
+    bool | None,
+    typer.Option("--drop-branches", help="Let residual branches vanish where that costs least: they add their mean."),
+]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training the original.  \\[default: 20]")]
 LayerEpochs = Annotated[
     int | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +30,7 @@ def staircase(
     round_to: Annotated[
         int, typer.Option(min=1, help="Look at multiples of this number only: fewer points, and no odd widths.")
     ] = 1,
+    precision: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="That the engine computes in.")] = "fp32",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write staircase.json and staircase.svg into this folder.")
     ] = None,
@@ -54,7 +55,14 @@ def staircase(
         raise InputError(f"{model} is an engine, but a network was expected.", hint="Give vgg16, or file.py:factory.")
     with bars(Console(stderr=True)) as progress:
         found = climb(
-            thing.module, thing.name, thing.input_shape, target, threads=threads, grid=round_to, progress=progress
+            thing.module,
+            thing.name,
+            thing.input_shape,
+            target,
+            threads=threads,
+            grid=round_to,
+            precision=precision,
+            progress=progress,
         )
     if out:
         write_json(out / "staircase.json", asdict(found))
@@ -78,8 +86,8 @@ def _show(console: Console, found: Staircase) -> None:
     console.print(table)
     _picture(console, found.layers)
     typer.echo(
-        f"\n{found.engine}, threads: {found.threads}. All layers together {found.layers_ms:.4g} ms, the whole network "
-        f"{found.whole_ms:.4g} ms: budgets multiply layer times by {found.factor:.3g}.\n"
+        f"\n{found.engine} in {found.precision}, threads: {found.threads}. All layers together {found.layers_ms:.4g} "
+        f"ms, the whole network {found.whole_ms:.4g} ms: budgets multiply layer times by {found.factor:.3g}.\n"
         "Half of them: how many times faster with half of the channels that can go, of as many times fewer "
         "multiply-accumulates."
     )

@@ -95,10 +95,11 @@ def deploy(
             "engines run": runs_here(target),
             "threads": job.options.threads,
             "version": latency.VERSION,
+            "layers": 1,  # of layers.json
             "machine": machine_id(fingerprint()),
             **digests,
         },
-        lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, plan.engines, f),
+        lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, files, f),
     )
     notes = (*device_notes(target, INPUT, job.input_shape), *plan.notes)
     notes += tuple(precision_stage.file_notes(report, made.labels, target))

@@ -85,6 +85,7 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
         "percentiles": sorted(percentiles, key=lambda name: float(name[1:])),
         "warnings": _warnings(engines, labels),
         "widths": list(_widths(page.folder)),
+        "layers": list(_layers(page.folder, table)),
         "hops": [{**hop, "label": label} for name, label in labels.items() for hop in hops if hop["model"] == name],
         "ledger": [_entry(table, entry) for entry in table.ledger],
         "environment": list(_flat(timing.get("environment", {}))),
@@ -208,6 +209,26 @@ def _widths(folder: Path) -> Iterator[dict[str, Any]]:
         if rows:
             method = path.parent.name.partition("-")[2]
             yield {"title": f"by {method}" if method else "", "rows": rows, "whole": dict(found.get("whole", {}))}
+
+
+def _layers(folder: Path, table: Table) -> Iterator[dict[str, Any]]:
+    """For each runtime the layers' times in the original and in the network that ships, as shares of the longest."""
+    ship = table.shipped
+    marks = [_mark(table, name) for name in ("original", ship.name)] if ship.name != "original" else []
+    for runtime, found in (_json(folder / "latency" / "layers.json") or {}).items():
+        dense, thin = (found.get(name, {}) for name in ("original", ship.name))
+        if not (dense and thin and marks):
+            continue
+        longest = max(*dense.values(), *thin.values())
+        rows = [_layer(name, dense.get(name), thin.get(name), longest) for name in dict.fromkeys([*dense, *thin])]
+        yield {"runtime": runtime, "rows": rows, "labels": ["Original", ship.label], "marks": marks}
+
+
+def _layer(name: str, dense: float | None, thin: float | None, longest: float) -> dict[str, Any]:
+    """A line; a dash where the one network has no such layer."""
+    faster = f"{dense / thin:.2f}×" if dense and thin else "–"
+    shown = [f"{ms:.4f}" if ms else "–" for ms in (dense, thin)]
+    return {"name": name, "ms": shown, "faster": faster, "bars": [100 * (ms or 0) / longest for ms in (dense, thin)]}
 
 
 def _entry(table: Table, entry: Any) -> dict[str, Any]:

@@ -136,11 +136,6 @@ def _check_timed(options: Options) -> None:
             "are none.",
             hint="Leave out --recipe and --method, or give --keep, --macs or --size instead.",
         )
-    if options.precision not in {None, "fp32"}:
-        raise InputError(
-            f"{asked} times layers in fp32, but the engines are to compute in {options.precision}.",
-            hint=f"Leave out --precision {options.precision}, or give --macs or --size instead.",
-        )
     if (options.times_faster or 2) <= 1 or options.most_ms == 0:
         raise InputError(
             f"{asked} is {options.speedup or options.latency}, but something faster than the original was expected.",
@@ -150,7 +145,8 @@ def _check_timed(options: Options) -> None:
 
 def _check_preset(options: Options) -> None:
     """Raise InputError for widths that are asked for beside those of the preset."""
-    names = ("keep", "macs", "size", "latency", "speedup", "round_to", "keep_layer", "ignore", "prune_shortcuts")
+    budgets = ("keep", "macs", "size", "latency", "speedup")
+    names = (*budgets, "round_to", "keep_layer", "ignore", "prune_shortcuts", "drop_branches")
     given = [
         name
         for name in names

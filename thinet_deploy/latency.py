@@ -103,6 +103,11 @@ class EngineLatency:
     machine: dict[str, Any]
     fps: float = 0.0
 
+    @property
+    def median_ms(self) -> float:
+        """Of all runs."""
+        return float(self.samples.summary["median_ms"])
+
 
 @dataclass(frozen=True)
 class TorchLatency:

@@ -148,8 +148,9 @@ def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
 
     def add(operator: str, inputs: Sequence[str], **attributes: Any) -> str:
-        nodes.append(helper.make_node(operator, inputs, [f"y{len(nodes)}"], **attributes))
-        return f"y{len(nodes) - 1}"
+        name = f"y{len(nodes)}"
+        nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
 
     def weigh(operator: str, source: str, *size: int, **attributes: Any) -> str:
         name = f"w{len(constants)}"

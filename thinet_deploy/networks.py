@@ -22,7 +22,17 @@ from .tools import PLAN, REPORT, TEACHER, Tools, read_accuracy
 from .training import Accuracy
 
 # Options that decide which filters stay.
-WIDTHS = {"keep", "macs", "size", "round_to", "keep_layer", "ignore", "prune_shortcuts", "calibration_images"}
+WIDTHS = {
+    "keep",
+    "macs",
+    "size",
+    "round_to",
+    "keep_layer",
+    "ignore",
+    "prune_shortcuts",
+    "drop_branches",
+    "calibration_images",
+}
 # Below so many epochs there is no trial whether the original helps as teacher: the trial is a tenth of them.
 TRIAL_FROM = 5
 

@@ -60,6 +60,7 @@ class Options(BaseModel):
         keep_layer: pattern of module names, such as "layer4.*" → keep ratio of these layers.
         ignore: patterns of module names that stay whole.
         prune_shortcuts: prune residual streams too.
+        drop_branches: let residual branches vanish altogether where that costs least: they add their mean then.
         epochs: of training the dense network (and, for given weights, what they are taken to have had).
         layer_epochs: of fine-tuning after each pruned layer, where the recipe goes layer by layer; None for the
             papers': 1, and another at a tenth of the rate in front of a pool; with branches 1 after each block.
@@ -110,6 +111,7 @@ class Options(BaseModel):
     keep_layer: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     prune_shortcuts: bool = False
+    drop_branches: bool = False
     epochs: int = Field(default=20, ge=0)
     layer_epochs: int | None = Field(default=None, ge=0)
     finetune_epochs: int | None = Field(default=None, ge=0)

@@ -23,10 +23,10 @@ from .ledger import Entry
 from .norms import reestimate_norms
 from .options import Options
 from .pruning.allocation import Costs, Curve, allocate, with_budget
-from .pruning.budget import Widths, Wish, choose_widths, cost, softened
+from .pruning.budget import Widths, Wish, choose_widths, cost, may_vanish, softened
 from .pruning.calibration import Sample
 from .pruning.discovery import channel_graph
-from .pruning.graph import ChannelGraph, ChannelGroup
+from .pruning.graph import Branch, ChannelGraph, ChannelGroup
 from .pruning.latency_budget import Found
 from .pruning.layerwise import Schedule, prunable, prune_layerwise
 from .pruning.oneshot import Method, Pruned, prune_once
@@ -48,7 +48,8 @@ def check_way(tools: Tools, model: nn.Module) -> None:
     """Raise what would fail after the training: nothing to prune, a budget out of reach, no way to ONNX."""
     graph = graph_of(tools, model)
     groups = groups_of(tools, graph)
-    choose_widths(dict(named_tensors(model)), graph, groups, wish_of(tools, model, graph, groups))
+    wish = wish_of(tools, model, graph, groups)
+    choose_widths(dict(named_tensors(model)), graph, groups, wish, branches_of(tools, graph, groups, wish))
     target = tools.job.target
     check_exportable(model, tools.job.input_shape, opset=target.opset)
 
@@ -116,6 +117,13 @@ def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequenc
         layers={**options.keep_layer, **fixed},
     )
     return softened(tensors, graph, groups, wish)
+
+
+def branches_of(tools: Tools, graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish) -> tuple[Branch, ...]:
+    """The residual branches that may vanish."""
+    options = tools.job.options
+    able = options.drop_branches and not options.layerwise and options.selection == "elimination"
+    return may_vanish(graph, groups, wish) if able else ()
 
 
 def calibration(tools: Tools) -> tuple[Sample, ImageSet]:
@@ -236,17 +244,19 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     job, options = tools.job, tools.job.options
     groups, tensors = groups_of(tools, graph), dict(named_tensors(original))
     wish = wish_of(tools, original, graph, groups)
-    uniform = choose_widths(tensors, graph, groups, wish)
+    branches = branches_of(tools, graph, groups, wish)
+    uniform = choose_widths(tensors, graph, groups, wish, branches)
     costs = Costs(tensors, graph, groups)
     found: list[Found] = []  # by the process that measures
 
     def widths(curves: Mapping[str, Curve]) -> Widths:
         if options.timed:
-            found.append(fitting(bench_of(job, tools.progress), original, graph, groups, wish, curves))
+            bench = bench_of(job, tools.progress)
+            found.append(fitting(bench, job, original, graph, groups, wish, curves, branches))
             return found[0].best.widths
         # As many multiply-accumulates as the keep ratio leaves, put where they help most.
         budget = with_budget(costs, groups, wish)
-        return allocate(costs, groups, curves, budget) if options.selection == "elimination" else uniform
+        return allocate(costs, groups, curves, budget, branches) if options.selection == "elimination" else uniform
 
     sample, held_out = calibration(tools)
     held_out = labelled_by(original, held_out)
@@ -311,7 +321,8 @@ def _row(group: ChannelGroup, done: Pruned) -> dict[str, Any]:
         "after": after,
     }
     if curve := done.curves.get(group.name):  # of what the narrowest width would have cost
-        row["error"] = float(curve.error[curve.widths.tolist().index(after)] / max(curve.error[-1], 1e-30))
+        narrowest = int(curve.widths[curve.widths > 0].min())
+        row["error"] = curve.at(after) / max(curve.at(narrowest), 1e-30)
     return row
 
 

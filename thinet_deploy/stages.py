@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from .artifact import read_json, sha256_of, write_json
 from .bundle import BundleSpec, EngineFile, TypedFile, write_bundle
 from .counting import count
 from .engines import can_run
+from .errors import ThinetDeployError
 from .export import INPUT, OUTPUT, export_onnx, export_program
 from .gcos_stage import check_layout
-from .interfaces import Conversion, Precision, TensorSpec
+from .interfaces import Array, Conversion, Precision, TensorSpec
 from .intervals import difference_interval
 from .job import Job
+from .layer_times import PROFILES, layer_times
 from .models.weights import load_weights
+from .precision.graph import read_onnx
 from .precision_stage import typed_hits, typed_hops
 from .prune_stage import HELD_OUT, calibration, check_way
 from .pruning.head import fit_head
@@ -281,12 +285,12 @@ def measured(
     tools: Tools,
     folders: dict[str, Path],
     engine_paths: dict[tuple[str, str], Path],
-    precision: Precision,
+    files: Files,
     folder: Path,
 ) -> None:
     """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
     job = tools.job
-    refs = [latency.EngineRef(name, runtime, path, precision) for (name, runtime), path in engine_paths.items()]
+    refs = [latency.EngineRef(name, runtime, path, files.engines) for (name, runtime), path in engine_paths.items()]
     image = job.data.test.inputs(np.arange(1))
 
     engine_rows = latency.measure_engines(
@@ -305,6 +309,23 @@ def measured(
         progress=tools.progress,
     )
     write_json(folder / "latency.json", latency.report(engine_rows, torch_rows).to_json())
+    write_json(folder / "layers.json", _profiled(tools, engine_paths, files, image))
+
+
+def _profiled(
+    tools: Tools, engine_paths: Mapping[tuple[str, str], Path], files: Files, image: Array
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Runtime → network → layer → milliseconds; {} for an engine that cannot be profiled, whose times are known."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for index, ((name, runtime), path) in enumerate(engine_paths.items()):
+        if runtime in PROFILES:
+            tools.progress("Profiling", index, len(engine_paths), f"{name} on {runtime}")
+            source, threads = read_onnx(files.onnx / f"{name}.onnx"), tools.job.options.threads
+            with suppress(ThinetDeployError):
+                times = layer_times(runtime, path, files.engines, source, image, threads)
+                found.setdefault(runtime, {})[name] = times
+    tools.progress("Profiling", len(engine_paths), len(engine_paths))
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ import random
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from onnx import ModelProto
 
 from . import runner
 from .artifact import read_json, write_json
@@ -21,16 +23,22 @@ from .errors import OutputError
 from .interfaces import Precision, Progress, silent
 from .latency import explained
 from .layer_networks import LayerShape, frame, framed, image_of
+from .precision.int8 import U8S8, Layout
+from .precision.timing import to_be_timed
 from .registry import made_by
 from .surfaces import POINTS, Domain, Point, Surface, Timing, wanted
 
 # Runtimes that open ONNX files as they are, on this machine.
 RUNTIMES = ("openvino", "onnxruntime")
 VERSION = 1  # of the file with the points
-ROUNDS, SECONDS = 7, 0.04  # of every network: turns, and seconds in each of them, warm-up included
+# Of every network: most turns, turns after which a layer that is known to within STEADY gets no more of them, and
+# seconds in each, warm-up included.
+ROUNDS, ROUNDS_AT_LEAST, SECONDS = 7, 3, 0.04
+STEADY = 0.025
 _LEAST_SHARE = 0.05  # of a network's time that is its layer's at least, where the frame's noise says otherwise
 
 Task = tuple[LayerShape, int, int]  # with numbers of inputs and outputs
+Network = tuple[LayerShape, int, int | None]  # the same; None for the frame alone
 Stopwatch = Callable[[Sequence[Task]], list[Timing]]
 
 
@@ -41,12 +49,14 @@ class Engine:
     Attributes:
         runtime: one of RUNTIMES.
         threads: CPU threads.
-        precision: that it computes in.
+        precision: that it computes in: fp32 or int8.
+        layout: of the Q/DQ pairs in int8; the machine says which.
     """
 
     runtime: str
     threads: int = 1
     precision: Precision = "fp32"
+    layout: Layout = U8S8
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -58,29 +68,39 @@ class Engine:
     def time(self, tasks: Sequence[Task], progress: Progress = silent) -> list[Timing]:
         """Milliseconds of layers, without their frames; all networks in turn, in each round in another order.
 
-        One process has them all, one after the other, so that opening them costs little.
+        One process has them all, one after the other, so that opening them costs little. A layer that is known well
+        enough has no further turns.
         """
         tasks = [(shape, o if shape.kind == "depthwise" else i, o) for shape, i, o in tasks]
-        networks: dict[Any, Any] = {(shape, i, o): framed(shape, i, o) for shape, i, o in tasks}
-        networks |= {(shape, i, None): frame(shape, i) for shape, i, _ in tasks if not shape.reads_image}
-        rounds: dict[Any, list[float]] = defaultdict(list)
+        rounds: dict[Network, list[float]] = defaultdict(list)
         what = explained(f"Timing a layer on {self.runtime}")
         with tempfile.TemporaryDirectory() as folder, runner.Worker() as worker, what:
-            paths = {key: Path(folder, f"{number}.onnx") for number, key in enumerate(networks)}
-            for key, network in networks.items():
-                paths[key].write_bytes(network.SerializeToString())
+            paths = self._written({network for task in tasks for network in _networks(task)}, Path(folder))
             for number in range(ROUNDS):
-                order = list(networks)
+                unsure = [task for task in tasks if number < ROUNDS_AT_LEAST or not _known(_timing(rounds, task))]
+                order = list(dict.fromkeys(network for task in unsure for network in _networks(task)))
                 random.Random(f"staircase:{number}").shuffle(order)
-                for done, key in enumerate(order):
-                    progress("Measuring layers", number * len(order) + done, ROUNDS * len(order), str(key[0]))
-                    rounds[key].append(self._turn(worker, paths[key], key))
-        progress("Measuring layers", ROUNDS * len(networks), ROUNDS * len(networks))
-        return [_without(rounds[task], rounds.get((*task[:2], None))) for task in tasks]
+                for done, network in enumerate(order):
+                    progress("Measuring layers", number * len(paths) + done, ROUNDS * len(paths), str(network[0]))
+                    rounds[network].append(self._turn(worker, paths[network], network))
+        progress("Measuring layers", ROUNDS * len(paths), ROUNDS * len(paths))
+        return [_timing(rounds, task) for task in tasks]
 
-    def _turn(self, worker: runner.Worker, path: Path, key: tuple[LayerShape, int, int | None]) -> float:
+    def _written(self, networks: Iterable[Network], folder: Path) -> dict[Network, Path]:
+        """Their files."""
+        paths = {network: folder / f"{number}.onnx" for number, network in enumerate(sorted(networks, key=str))}
+        for (shape, ins, outs), path in paths.items():
+            made = frame(shape, ins) if outs is None else framed(shape, ins, outs)
+            path.write_bytes(self.typed(made).SerializeToString())
+        return paths
+
+    def typed(self, network: ModelProto) -> ModelProto:
+        """A float32 network in the type that this engine computes in, to be timed."""
+        return to_be_timed(network, self.layout) if self.precision == "int8" else network
+
+    def _turn(self, worker: runner.Worker, path: Path, network: Network) -> float:
         """The median of some runs."""
-        image, batch = image_of(*key[:2])
+        image, batch = image_of(*network[:2])
         ask = {"runtime": self.runtime, "path": str(path), "threads": self.threads, "precision": self.precision}
         worker.ask("open", **ask, batch=batch, shapes={"x": image})
         warm = worker.ask("warm", seconds=SECONDS / 4)
@@ -88,14 +108,28 @@ class Engine:
         return float(statistics.median(worker.ask("time", count=count)["samples_ms"]))
 
 
-def _without(framed_ms: Sequence[float], frame_ms: Sequence[float] | None) -> Timing:
-    """A layer's time, from its network's and the frame's in the same rounds."""
-    pairs = zip(framed_ms, frame_ms or [0.0] * len(framed_ms), strict=True)
-    own = [max(both - around, _LEAST_SHARE * both) for both, around in pairs]
+def _networks(task: Task) -> list[Network]:
+    """What a layer's time is measured with: it in its frame, and the frame."""
+    shape, ins, _ = task
+    return [task] if shape.reads_image else [task, (shape, ins, None)]
+
+
+def _timing(rounds: Mapping[Network, Sequence[float]], task: Task) -> Timing:
+    """A layer's time, from its network's and the frame's in the same rounds.
+
+    A frame that several layers have goes on having turns when one of them has no more.
+    """
+    both = rounds[task]
+    around = rounds[task[0], task[1], None][: len(both)] if not task[0].reads_image else [0.0] * len(both)
+    own = [max(one - other, _LEAST_SHARE * one) for one, other in zip(both, around, strict=True)]
     middle = statistics.median(own)
     # Two standard errors of a median, from the median deviation: a round that was disturbed does not count.
     deviation = statistics.median(abs(each - middle) for each in own)
     return Timing(middle, 2 * 1.253 * 1.483 * deviation / math.sqrt(len(own)))
+
+
+def _known(timing: Timing) -> bool:
+    return timing.spread_ms <= STEADY * timing.ms
 
 
 class Points:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .errors import InputError
 from .export import INPUT
-from .interfaces import Progress, silent
+from .interfaces import Precision, Progress, silent
 from .latency import measure_engines
 from .latency_stage import as_engine, engine_for
 from .layer_networks import layers_of
@@ -89,6 +89,7 @@ class Staircase:
         target: profile's id.
         engine: runtime with its version.
         threads: CPU threads.
+        precision: that it computes in.
         layers_ms: sum over all layers.
         whole_ms: the whole network, measured.
         factor: the second over the first: what layer times are multiplied by.
@@ -100,6 +101,7 @@ class Staircase:
     target: str
     engine: str
     threads: int
+    precision: Precision
     layers_ms: float
     whole_ms: float
     factor: float
@@ -115,6 +117,7 @@ def climb(
     *,
     threads: int = 1,
     grid: int = 1,
+    precision: Precision = "fp32",
     progress: Progress = silent,
 ) -> Staircase:
     """Measure the layers of a network, as far as they are not known from an earlier call, and the whole of it.
@@ -126,13 +129,14 @@ def climb(
         target: name of a profile whose engines run on this machine.
         threads: CPU threads.
         grid: widths are multiples of this number.
+        precision: that the engine computes in.
         progress: to report to.
 
     Raises:
         InputError: no engine of the target runs here, or the network has no layer to measure.
     """
     profile = load_profile(target)
-    engine = engine_for(profile, threads)
+    engine = engine_for(profile, threads, precision)
     graph = channel_graph(model, example_inputs(model, input_shape))
     groups = [group for group in graph.groups if not group.shortcut]
     wish = Wish(grid=grid)
@@ -169,7 +173,8 @@ def _summary(
     rows = sorted((_stairs(same, total) for same in alike.values()), key=lambda row: -row.share)
     runtime = engine.identity["runtime"]
     idle = unpaid(costs, groups, wish)
-    return Staircase(name, target, runtime, engine.threads, total, whole_ms, whole_ms / total, tuple(rows), idle)
+    how = engine.threads, engine.precision
+    return Staircase(name, target, runtime, *how, total, whole_ms, whole_ms / total, tuple(rows), idle)
 
 
 def _stairs(same: Sequence[tuple[Sized, Surface]], total: float) -> Stairs:

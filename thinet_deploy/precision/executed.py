@@ -124,7 +124,7 @@ def _openvino(path: Path, precision: Precision) -> list[Kernel]:
         if str(info["layerType"].value) in engine.compute_layers:
             kind = str(info["runtimePrecision"].value)
             names = str(info["originalLayersNames"].value).split(",")
-            found.append(Kernel(tuple(name.split("/")[0] for name in names), _OF_OPENVINO.get(kind, kind)))
+            found.append(Kernel(tuple(map(plain_name, names)), _OF_OPENVINO.get(kind, kind)))
     engine.close()
     return found
 
@@ -156,9 +156,9 @@ def _onnxruntime(path: Path, precision: Precision) -> list[Kernel]:
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
             shapes = event["args"].get("input_type_shape") or [{}]
             kind = next(iter(shapes[0]), "")
-            name = _MARKS.sub("", event["name"].removesuffix("_kernel_time"))
+            name = plain_name(event["name"].removesuffix("_kernel_time"))
             if any(op in event["args"]["op_name"] for op in COMPUTING):  # QLinearConv, FusedConv, QGemm …
-                found.append(Kernel((name.split("/")[0],), _OF_ONNXRUNTIME.get(kind, kind)))
+                found.append(Kernel((name,), _OF_ONNXRUNTIME.get(kind, kind)))
     return found
 
 
@@ -176,7 +176,7 @@ def _matched(source: ModelProto, kernels: list[Kernel]) -> dict[str, str]:
     Kernels that go by other names stand for the layers that are not found otherwise. Where there are more of these, the
     rest has been folded into others: what every kernel runs in is known all the same.
     """
-    owners, found, rest = _owners(source), dict[str, str](), list[Kernel]()
+    owners, found, rest = owners_of(source), dict[str, str](), list[Kernel]()
     for kernel in kernels:
         sure = [owners[name][0] for name in kernel.names if len(owners.get(name, ())) == 1]
         found.update(dict.fromkeys((node for node in sure if node not in found), kernel.kind))
@@ -192,7 +192,12 @@ def _matched(source: ModelProto, kernels: list[Kernel]) -> dict[str, str]:
     return found | dict.fromkeys(missing, " or ".join(sorted(unnamed)) or FOLDED)
 
 
-def _owners(source: ModelProto) -> Mapping[str, tuple[str, ...]]:
+def plain_name(name: str) -> str:
+    """What a runtime calls a kernel, without the marks of its optimiser."""
+    return _MARKS.sub("", name).split("/")[0]
+
+
+def owners_of(source: ModelProto) -> Mapping[str, tuple[str, ...]]:
     """Name of a node or tensor → the computing nodes that a runtime may call by it."""
     read_by = readers(source)
     owners: dict[str, tuple[str, ...]] = {}

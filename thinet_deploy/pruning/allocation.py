@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import GateError
 from .budget import Cost, Widths, Wish, choices, matching, uniform, unreachable
-from .graph import STAYS, ChannelGraph, ChannelGroup
+from .graph import STAYS, Branch, ChannelGraph, ChannelGroup
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Curve:
 
     widths: NDArray[np.int64]
     error: NDArray[np.float64]
+
+    def at(self, width: int) -> float:
+        """The error at a width; 0 where nothing is left for a layer that has vanished with its branch to say wrong."""
+        if width == 0 and 0 not in self.widths:
+            return 0.0
+        return float(self.error[self.widths.tolist().index(width)])
 
 
 class CostFunction(Protocol):
@@ -152,7 +158,13 @@ def with_budget(costs: Costs, groups: Sequence[ChannelGroup], wish: Wish) -> Wis
     return replace(wish, macs=costs(uniform(groups, wish.keep, wish))[0])
 
 
-def allocate(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> Widths:
+def allocate(
+    costs: Costs,
+    groups: Sequence[ChannelGroup],
+    curves: Mapping[str, Curve],
+    wish: Wish,
+    branches: Sequence[Branch] = (),
+) -> Widths:
     """Widths within a budget: see `Descent`.
 
     Args:
@@ -160,38 +172,56 @@ def allocate(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, 
         groups: to prune.
         curves: group's name → its curve.
         wish: the budget, the grid, and keep ratios of some layers; widths that it rules out are not used.
+        branches: that may vanish.
 
     Raises:
         GateError: the budget cannot be reached with these groups.
     """
-    return Descent(costs, groups, curves, wish).reach(wish.macs, wish.size)
+    return Descent(costs, groups, curves, wish, branches).reach(wish.macs, wish.size)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A way to become cheaper: error per share saved, and group's name → width."""
+
+    ratio: float
+    widths: dict[str, int]
 
 
 class Descent:
     """The way down from whole groups: again and again the one that loses least per unit saved becomes narrower.
 
     A group goes straight to the width with the best ratio of all narrower ones, so a flat stretch behind a step of its
-    curve is found. The way is the same for all budgets, so one descent serves several.
+    curve is found. A branch that vanishes is one step of all its groups, and what its last layer says is lost then. The
+    way is the same for all budgets, so one descent serves several.
 
     Args:
         costs: of the network.
         groups: to prune.
         curves: group's name → its curve.
         wish: the grid, and keep ratios of some layers; its budget is not looked at.
+        branches: that may vanish.
     """
 
     def __init__(
-        self, costs: CostFunction, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish
+        self,
+        costs: CostFunction,
+        groups: Sequence[ChannelGroup],
+        curves: Mapping[str, Curve],
+        wish: Wish,
+        branches: Sequence[Branch] = (),
     ) -> None:
         self._costs = costs
+        self._branches = {branch.end: branch for branch in branches}
         self._widths = uniform(groups, 1.0, wish)
         free = [group for group in groups if matching(group, wish) is None]
         self._choices = {group.name: np.array(choices(group, wish)) for group in free}
+        self._curves = curves
         self._error = {
             name: dict(zip(curve.widths.tolist(), curve.error.tolist(), strict=True)) for name, curve in curves.items()
         }
         self._whole = np.array(costs({group.name: len(group.channels) for group in groups}))
-        self._steps: dict[str, tuple[float, str, int]] = {}  # group's name → its best step: error per saving, where to
+        self._steps: dict[str, _Step] = {}  # of a group, or of a branch by its end: the best one
         self._counts = np.zeros(len(self._whole), dtype=bool)  # which savings those are about
 
     def reach(self, *most: float | None) -> Widths:
@@ -208,42 +238,65 @@ class Descent:
         limits = np.full(len(self._whole), np.inf)
         limits[: len(most)] = [np.inf if each is None else each for each in most]
         while (over := np.array(self._costs(self._widths)) - limits).max() > 0:
-            _, name, width = self._next(over > 0)
-            between = self._choices[name]
-            between = between[(between >= width) & (between < self._widths[name])]
-            enough = between[(self._costs.saved(self._widths, name, between) >= over[:, None]).all(0)]
-            if len(enough):
-                return self._fill({**self._widths, name: int(enough.max())}, limits)
-            self._widths[name] = width
-            for other in self._costs.beside[name]:
-                self._steps.pop(other, None)
+            step = self._next(over > 0)
+            if (width := self._enough(step, over)) is not None:
+                return self._fill({**self._widths, **dict.fromkeys(step.widths, width)}, limits)
+            self._widths.update(step.widths)
+            touched = {other for name in step.widths for other in self._costs.beside[name]}
+            stale = {end for end, branch in self._branches.items() if touched.intersection(branch.groups)}
+            for each in touched | stale:
+                self._steps.pop(each, None)
         return self._fill(dict(self._widths), limits)
 
-    def _next(self, counts: NDArray[np.bool_]) -> tuple[float, str, int]:
+    def _enough(self, step: _Step, over: NDArray[np.float64]) -> int | None:
+        """The widest width on the way of one group's step that saves what is missing."""
+        if 0 in step.widths.values():
+            return None
+        ((name, width),) = step.widths.items()
+        between = self._choices[name]
+        between = between[(between >= width) & (between < self._widths[name])]
+        enough = between[(self._costs.saved(self._widths, name, between) >= over[:, None]).all(0)]
+        return int(enough.max()) if len(enough) else None
+
+    def _next(self, counts: NDArray[np.bool_]) -> _Step:
         """The best step of all; only savings of what is over its budget count, as shares of the whole network."""
         if (counts != self._counts).any():
             self._steps, self._counts = {}, counts
         for name in self._choices.keys() - self._steps.keys():
             self._steps[name] = self._step(name)
-        best = min(self._steps.values(), default=(np.inf, "", 0))
-        if best[0] == np.inf:
+        for end in self._branches.keys() - self._steps.keys():
+            self._steps[end] = self._vanishing(self._branches[end])
+        best = min(self._steps.values(), key=lambda step: (step.ratio, *step.widths.items()), default=_Step(np.inf, {}))
+        if best.ratio == np.inf:
             raise self._costs.unreachable(self._costs(self._widths), self._whole.tolist())
         return best
 
-    def _step(self, name: str) -> tuple[float, str, int]:
+    def _vanishing(self, branch: Branch) -> _Step:
+        """All groups of a branch at once; what its inner layers lose counts no more."""
+        now, gone = self._widths, dict.fromkeys(branch.groups, 0)
+        if now[branch.groups[-1]] == 0:
+            return _Step(np.inf, {})
+        share = (np.array(self._costs(now)) - np.array(self._costs({**now, **gone}))) / self._whole
+        lost = sum(self._curves[name].at(0) - self._curves[name].at(now[name]) for name in branch.groups)
+        saved = float(share[self._counts].sum())
+        return _Step(lost / saved if saved > 0 else np.inf, gone)
+
+    def _step(self, name: str) -> _Step:
         narrower = self._choices[name][self._choices[name] < self._widths[name]]
         share = self._costs.saved(self._widths, name, narrower) / self._whole[:, None]
         saved, error = share[self._counts].sum(0), self._error[name]
-        lost = np.array([error[width] for width in narrower.tolist()]) - error[self._widths[name]]
+        lost = np.array([error[width] for width in narrower.tolist()]) - error.get(self._widths[name], 0.0)
         ratio = np.divide(lost, saved, out=np.full(len(narrower), np.inf), where=saved > 0)
         if not len(ratio) or ratio.min() == np.inf:
-            return np.inf, name, self._widths[name]
-        return float(ratio.min()), name, int(narrower[ratio.argmin()])
+            return _Step(np.inf, {})
+        return _Step(float(ratio.min()), {name: int(narrower[ratio.argmin()])})
 
     def _fill(self, widths: Widths, most: NDArray[np.float64]) -> Widths:
         while True:
             left, wider = most - np.array(self._costs(widths)), []
             for name, mine in self._choices.items():
+                if widths[name] == 0:
+                    continue  # a branch comes back as a whole or not at all
                 fits = mine[(self._costs.saved(widths, name, mine) >= -left[:, None]).all(0)]
                 if len(fits) and (width := int(fits.max())) > widths[name]:
                     wider.append((self._error[name][widths[name]] - self._error[name][width], name, width))

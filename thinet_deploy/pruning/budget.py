@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import GateError
-from .graph import ChannelGraph, ChannelGroup
+from .graph import Branch, ChannelGraph, ChannelGroup
 
 Widths = dict[str, int]  # group's name → channels that stay
 
@@ -131,9 +131,13 @@ def matching(group: ChannelGroup, wish: Wish) -> float | None:
 
 
 def choose_widths(
-    tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish
+    tensors: Mapping[str, torch.Tensor],
+    graph: ChannelGraph,
+    groups: Sequence[ChannelGroup],
+    wish: Wish,
+    branches: Sequence[Branch] = (),
 ) -> Widths:
-    """Widths for what the user asks: the largest uniform ones within the budget.
+    """Widths for what the user asks: the largest uniform ones within the budget; else without what may vanish.
 
     Raises:
         GateError: the budget cannot be reached with these groups.
@@ -141,14 +145,17 @@ def choose_widths(
     if wish.macs is None and wish.size is None:
         return uniform(groups, wish.keep, wish)
 
-    def within(ratio: float) -> bool:
-        now = cost(tensors, graph, some(graph, groups, uniform(groups, ratio, wish)))
+    def fits(widths: Widths) -> bool:
+        now = cost(tensors, graph, some(graph, groups, widths))
         return now.macs <= (wish.macs or math.inf) and now.size <= (wish.size or math.inf)
 
-    if not within(0.0):
-        least = cost(tensors, graph, some(graph, groups, uniform(groups, 0.0, wish)))
-        raise unreachable(least, cost(tensors, graph, np.ones(graph.channels, dtype=bool)))
-    return uniform(groups, _largest(within), wish)
+    least = {**uniform(groups, 0.0, wish), **{name: 0 for branch in branches for name in branch.groups}}
+    if not fits(least):
+        left = cost(tensors, graph, some(graph, groups, least))
+        raise unreachable(left, cost(tensors, graph, np.ones(graph.channels, dtype=bool)))
+    if not fits(uniform(groups, 0.0, wish)):
+        return least
+    return uniform(groups, _largest(lambda ratio: fits(uniform(groups, ratio, wish))), wish)
 
 
 def unreachable(least: Cost, whole: Cost) -> GateError:
@@ -170,6 +177,12 @@ def _largest(within: Callable[[float], bool]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if within(middle) else (low, middle)
     return low
+
+
+def may_vanish(graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish) -> tuple[Branch, ...]:
+    """The branches of which every group may become narrower, and for none of which a ratio was asked."""
+    free = {group.name for group in groups if matching(group, wish) is None}
+    return tuple(branch for branch in graph.branches if free.issuperset(branch.groups))
 
 
 def some(graph: ChannelGraph, groups: Sequence[ChannelGroup], widths: Widths) -> NDArray[np.bool_]:

@@ -113,11 +113,29 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch that can vanish: what it adds becomes a constant, its mean.
+
+    Attributes:
+        end: module of its last convolution, which says the constant then.
+        norm: of the BatchNorm behind that; "" without one.
+        inside: of the layers before it, which nothing else needs.
+        groups: names of the channel groups inside; the last one is what the last convolution reads.
+    """
+
+    end: str
+    norm: str
+    inside: tuple[str, ...]
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ChannelGraph:
     """All channel groups of a network, in the order of execution, and what stays whole.
 
     Attributes:
         groups: front to back.
+        branches: residual branches that can vanish.
         axes: what goes with the channels.
         attributes: numbers that count channels.
         whole: module name of a producer, or of the module that runs it → why its filters stay.
@@ -129,6 +147,7 @@ class ChannelGraph:
     """
 
     groups: tuple[ChannelGroup, ...]
+    branches: tuple[Branch, ...]
     axes: tuple[Axis, ...]
     attributes: tuple[Attribute, ...]
     whole: dict[str, str]
@@ -142,7 +161,15 @@ class ChannelGraph:
         """The group of a producer, by module name."""
         return next(group for group in self.groups if producer in group.producers)
 
+    def vanished(self, kept: NDArray[np.bool_]) -> tuple[Branch, ...]:
+        """The branches of which nothing stays."""
+        left = {group.name for group in self.groups if kept[group.channels].any()}
+        return tuple(branch for branch in self.branches if left.isdisjoint(branch.groups))
+
     def leaves_filters(self, kept: NDArray[np.bool_]) -> bool:
-        """Whether every layer still has filters and inputs."""
-        stays = np.append(kept, True)
-        return all(bool(stays[axis.channels].any()) for axis in self.axes)
+        """Whether every layer still has filters and inputs, but for branches that vanish as a whole."""
+        stays, gone = np.append(kept, True), self.vanished(kept)
+        inside = {module for branch in gone for module in branch.inside}
+        ends = {Site(f"{branch.end}.weight", 1) for branch in gone}
+        axes = (axis for axis in self.axes if axis.site not in ends and axis.site.module not in inside)
+        return all(bool(stays[axis.channels].any()) for axis in axes)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from .branches import branches
 from .graph import STAYS, Attribute, Axis, ChannelGraph, ChannelGroup, Channels, Consumer
 from .label_pass import Labels
 from .labels import FIXED, PARAMETER, Draft, Site, distinct
@@ -59,8 +60,10 @@ def group_channels(
     work: Counter[str] = Counter()
     for call in calls:
         work[call.weight] += call.positions
+    groups = _groups(trace, values, draft, numbers, cells, calls)
     return ChannelGraph(
-        tuple(_groups(trace, values, draft, numbers, cells, calls)),
+        tuple(groups),
+        branches(model, trace, groups),
         tuple(numbers.axes()),
         tuple(each for each in attributes if (each.channels != STAYS).any()),
         _whole(trace, draft, work),

@@ -25,6 +25,11 @@ class Site(NamedTuple):
     parameter: str
     dim: int
 
+    @property
+    def module(self) -> str:
+        """Name of the parameter's module."""
+        return self.parameter.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Use:

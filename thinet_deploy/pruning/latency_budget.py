@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..errors import GateError, InputError
 from .allocation import Curve, Descent
 from .budget import Widths, Wish, matching
-from .graph import ChannelGroup
+from .graph import Branch, ChannelGroup
 from .milliseconds import Milliseconds, fastest, unpaid
 
 CORRECTIONS = 3
@@ -91,6 +91,7 @@ def meet(
     wish: Wish,
     goal: Goal,
     measure: Callable[[Widths], Measured],
+    branches: Sequence[Branch] = (),
 ) -> Found:
     """Widths that lose least within a budget of time.
 
@@ -104,6 +105,7 @@ def meet(
         wish: the grid, and keep ratios of some layers.
         goal: the budget.
         measure: makes the network of some widths and measures it beside the original.
+        branches: that may vanish, whether it pays to narrow them or not.
 
     Raises:
         GateError: the budget cannot be reached; the smallest time that can be is named.
@@ -124,7 +126,8 @@ def meet(
             hint="Ask for less time, or for more speed.",
         )
     for _ in range(1 + CORRECTIONS):
-        widths = _within(costs, groups, curves, wish, _budget(goal, trials))
+        descent = Descent(costs, groups, curves, wish, branches)
+        widths = _within(descent, _budget(goal, trials)) or fastest(costs, groups, wish, branches)
         if any(widths == trial.widths for trial in trials):
             break
         trials.append(tried(widths))
@@ -132,10 +135,11 @@ def meet(
             break
     best = min(trials[1:] or trials, key=lambda trial: _miss(goal, trial))
     if goal.excess(best.measured) > 1 + SLACK:
-        least = fastest(costs, groups, wish)
+        least = fastest(costs, groups, wish, branches)
         known = next((trial for trial in trials if trial.widths == least), None)
         raise _out_of_reach(goal, best, known or tried(least))
-    return Found(tuple(trials), best, idle)
+    # What does not pay when it is narrowed may still have gone with its branch.
+    return Found(tuple(trials), best, {name: why for name, why in idle.items() if best.widths[name]})
 
 
 def _budget(goal: Goal, trials: Sequence[Trial]) -> float:
@@ -149,14 +153,12 @@ def _budget(goal: Goal, trials: Sequence[Trial]) -> float:
     return min(max(budget, last.layers_ms / 2), last.layers_ms * 2)
 
 
-def _within(
-    costs: Milliseconds, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish, budget: float
-) -> Widths:
-    """Widths for a sum of layer times, or the fastest there are."""
+def _within(descent: Descent, budget: float) -> Widths | None:
+    """Widths for a sum of layer times; None where there are none."""
     try:
-        return Descent(costs, groups, curves, wish).reach(budget)
+        return descent.reach(budget)
     except GateError:
-        return fastest(costs, groups, wish)
+        return None
 
 
 def _miss(goal: Goal, trial: Trial) -> tuple[bool, float]:

@@ -13,7 +13,7 @@ from ..layer_networks import Layer
 from ..surfaces import Domain, Surface
 from .allocation import Extent, extents
 from .budget import Widths, Wish, choices, matching, uniform
-from .graph import ChannelGraph, ChannelGroup
+from .graph import Branch, ChannelGraph, ChannelGroup
 
 Times = NDArray[np.float64]
 # Narrowing a group has to save this share of the time of the layers that it touches, else it does not pay.
@@ -132,7 +132,8 @@ def _total(layers: Sequence[tuple[Sized, Surface]], widths_gm: Times) -> Times:
     total = np.zeros(widths_gm.shape[1])
     for each, surface in layers:
         ins, outs = (np.broadcast_to(side.at(widths_gm), total.shape) for side in (each.ins, each.outs))
-        total = total + each.layer.calls * surface(ins, outs)
+        there = (ins > 0) & (outs > 0)  # else the layer vanished with its branch
+        total = total + np.where(there, each.layer.calls * surface(np.maximum(ins, 1), np.maximum(outs, 1)), 0.0)
     return total
 
 
@@ -151,8 +152,8 @@ def unpaid(costs: Milliseconds, groups: Sequence[ChannelGroup], wish: Wish) -> d
     return found
 
 
-def fastest(costs: Milliseconds, groups: Sequence[ChannelGroup], wish: Wish) -> Widths:
-    """The widths that take the least: the narrowest, or wider where that is faster."""
+def fastest(costs: Milliseconds, groups: Sequence[ChannelGroup], wish: Wish, branches: Sequence[Branch] = ()) -> Widths:
+    """The widths that take the least: the narrowest, or wider where that is faster; without what may vanish."""
     widths = uniform(groups, 0.0, wish)
     for group in groups:
         if matching(group, wish) is not None:
@@ -161,4 +162,4 @@ def fastest(costs: Milliseconds, groups: Sequence[ChannelGroup], wish: Wish) -> 
         saved = costs.saved(widths, group.name, there)[0]
         if saved.max() > 0:
             widths[group.name] = int(there[saved.argmax()])
-    return widths
+    return {**widths, **{name: 0 for branch in branches for name in branch.groups}}

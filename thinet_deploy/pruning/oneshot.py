@@ -116,16 +116,23 @@ def prune_once(
         moments.clear()  # they are gathered anew, layer by layer
     chosen = join().once(lambda: widths(seen.curves))
     work = _Work(wide, graph, Front(wide, seen.sampling, seen.said), moments, method, chosen, seen.removals)
+    unread = _unread(graph, chosen)
     todo = list(groups)
     for number, name in enumerate(wide.readers):
         progress("Pruning", number, len(wide.readers), name.removesuffix(".weight"))
         mine = [group for group in todo if any(each.weight == name for each in group.consumers)]
         work.prune(mine)
         todo = [group for group in todo if group not in mine]
-        if not work.kept.all() and method.reconstruction == "full":
+        if not work.kept.all() and method.reconstruction == "full" and name not in unread:
             work.refit(wide.readers[name])
     progress("Pruning", len(wide.readers), len(wide.readers))
     return Pruned(wide.model, work.kept, chosen, seen.curves)
+
+
+def _unread(graph: ChannelGraph, widths: Widths) -> set[str]:
+    """Weights of layers inside branches that vanish."""
+    gone = (branch for branch in graph.branches if all(widths.get(name) == 0 for name in branch.groups))
+    return {f"{module}.weight" for branch in gone for module in branch.inside}
 
 
 def weigh(
@@ -153,13 +160,15 @@ def weigh(
     for number, group in enumerate(groups if method.selection == "elimination" else ()):
         progress("Weighing", number, len(groups), group.name)
         removal = eliminate(parts(wide, group, moments, worth, method.ridge), group.cells, group.steps)
-        removals[group.name], curves[group.name] = removal, _curve(group, removal, whole)
+        ends = any(branch.groups[-1] == group.name for branch in graph.branches)
+        removals[group.name], curves[group.name] = removal, _curve(group, removal, whole, vanishes=ends)
     progress("Weighing", len(groups), len(groups))
     return Weighed(wide, sampling, moments, said, removals, curves)
 
 
-def _curve(group: ChannelGroup, removal: Removal, whole: float) -> Curve:
-    widths = np.array(sorted(possible(group, 1), reverse=True))
+def _curve(group: ChannelGroup, removal: Removal, whole: float, *, vanishes: bool) -> Curve:
+    """With no channels left where a branch can vanish: its last layer says its mean then."""
+    widths = np.array([*sorted(possible(group, 1), reverse=True), *[0] * vanishes])
     return Curve(widths, removal.error[len(group.channels) - widths] / whole)
 
 
@@ -188,7 +197,7 @@ class _Work:
             moments = self._moments([reader for name, reader in self.wide.readers.items() if name in names])
         stays = [join().tell(self._select(group, moments)) for group in groups]
         for group, mine in zip(groups, stays, strict=True):
-            if self.method.reconstruction == "scale":
+            if self.method.reconstruction == "scale" and len(mine):
                 factors = np.ones(len(group.channels))
                 factors[mine] = scale(exact_gram(self.wide, group, moments), mine)
                 self.wide.scale(group, factors)

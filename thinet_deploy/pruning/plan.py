@@ -49,6 +49,20 @@ class Shuffled(BaseModel):
     shuffle: int = Field(ge=1)
 
 
+class Vanished(BaseModel):
+    """A residual branch that says only its mean.
+
+    Attributes:
+        norm: module of the BatchNorm behind its last convolution, which goes too; "" without one.
+        inside: modules of its other layers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    norm: str
+    inside: tuple[str, ...]
+
+
 class Plan(BaseModel):
     """What stays of a network; applied to a fresh model of the same structure by `surgery.apply`.
 
@@ -62,6 +76,7 @@ class Plan(BaseModel):
         attributes: module name → attribute → new value, such as out_channels.
         widths: module name of every producer → (filters before, filters after).
         shuffled: module name → how a convolution without groups becomes one with groups, after all else.
+        vanished: module of a residual branch's last convolution → how the branch vanishes.
         head: the new head, if it was replaced.
         preprocess: how images become the network's input.
     """
@@ -77,6 +92,7 @@ class Plan(BaseModel):
     attributes: dict[str, dict[str, int | Indices]] = Field(default_factory=dict)
     widths: dict[str, tuple[int, int]] = Field(default_factory=dict)
     shuffled: dict[str, Shuffled] = Field(default_factory=dict)
+    vanished: dict[str, Vanished] = Field(default_factory=dict)
     head: GapHead | None = None
     preprocess: Preprocess | None = None
 
@@ -104,6 +120,7 @@ class Plan(BaseModel):
                 "attributes": attributes,
                 "widths": widths,
                 "shuffled": {**self.shuffled, **cut.shuffled},
+                "vanished": {**self.vanished, **cut.vanished},
                 "head": cut.head or self.head,
             }
         )
@@ -154,8 +171,12 @@ def plan_channels(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_]
     """
     stays = np.append(kept, True)
     assert STAYS == -1
+    vanished = {each.end: Vanished(norm=each.norm, inside=each.inside) for each in graph.vanished(kept)}
+    inside = {module for each in vanished.values() for module in each.inside}
     keep: dict[str, dict[int, Indices]] = {}
     for axis in graph.axes:
+        if axis.site.module in inside or (axis.site.module in vanished and axis.site.dim == 1):
+            continue  # the whole layer goes, or all of its inputs
         if not stays[axis.channels].all():
             keep.setdefault(axis.site.parameter, {})[axis.site.dim] = tuple(
                 np.flatnonzero(stays[axis.channels]).tolist()
@@ -166,7 +187,7 @@ def plan_channels(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_]
     attributes: dict[str, dict[str, int | Indices]] = {}
     for each in graph.attributes:
         count = int(stays[each.channels].sum())
-        if count == len(each.channels):
+        if count in {0, len(each.channels)} or each.module in inside:
             continue
         mine = attributes.setdefault(each.module, {})
         if each.index is None:
@@ -186,6 +207,7 @@ def plan_channels(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_]
         grouped=grouped,
         attributes=attributes,
         widths=widths,
+        vanished=vanished,
     )
 
 
@@ -223,6 +245,7 @@ def check_structure(plan: Plan, model: nn.Module) -> None:
             "The plan belongs to another network: parameter names or shapes differ from this model's.",
             hint="Give the --model (and number of classes) with which the plan was made.",
         )
+    _check_vanished(plan, model)
     shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
     for name, dims in plan.keep.items():
         for dim, indices in dims.items():
@@ -233,3 +256,14 @@ def check_structure(plan: Plan, model: nn.Module) -> None:
                     f"The plan is damaged: {name} of the network does not have what is to be kept of it.",
                     hint="Write it anew with `thinet-deploy prune`.",
                 )
+
+
+def _check_vanished(plan: Plan, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for end, branch in plan.vanished.items():
+        convolution = isinstance(modules.get(end), nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not convolution or not modules.keys() >= {*branch.inside, *filter(None, [branch.norm])}:
+            raise ModelError(
+                f"The plan is damaged: {end} of the network ends no such branch.",
+                hint="Write it anew with `thinet-deploy prune`.",
+            )

@@ -60,6 +60,9 @@ def cut(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     tensors = dict(named_tensors(masked))
     for consumer in {(each.weight, each.dim): each for group in graph.groups for each in group.consumers}.values():
         indices = plan.keep.get(consumer.weight, {}).get(consumer.dim)
+        if consumer.weight.removesuffix(".weight") in plan.vanished:
+            tensors[consumer.weight].detach().zero_()
+            continue
         if indices is None:
             continue
         weight = tensors[consumer.weight].detach().movedim(consumer.dim, 0)
@@ -137,7 +140,9 @@ def _compare(
 
     `masked` is not what it was afterwards.
     """
-    filters = {each.weight: plan.keep.get(each.weight, {}) for group in graph.groups for each in group.consumers}
+    gone = {name for end, branch in plan.vanished.items() for name in (end, *branch.inside)}
+    consumers = [each for group in graph.groups for each in group.consumers if _named(each) not in gone]
+    filters = {each.weight: plan.keep.get(each.weight, {}) for each in consumers}
     expected = [_observe(masked, filters, batch) for batch in batches]
     got = [_observe(thin, {name: {} for name in filters}, batch) for batch in batches]
     errors = [

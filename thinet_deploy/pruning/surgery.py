@@ -15,9 +15,10 @@ from torch import nn
 
 from ..errors import ModelError
 from ..models.shuffle import ShuffledConv2d
+from ..models.vanished import Constant, Nothing
 from ..models.weights import load_weights
 from .graph import ChannelGroup
-from .plan import GapHead, Plan, Shuffled, check_structure, members
+from .plan import GapHead, Plan, Shuffled, Vanished, check_structure, members
 from .trace import named_tensors
 
 
@@ -43,9 +44,26 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
     for name, how in plan.shuffled.items():
         owner, _, leaf = name.rpartition(".")
         setattr(thin.get_submodule(owner), leaf, _grouped(thin.get_submodule(name), how))
+    for end, branch in plan.vanished.items():
+        _vanish(thin, end, branch)
     if plan.head:
         replace_head(thin, plan.head)
     return thin
+
+
+def _vanish(model: nn.Module, end: str, branch: Vanished) -> None:
+    """Put what a branch says when all that its last convolution reads is zero in the place of the branch."""
+    conv = model.get_submodule(end)
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d), "check_structure refuses others"
+    weight, rank = conv.weight.detach(), conv.weight.dim() - 2
+    said = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+    if branch.norm:
+        norm = model.get_submodule(branch.norm)
+        said = norm.eval()(said.view(1, -1, *[1] * rank)).detach().flatten()
+    parts = {end: Constant(said.clone(), rank), **{name: Nothing(rank).to(weight) for name in branch.inside}}
+    parts |= {branch.norm: nn.Identity()} if branch.norm else {}
+    for name, part in parts.items():
+        model.set_submodule(name, part.train(model.training))
 
 
 def _grouped(conv: nn.Module, how: Shuffled) -> nn.Conv2d:

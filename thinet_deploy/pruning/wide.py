@@ -6,7 +6,7 @@ Nothing is sliced before the end: shapes stay, so one trace serves for the whole
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class Wide:
         spans: weight of a layer that is refitted by channel → inputs that one channel has.
         tensors: of the model, by name.
         kept: weight → which inputs count, (G, D); the others' weights are zero.
+        silent: weights of layers of whose inputs none counts any more: they say their mean.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Wide:
     spans: dict[str, int]
     tensors: dict[str, torch.Tensor]
     kept: dict[str, torch.Tensor]
+    silent: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(
@@ -157,6 +159,10 @@ class Wide:
             kept = self.kept[consumer.weight]
             kept &= ~ignored.repeat_interleave(reader.inputs // ignored.shape[1], 1)
             self._multiply(reader, kept)
+            if not kept.any():
+                self.silent.add(reader.weight)
+                kept[:] = True  # so that statistics have a shape; a weight of zero makes nothing of them
+                continue
             if reader.blocks == 1 and not reader.linear and not reader.transposed:
                 channels = torch.nonzero(kept.view(ignored.shape[1], -1).any(1))[:, 0]
                 self.replay.read.update({self.replay.trace.nodes[use.at]: channels for use in reader.uses})
@@ -167,6 +173,9 @@ class Wide:
         The BatchNorm is left trainable, with the statistics that its inputs now have and filters of their old norm
         (folded to mean 0 and variance 1 it would be the same function, and fine-tune worse).
         """
+        if reader.weight in self.silent:
+            self._recentre(reader, stats)
+            return
         found = solver(stats.cross, self.coefficients(reader))
         if span := self.spans.get(reader.weight):
             self._multiply(reader, found[0].repeat_interleave(span, 1))
