@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .errors import DataError, GateError
 from .interfaces import Precision
 from .job import Job
 from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within, speaking
-from .precision.calibration import MIN_IMAGES, Floats, Values, observe
+from .precision.calibration import MIN_IMAGES, Batches, Floats, Values, observe
 from .precision.executed import prove_precision
 from .precision.graph import names_of, read_onnx
 from .precision.half import Half, kept_names, overflowing, to_half
@@ -85,7 +85,7 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
         values, report[name] = observe(model, batches), {}
         for precision in plan.files:
             tools.progress("Calibrating", index, len(names), f"{name} in {precision}")
-            made, how = _made(tools, plan, precision, model, values, judge)
+            made, how = _made(tools, plan, precision, _Observed(model, values, batches, judge))
             if made is not None:
                 path = folder / precision / f"{name}.onnx"
                 write_bytes(path, made.SerializeToString(deterministic=True))
@@ -96,27 +96,33 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
     write_json(folder / TYPED, report)
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """A network, what it was seen to do on calibration images, these, and the ones to judge by."""
+
+    model: ModelProto
+    values: Mapping[str, Values]
+    batches: Batches
+    judge: Judge
+
+
 def _made(
-    tools: Tools,
-    plan: PrecisionPlan,
-    precision: Precision,
-    model: ModelProto,
-    values: Mapping[str, Values],
-    judge: Judge,
+    tools: Tools, plan: PrecisionPlan, precision: Precision, seen: _Observed
 ) -> tuple[ModelProto | None, dict[str, Any]]:
     """A network in one type, and how it was made; None, and why, where a type that nobody asked for cannot be had."""
+    model = seen.model
     if precision != "int8":
         kind: Half = "bf16" if precision == "bf16" else "fp16"
-        why = overflowing(model, values) if kind == "fp16" else {}
+        why = overflowing(model, seen.values) if kind == "fp16" else {}
         return to_half(model, kind, keep=why), {"kept": kept_names(model, why), "kept_nodes": list(why)}
-    options = tools.job.options
+    drop, progress = tools.job.options.max_drop, tools.progress
     try:
-        done = quantise_within(model, values, plan.layout, judge, options.max_drop)
+        done = quantise_within(model, seen.values, plan.layout, seen.judge, drop, seen.batches, progress=progress)
     except GateError as error:
-        if options.precision:
+        if tools.job.options.precision:
             raise
         return None, {"refused": error.what}
-    return done.model, {"layout": plan.layout.name, "max_drop": options.max_drop, **_told(done, model)}
+    return done.model, {"layout": plan.layout.name, "max_drop": drop, **_told(done, model)}
 
 
 def _told(done: Quantised, model: ModelProto) -> dict[str, Any]:
@@ -126,6 +132,7 @@ def _told(done: Quantised, model: ModelProto) -> dict[str, Any]:
         "kept": costly | {names[node]: why for node, why in left.items()},
         "kept_nodes": [*done.kept, *left],
         "method": done.method,
+        "refitted": done.refitted,
         "top1_fp32": done.before,
         "top1": done.after,
         "images": done.images,

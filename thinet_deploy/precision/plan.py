@@ -11,7 +11,7 @@ from ..errors import MissingError, TargetError
 from ..interfaces import Precision
 from ..registry import host_runtimes, runs_here
 from ..target import TargetProfile
-from .int8 import S8S8, U8S7, U8S8, Layout
+from .weights import S8S8, U8S7, U8S8, Layout
 
 # What the engines that we make can compute in on a CPU. ONNX Runtime turns every FP16 and BF16 weight back to FP32.
 _COMPUTES: dict[str, frozenset[Precision]] = {
