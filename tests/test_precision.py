@@ -23,9 +23,10 @@ from thinet_deploy.precision import calibration, executed
 from thinet_deploy.precision.accuracy_gate import Judge, outputs, quantise_within
 from thinet_deploy.precision.calibration import BINS, METHODS, Values, limits, observe, session
 from thinet_deploy.precision.downgrade import to_opset_17
-from thinet_deploy.precision.executed import Kernel, prove_precision
+from thinet_deploy.precision.executed import prove_precision
 from thinet_deploy.precision.graph import layers, opset_of, read_onnx
 from thinet_deploy.precision.half import kept_names, overflowing, to_half
+from thinet_deploy.precision.held import Kernel
 from thinet_deploy.precision.int8 import left_out, quantisable, quantise
 from thinet_deploy.precision.weights import S8S8, U8S7, U8S8, Layout
 from thinet_deploy.registry import convert

@@ -47,6 +47,8 @@ class Conversion:
         target: id or file of the target profile, for limits such as the builder's memory; "" for none.
         dla_core: which of a Jetson's DLAs takes the layers that it can; None for the GPU.
         cache: a folder that outlives the conversion, for what makes the next one quicker; None for none.
+        calibration: a .npy file of inputs (n, channels, height, width), float32, that int8 is calibrated with; only for
+            a source in float32, and None for all others.
     """
 
     source: Path
@@ -57,6 +59,7 @@ class Conversion:
     target: str = ""
     dla_core: int | None = None
     cache: Path | None = None
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within,
 from .precision.calibration import MIN_IMAGES, Batches, Floats, Values, observe
 from .precision.executed import prove_precision
 from .precision.graph import names_of, read_onnx
+from .precision.held import READERS
 from .precision.half import Half, kept_names, overflowing, to_half
 from .precision.int8 import left_out
 from .precision.plan import PrecisionPlan, plan_precision
 from .prune_stage import HELD_OUT
-from .registry import runs_here
+from .registry import converter, runs_here
 from .target import TargetProfile
 from .tools import Tools
 from .training import Accuracy, accuracy, first
@@ -35,7 +36,7 @@ from .training import Accuracy, accuracy, first
 # What is usual; more changes limits by less than a step.
 CALIBRATION_IMAGES = 300
 JUDGING_IMAGES = 500
-TYPED, EXECUTED = "typed.json", "precision.json"
+TYPED, EXECUTED, CALIBRATION = "typed.json", "precision.json", "calibration.npy"
 
 
 def planned(job: Job) -> PrecisionPlan:
@@ -67,7 +68,10 @@ def _calibrating(job: Job) -> tuple[ImageSet, Any, ImageSet]:
 
 
 def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collection[str], folder: Path) -> None:
-    """Each network as an ONNX file in each of the plan's types: PRECISION/NAME.onnx, and how it went in typed.json."""
+    """Each network as an ONNX file in each of the plan's types: PRECISION/NAME.onnx, and how it went in typed.json.
+
+    Converters that quantise by themselves find the calibration images in calibration.npy.
+    """
     job, report = tools.job, dict[str, dict[str, Any]]()
     fit, chosen, held_out = _calibrating(job)
     height, width = job.input_shape[1:]
@@ -93,7 +97,14 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
                 how["accuracy"] = asdict(_tested(tools, made))
             report[name][precision] = {"calibration_images": len(chosen), **how}
     tools.progress("Calibrating", len(names), len(names))
+    if plan.engines == "int8" and any(quantises(runtime) for runtime in plan.runtimes):
+        np.save(folder / CALIBRATION, fit.inputs(chosen))
     write_json(folder / TYPED, report)
+
+
+def quantises(runtime: str) -> bool:
+    """Whether a runtime's converter quantises by itself, with its makers' tools, and not our Q/DQ file."""
+    return converter(runtime).CONTRACT.source == "program"
 
 
 @dataclass(frozen=True)
@@ -172,14 +183,15 @@ def executed(
     engines: Mapping[tuple[str, str], Path],
     folder: Path,
 ) -> None:
-    """What every engine runs in which type, layer by layer: precision.json."""
+    """What every engine runs in which type, or holds in it, layer by layer: precision.json."""
     found = dict[str, Any]()
     for index, ((name, runtime), path) in enumerate(engines.items()):
         tools.progress("Reading precisions back", index, len(engines), f"{name}: {runtime}")
         source = read_onnx(onnx_folder / f"{name}.onnx")
-        keep = report.get(name, {}).get(plan.engines, {}).get("kept_nodes", ())
+        keep = () if quantises(runtime) else report.get(name, {}).get(plan.engines, {}).get("kept_nodes", ())
         proof = prove_precision(runtime, path, source, plan.engines, keep=keep)
-        hop = verify.Hop(name, f"{runtime} runs {plan.engines}", not proof.wrong, detail=proof.describe())
+        does = "holds" if runtime in READERS else "runs"
+        hop = verify.Hop(name, f"{runtime} {does} {plan.engines}", not proof.wrong, detail=proof.describe())
         found[f"{name}/{runtime}"] = {**proof.to_json(), "hop": asdict(hop)}
     tools.progress("Reading precisions back", len(engines), len(engines))
     write_json(folder / EXECUTED, found)
