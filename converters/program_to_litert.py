@@ -57,8 +57,10 @@ def _shorten(path: Path, job: Conversion) -> None:
         _ask_for_fp16(tool)
         result = tool.quantize()
     else:
+        assert job.calibration, "registry.convert sees to it"
         _ask_for_int8(tool)
-        result = tool.quantize(tool.calibrate(_calibration(path, job), num_threads=1))
+        images = _calibration(path, job.calibration, job.batch or 1)
+        result = tool.quantize(tool.calibrate(images, num_threads=1))
     path.write_bytes(result.quantized_model)
 
 
@@ -87,14 +89,14 @@ def _ask_for_int8(tool: Any) -> None:
         )
 
 
-def _calibration(path: Path, job: Conversion) -> dict[str, list[dict[str, Any]]]:
+def _calibration(path: Path, calibration: Path, size: int) -> dict[str, list[dict[str, Any]]]:
     """The calibration images as the file's only signature takes them, batch by batch."""
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter
 
     ((signature, ports),) = Interpreter(str(path)).get_signature_list().items()
     (name,) = ports["inputs"]
-    images, size = np.load(job.calibration), job.batch or 1
+    images = np.load(calibration)
     whole = len(images) // size * size
     return {signature: [{name: images[start : start + size]} for start in range(0, whole, size)]}
 

@@ -23,8 +23,8 @@ from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within,
 from .precision.calibration import MIN_IMAGES, Batches, Floats, Values, observe
 from .precision.executed import prove_precision
 from .precision.graph import names_of, read_onnx
-from .precision.held import READERS
 from .precision.half import Half, kept_names, overflowing, to_half
+from .precision.held import READERS
 from .precision.int8 import left_out
 from .precision.plan import PrecisionPlan, plan_precision
 from .prune_stage import HELD_OUT

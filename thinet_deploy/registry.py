@@ -113,7 +113,7 @@ def convert(
 def _check_asked(runtime: str, contract: Contract, job: Conversion) -> None:
     if job.precision not in contract.precisions:
         raise InputError(
-            f"The converter for {runtime} cannot be asked for {job.precision}.",
+            f"The converter for {runtime} cannot be asked for {job.precision}{contract.why_not(job.precision)}.",
             hint=f"It knows {', '.join(contract.precisions)}.",
         )
     if contract.source == "program" and job.precision == "int8" and job.calibration is None:

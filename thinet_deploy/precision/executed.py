@@ -89,7 +89,7 @@ def prove_precision(
     """Read back what an engine runs in which type.
 
     Args:
-        runtime: "openvino", "onnxruntime", or one of `held.READERS`.
+        runtime: "openvino", "onnxruntime", "ort", or one of `held.READERS`.
         path: the engine's main file.
         source: the float32 network that it goes back to, whose nodes have names.
         precision: that was asked for.
@@ -166,7 +166,7 @@ def _blank(port: Any) -> Any:
     return np.zeros(sizes, np.float16 if "float16" in port.type else np.float32)
 
 
-_READERS = {"openvino": _openvino, "onnxruntime": _onnxruntime}
+_READERS = {"openvino": _openvino, "onnxruntime": _onnxruntime, "ort": _onnxruntime}
 
 
 def _matched(source: ModelProto, kernels: list[Kernel]) -> dict[str, str]:

@@ -52,7 +52,7 @@ def plan_precision(target: TargetProfile, asked: Precision | None, cpu_flags: Co
         cpu_flags: of this machine, as /proc/cpuinfo spells them.
 
     Raises:
-        TargetError: the target, or this machine if it is the target, cannot compute in it; or nothing makes such engines.
+        TargetError: the target, or this machine if it is the target, cannot compute in it; nothing makes such engines.
         MissingError: what makes them, or ONNX Runtime, which runs the calibration images, is not installed.
     """
     if asked:
@@ -103,13 +103,20 @@ def _for_device(target: TargetProfile, precision: Precision, runtimes: tuple[str
             hint="Use --precision fp32.",
         )
     if not able and precision != "fp32":
+        there = " or ".join(makers)
         raise MissingError(
-            f"No {precision} engine for {target.id} can be made here: {' or '.join(makers)} would do, and is not installed.",
-            hint=f'Install it: pip install "thinet-deploy[{converter(makers[0]).CONTRACT.extra}]"; or --precision fp32.',
+            f"There can be no {precision} engine for {target.id}: what makes one for {there} is not installed.",
+            hint=f'Install it: pip install "thinet-deploy[{converter(makers[0]).CONTRACT.extra}]".',
         )
-    notes = [f"No engine for {', '.join(unable)}: none is made in {precision} here."] if unable else []
+    notes = [f"No {precision} engine for {each}{_why_not(each, precision)}." for each in unable]
     files: tuple[Precision, ...] = ("int8",) if precision == "int8" else ()
     return PrecisionPlan(precision, able, files, _layout(target, ()), tuple(notes))
+
+
+def _why_not(runtime: str, precision: Precision) -> str:
+    """Its converter's reason; else it could be made, and the CPU here could not check it."""
+    contract = converter(runtime).CONTRACT
+    return ": this machine could not check it" if precision in contract.precisions else contract.why_not(precision)
 
 
 def _able(runtimes: tuple[str, ...], precision: Precision) -> tuple[tuple[str, ...], tuple[str, ...]]:
