@@ -59,8 +59,7 @@ def _shorten(path: Path, job: Conversion) -> None:
     else:
         assert job.calibration, "registry.convert sees to it"
         _ask_for_int8(tool)
-        images = _calibration(path, job.calibration, job.batch or 1)
-        result = tool.quantize(tool.calibrate(images, num_threads=1))
+        result = tool.quantize(_limits(tool, path, job.calibration, job.batch or 1))
     path.write_bytes(result.quantized_model)
 
 
@@ -89,16 +88,23 @@ def _ask_for_int8(tool: Any) -> None:
         )
 
 
-def _calibration(path: Path, calibration: Path, size: int) -> dict[str, list[dict[str, Any]]]:
-    """The calibration images as the file's only signature takes them, batch by batch."""
+def _limits(tool: Any, path: Path, calibration: Path, size: int) -> dict[str, dict[str, Any]]:
+    """Tensor → its smallest and largest value, "min" and "max", over all calibration images.
+
+    Batch by batch: over several the tool takes moving averages of what each has, which clips one value in many.
+    """
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter
 
     ((signature, ports),) = Interpreter(str(path)).get_signature_list().items()
     (name,) = ports["inputs"]
-    images = np.load(calibration)
-    whole = len(images) // size * size
-    return {signature: [{name: images[start : start + size]} for start in range(0, whole, size)]}
+    images, found = np.load(calibration), dict[str, dict[str, Any]]()
+    for start in range(0, len(images) - size + 1, size):
+        batch = {signature: [{name: images[start : start + size]}]}
+        for tensor, seen in tool.calibrate(batch, num_threads=1).items():
+            known = found.setdefault(tensor, seen)
+            known |= {"min": np.minimum(known["min"], seen["min"]), "max": np.maximum(known["max"], seen["max"])}
+    return found
 
 
 def _write_delegation(path: Path) -> None:

@@ -307,7 +307,7 @@ def test_litert_and_executorch_are_quantised_with_the_calibration_images(
 def test_int8_that_costs_too_much_is_told_where_nobody_asked_and_stops_where_someone_did(
     copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: Any) -> Any:
+    def never(*_: Any, **__: Any) -> Any:
         raise GateError("INT8 costs more than --max-drop 1 allows: …")
 
     monkeypatch.setattr(precision_stage, "quantise_within", never)
