@@ -18,6 +18,7 @@ CONTRACT = Contract(
     extra="ncnn",
     batch="one",
     precisions=("fp32", "fp16"),
+    without={"int8": "its makers' tools for int8 are not in the packages of ncnn and pnnx"},
 )
 # What pnnx also writes, and we do not ship: its own formats, and Python files that would be run to read them.
 _UNUSED = ("pnnxparam", "pnnxbin", "pnnxpy", "pnnxonnx", "ncnnpy")

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from ..interfaces import Contract, Conversion, Progress
 
-CONTRACT = Contract(source="onnx", suffix=".ort", modules=("onnxruntime", "onnx"), extra="onnxruntime")
+CONTRACT = Contract(
+    source="onnx",
+    suffix=".ort",
+    modules=("onnxruntime", "onnx"),
+    extra="onnxruntime",
+    precisions=("fp32", "int8"),  # the file's own types decide
+    without={"fp16": "on a CPU it turns fp16 back to fp32"},
+)
 OPERATORS = "required_operators.config"
 
 

@@ -13,6 +13,7 @@ CONTRACT = Contract(
     modules=("coremltools", "torch"),
     extra="coreml",
     precisions=("fp32", "fp16"),
+    without={"int8": "calibrating it takes Core ML itself, on one of Apple's systems"},
 )
 _DATE = "com.github.apple.coremltools.conversion_date"
 

@@ -32,7 +32,8 @@ def made(tmp_path: Path) -> Path:
     from thinet_deploy.export import INPUT, OUTPUT, export_onnx
     from thinet_deploy.models.vgg import vgg_small
     from thinet_deploy.precision.calibration import limits, observe
-    from thinet_deploy.precision.int8 import U8S8, quantise
+    from thinet_deploy.precision.int8 import quantise
+    from thinet_deploy.precision.weights import U8S8
 
     torch.manual_seed(0)
     network = vgg_small((1, 32, 32), 10).eval()

@@ -216,6 +216,22 @@ def test_a_damaged_source_is_one_clear_message(runtime: str, tmp_path: Path) -> 
 
 
 @EVERY
+def test_each_precision_is_offered_or_has_a_reason(runtime: str) -> None:
+    contract = registry.converter(runtime).CONTRACT
+    assert {"fp32", "fp16", "int8"} <= {*contract.precisions, *contract.without}
+    assert not set(contract.precisions) & set(contract.without)
+
+
+@pytest.mark.parametrize("runtime", ["litert", "executorch"])
+def test_int8_without_images_to_calibrate_with_is_refused(
+    runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "check", lambda runtime: None)
+    with pytest.raises(InputError, match=f"{runtime} quantises by itself, .* no calibration images"):
+        registry.convert(runtime, Conversion(tmp_path / "n.pt2", tmp_path, "int8"), tmp_path)
+
+
+@EVERY
 def test_a_precision_it_does_not_know_is_refused(runtime: str, tmp_path: Path, sources: dict[str, Path]) -> None:
     installed(runtime)
     contract = registry.converter(runtime).CONTRACT

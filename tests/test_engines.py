@@ -19,9 +19,13 @@ from torch import nn
 from thinet_deploy import registry
 from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.engines import ENGINES, open_engine
-from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
-from thinet_deploy.interfaces import Conversion
+from thinet_deploy.errors import InputError
+from thinet_deploy.export import INPUT, OUTPUT
+from thinet_deploy.interfaces import Conversion, Precision
 from thinet_deploy.pipeline import build
+from thinet_deploy.precision.executed import prove_precision
+from thinet_deploy.precision.graph import read_onnx
+from thinet_deploy.precision.held import READERS
 from thinet_deploy.target import load_profile
 from thinet_deploy.verify import compare, rounding_noise, tolerance
 
@@ -36,37 +40,38 @@ RUNTIMES = [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else ()) 
 INSTALLED = registry.installed  # before conftest.py stands in for it
 
 Engine = tuple[Path, dict[str, Any]]
-Make = Callable[[str, str], Engine]
+Make = Callable[..., Engine]
+# Every cell of docs/engines.md but those in fp32, which have tests of their own; one network by default.
+SHORT = [
+    pytest.param(runtime, precision, name, marks=pytest.mark.slow if runtime in HEAVY or name != "resnet-odd" else ())
+    for runtime in registry.CONVERTERS
+    for precision in ("fp16", "int8")
+    for name in NETWORKS
+]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """The exported file of a network, of the kind that a converter takes."""
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """A network in every form that converters take: see benchmarks/_deployed.py."""
 
     @functools.cache
-    def once(name: str, kind: str) -> Path:
-        folder = tmp_path_factory.mktemp("source")
-        if kind == "program":
-            export_program(ALL[name], SHAPE, folder / f"{name}.pt2")
-            return folder / f"{name}.pt2"
-        export_onnx(ALL[name], SHAPE, folder / f"{name}.onnx", opset=20, ir_version=9)
-        return folder / f"{name}.onnx"
+    def once(name: str) -> Any:
+        return SHARED["Sources"](name, ALL[name], tmp_path_factory.mktemp("source"))
 
     return once
 
 
 @pytest.fixture(scope="module")
-def make(source: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make(sources: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The engine of a network, and what its conversion says of delegation."""
 
     @functools.cache
-    def once(runtime: str, name: str) -> Engine:
-        contract = registry.converter(runtime).CONTRACT
-        for module in contract.modules:
+    def once(runtime: str, name: str, precision: Precision = "fp32") -> Engine:
+        for module in registry.converter(runtime).CONTRACT.modules:
             if util.find_spec(module) is None:
                 pytest.skip(f"{module} is not installed")
         place = tmp_path_factory.mktemp("made")
-        artifact = registry.convert(runtime, Conversion(source(name, contract.source), place), place)
+        artifact = registry.convert(runtime, sources(name).job(runtime, precision, place), place)
         path = place / artifact.path
         record = path.with_suffix(".delegation.json")
         return path, json.loads(record.read_text()) if record.exists() else {}
@@ -100,6 +105,37 @@ def test_the_engine_agrees_with_torch_within_rounding(runtime: str, name: str, m
     allowed = tolerance(rounding_noise(NETWORKS[name], inputs), "fp32")
     passed, error, _ = compare(expected(name, inputs), got, allowed)
     assert passed, f"{runtime} on {name}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize(("runtime", "precision", "name"), SHORT)
+def test_fp16_and_int8_are_right_and_in_the_file_or_refused_with_a_reason(
+    runtime: str, precision: Precision, name: str, make: Make, sources: Callable[[str], Any], tmp_path: Path
+) -> None:
+    contract = registry.converter(runtime).CONTRACT
+    if precision not in contract.precisions:
+        if not INSTALLED(runtime):
+            pytest.skip(f"{runtime} is not installed")
+        with pytest.raises(InputError, match=f"cannot be asked for {precision}: {contract.without[precision]}"):
+            registry.convert(runtime, Conversion(tmp_path, tmp_path, precision), tmp_path)
+        return
+    found = SHARED["compared"](runtime, make(runtime, name, precision)[0], precision, sources(name))
+    if runtime == "tensorrt-rtx":
+        assert found == {"verdict": "built"}, "running it needs an RTX GPU"
+        return
+    assert found.get("as_asked", (runtime, precision) == ("openvino", "fp16")), found
+    assert runtime == "coreml" or found["verdict"] == "passed", found
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_file_in_fp32_does_not_pass_for_another(runtime: str, make: Make, sources: Callable[[str], Any]) -> None:
+    if runtime.startswith("tensorrt"):
+        pytest.skip("nothing reads its types back here: the inspector takes a GPU")
+    path, onnx = make(runtime, "resnet-odd")[0], read_onnx(sources("resnet-odd").onnx)
+    for precision in ("fp16", "int8"):
+        if runtime in READERS or precision == "int8":
+            proof = prove_precision(runtime, path, onnx, precision)
+            assert len(proof.wrong) == len(proof.layers) == 10
+            assert {each.got for each in proof.wrong} == {"fp32"}
 
 
 @pytest.mark.slow

@@ -23,10 +23,12 @@ from thinet_deploy.precision import calibration, executed
 from thinet_deploy.precision.accuracy_gate import Judge, outputs, quantise_within
 from thinet_deploy.precision.calibration import BINS, METHODS, Values, limits, observe, session
 from thinet_deploy.precision.downgrade import to_opset_17
-from thinet_deploy.precision.executed import Kernel, prove_precision
+from thinet_deploy.precision.executed import prove_precision
 from thinet_deploy.precision.graph import layers, opset_of, read_onnx
 from thinet_deploy.precision.half import kept_names, overflowing, to_half
-from thinet_deploy.precision.int8 import S8S8, U8S7, U8S8, Layout, left_out, quantisable, quantise
+from thinet_deploy.precision.held import Kernel
+from thinet_deploy.precision.int8 import left_out, quantisable, quantise
+from thinet_deploy.precision.weights import S8S8, U8S7, U8S8, Layout
 from thinet_deploy.registry import convert
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -267,14 +269,14 @@ def test_the_worst_layer_goes_back_and_is_named(images: Floats) -> None:
     stored = {"first.weight": weight.astype(np.float32), "second.weight": readout.astype(np.float32)}
     net = small(nodes, stored, {"x": ["n", *SHAPE], "y": ["n", 4]}, 17)
     seen, judge = observe(net, lambda: [images]), Judge(images)
-    done = quantise_within(net, seen, S8S8, judge, max_drop=1)
+    done = quantise_within(net, seen, S8S8, judge, 1, lambda: [images])
     assert list(done.kept.values()) == ["second"]
     assert done.before == 100, "without labels it is agreement with the float32 network"
     assert done.after >= 99
     everything = quantise(net, {name: limits(each, done.method) for name, each in seen.items()}, S8S8)
     assert (outputs(everything, images).argmax(1) == outputs(net, images).argmax(1)).mean() < 0.9
     with pytest.raises(GateError, match=r"costs more than --max-drop -1 allows.*worst: second, first") as failure:
-        quantise_within(net, seen, S8S8, Judge(images, np.full(len(images), 9)), max_drop=-1)
+        quantise_within(net, seen, S8S8, Judge(images, np.full(len(images), 9)), -1, lambda: [images])
     assert failure.value.exit_code == 1
 
 

@@ -29,6 +29,7 @@ from thinet_deploy.verify import distance
 pytestmark = pytest.mark.usefixtures("quick_module")
 MakeOptions = Callable[..., Options]
 NETWORKS = ("original", "conv", "gap")
+INSTALLED = registry.installed  # before conftest.py stands in for it
 # A JetPack whose TensorRT reads opset 17 and has no strongly typed networks.
 OLD_JETSON = """
 extends = "jetson"
@@ -253,15 +254,60 @@ def test_a_jetson_gets_its_typed_files(
 
 
 def test_only_what_is_asked_for_goes_to_the_device(copy: Path, tiny_options: MakeOptions) -> None:
+    done = build(again(tiny_options, copy, target="raspberry-pi-5", precision="int8"))
+    manifest = read_manifest(done.bundle)
+    assert [(each.runtime, each.precision) for each in manifest.engines] == [
+        ("onnxruntime", "int8"),
+        ("openvino", "int8"),
+    ]
+    assert manifest.typed == (), "model.onnx is the INT8 file"
+    assert verify_bundle(done.bundle)["exit_code"] == 0
+
+
+def test_fp16_for_a_board_is_refused_where_nothing_makes_it_here(copy: Path, tiny_options: MakeOptions) -> None:
+    with pytest.raises(
+        MissingError, match="no fp16 engine for raspberry-pi-5: what makes one for ncnn or litert"
+    ) as why:
+        build(again(tiny_options, copy, target="raspberry-pi-5", precision="fp16"))
+    assert why.value.hint == 'Install it: pip install "thinet-deploy[ncnn]".'
+
+
+def test_ncnn_in_fp16_is_made_checked_and_read_back(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ncnn", reason="ncnn is not installed")
+    pytest.importorskip("pnnx", reason="pnnx is not installed")
+    monkeypatch.setattr(registry, "installed", lambda runtime: runtime == "ncnn")
     done = build(again(tiny_options, copy, target="raspberry-pi-5", precision="fp16"))
-    assert [each.precision for each in read_manifest(done.bundle).typed] == ["fp16"]
-    assert {engine.precision for engine in read_manifest(done.bundle).engines} == {"fp32"}
+    assert [(each.runtime, each.precision) for each in read_manifest(done.bundle).engines] == [("ncnn", "fp16")]
+    proofs = [hop for hop in done.hops if hop.hop == "ncnn holds fp16"]
+    assert [(hop.model, hop.passed, hop.detail) for hop in proofs] == [
+        (name, True, "fp16 100.0 % of the MACs") for name in NETWORKS
+    ]
+    assert "No fp16 engine for onnxruntime: on a CPU it turns fp16 back to fp32." in done.notes
+    assert verify_bundle(done.bundle)["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_litert_and_executorch_are_quantised_with_the_calibration_images(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tuple(each for each in ("litert", "executorch") if INSTALLED(each))
+    if not here:
+        pytest.skip("neither LiteRT's nor ExecuTorch's toolchain is installed")
+    monkeypatch.setattr(registry, "installed", lambda runtime: runtime in here)
+    done = build(again(tiny_options, copy, target="android", precision="int8"))
+    made = [each.runtime for each in read_manifest(done.bundle).engines]
+    assert made == [each for each in ("litert", "onnxruntime", "executorch") if each in (*here, "onnxruntime")]
+    assert {hop.hop for hop in done.hops if hop.passed} >= {f"{each} holds int8" for each in here}
+    assert len(np.load(copy / "typed" / "calibration.npy")) == 33
+    assert verify_bundle(done.bundle)["exit_code"] == 0
 
 
 def test_int8_that_costs_too_much_is_told_where_nobody_asked_and_stops_where_someone_did(
     copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: Any) -> Any:
+    def never(*_: Any, **__: Any) -> Any:
         raise GateError("INT8 costs more than --max-drop 1 allows: …")
 
     monkeypatch.setattr(precision_stage, "quantise_within", never)

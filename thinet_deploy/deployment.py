@@ -19,6 +19,7 @@ from .intervals import Interval
 from .job import Job
 from .ledger import Entry
 from .networks import Networks, gate
+from .precision.held import READERS
 from .precision.plan import PrecisionPlan
 from .registry import device_notes, host_runtimes, runs_here
 from .report import Row, Table
@@ -185,8 +186,10 @@ def _executed(
     engines: Stage,
     paths: dict[tuple[str, str], Path],
 ) -> list[verify.Hop]:
-    """Verdicts on what the engines execute; none where they are to run on another machine, which decides that anew."""
+    """Verdicts on what the engines execute; for another machine, which decides that anew, on what they hold."""
     if not runs_here(tools.job.target):
+        paths = {(name, runtime): path for (name, runtime), path in paths.items() if runtime in READERS}
+    if not paths:
         return []
     inputs = {"engines": engines.digest, "machine": machine_id(fingerprint()), "precision": plan.engines}
     work = partial(precision_stage.executed, tools, plan, files.onnx, files.report, paths)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -47,6 +48,8 @@ class Conversion:
         target: id or file of the target profile, for limits such as the builder's memory; "" for none.
         dla_core: which of a Jetson's DLAs takes the layers that it can; None for the GPU.
         cache: a folder that outlives the conversion, for what makes the next one quicker; None for none.
+        calibration: a .npy file of inputs (n, channels, height, width), float32, that int8 is calibrated with; only for
+            a source in float32, and None for all others.
     """
 
     source: Path
@@ -57,6 +60,7 @@ class Conversion:
     target: str = ""
     dla_core: int | None = None
     cache: Path | None = None
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Contract:
         batch: "any": the engine takes any batch, unless one is fixed; "fixed": it has one size, 1 unless another is
             asked for; "one": it takes single images.
         precisions: that it can be asked for.
+        without: the others → why not, for the user.
     """
 
     source: Literal["onnx", "program"]
@@ -79,6 +84,11 @@ class Contract:
     extra: str
     batch: Literal["any", "fixed", "one"] = "any"
     precisions: tuple[Precision, ...] = ("fp32",)
+    without: Mapping[Precision, str] = field(default_factory=dict)
+
+    def why_not(self, precision: Precision) -> str:
+        """The end of a message that refuses a precision; "" where there is no more to say."""
+        return f": {self.without[precision]}" if precision in self.without else ""
 
 
 class Progress(Protocol):

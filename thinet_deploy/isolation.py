@@ -30,7 +30,7 @@ from .interfaces import Conversion, Progress
 
 LIMIT_S = 3600.0
 _FULL_DISK_BYTES = 1 << 20
-_PATHS = ("source", "folder", "cache")
+_PATHS = ("source", "folder", "cache", "calibration")
 
 
 def convert_isolated(module: str, job: Conversion, *, log: Path, progress: Progress, limit_s: float = LIMIT_S) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from .errors import DataError, GateError
 from .interfaces import Precision
 from .job import Job
 from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within, speaking
-from .precision.calibration import MIN_IMAGES, Floats, Values, observe
+from .precision.calibration import MIN_IMAGES, Batches, Floats, Values, observe
 from .precision.executed import prove_precision
 from .precision.graph import names_of, read_onnx
 from .precision.half import Half, kept_names, overflowing, to_half
+from .precision.held import READERS
 from .precision.int8 import left_out
 from .precision.plan import PrecisionPlan, plan_precision
 from .prune_stage import HELD_OUT
-from .registry import runs_here
+from .registry import converter, runs_here
 from .target import TargetProfile
 from .tools import Tools
 from .training import Accuracy, accuracy, first
@@ -35,7 +36,7 @@ from .training import Accuracy, accuracy, first
 # What is usual; more changes limits by less than a step.
 CALIBRATION_IMAGES = 300
 JUDGING_IMAGES = 500
-TYPED, EXECUTED = "typed.json", "precision.json"
+TYPED, EXECUTED, CALIBRATION = "typed.json", "precision.json", "calibration.npy"
 
 
 def planned(job: Job) -> PrecisionPlan:
@@ -67,7 +68,10 @@ def _calibrating(job: Job) -> tuple[ImageSet, Any, ImageSet]:
 
 
 def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collection[str], folder: Path) -> None:
-    """Each network as an ONNX file in each of the plan's types: PRECISION/NAME.onnx, and how it went in typed.json."""
+    """Each network as an ONNX file in each of the plan's types: PRECISION/NAME.onnx, and how it went in typed.json.
+
+    Converters that quantise by themselves find the calibration images in calibration.npy.
+    """
     job, report = tools.job, dict[str, dict[str, Any]]()
     fit, chosen, held_out = _calibrating(job)
     height, width = job.input_shape[1:]
@@ -85,7 +89,7 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
         values, report[name] = observe(model, batches), {}
         for precision in plan.files:
             tools.progress("Calibrating", index, len(names), f"{name} in {precision}")
-            made, how = _made(tools, plan, precision, model, values, judge)
+            made, how = _made(tools, plan, precision, _Observed(model, values, batches, judge))
             if made is not None:
                 path = folder / precision / f"{name}.onnx"
                 write_bytes(path, made.SerializeToString(deterministic=True))
@@ -93,30 +97,43 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
                 how["accuracy"] = asdict(_tested(tools, made))
             report[name][precision] = {"calibration_images": len(chosen), **how}
     tools.progress("Calibrating", len(names), len(names))
+    if plan.engines == "int8" and any(quantises(runtime) for runtime in plan.runtimes):
+        np.save(folder / CALIBRATION, fit.inputs(chosen))
     write_json(folder / TYPED, report)
 
 
+def quantises(runtime: str) -> bool:
+    """Whether a runtime's converter quantises by itself, with its makers' tools, and not our Q/DQ file."""
+    return converter(runtime).CONTRACT.source == "program"
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """A network, what it was seen to do on calibration images, these, and the ones to judge by."""
+
+    model: ModelProto
+    values: Mapping[str, Values]
+    batches: Batches
+    judge: Judge
+
+
 def _made(
-    tools: Tools,
-    plan: PrecisionPlan,
-    precision: Precision,
-    model: ModelProto,
-    values: Mapping[str, Values],
-    judge: Judge,
+    tools: Tools, plan: PrecisionPlan, precision: Precision, seen: _Observed
 ) -> tuple[ModelProto | None, dict[str, Any]]:
     """A network in one type, and how it was made; None, and why, where a type that nobody asked for cannot be had."""
+    model = seen.model
     if precision != "int8":
         kind: Half = "bf16" if precision == "bf16" else "fp16"
-        why = overflowing(model, values) if kind == "fp16" else {}
+        why = overflowing(model, seen.values) if kind == "fp16" else {}
         return to_half(model, kind, keep=why), {"kept": kept_names(model, why), "kept_nodes": list(why)}
-    options = tools.job.options
+    drop, progress = tools.job.options.max_drop, tools.progress
     try:
-        done = quantise_within(model, values, plan.layout, judge, options.max_drop)
+        done = quantise_within(model, seen.values, plan.layout, seen.judge, drop, seen.batches, progress=progress)
     except GateError as error:
-        if options.precision:
+        if tools.job.options.precision:
             raise
         return None, {"refused": error.what}
-    return done.model, {"layout": plan.layout.name, "max_drop": options.max_drop, **_told(done, model)}
+    return done.model, {"layout": plan.layout.name, "max_drop": drop, **_told(done, model)}
 
 
 def _told(done: Quantised, model: ModelProto) -> dict[str, Any]:
@@ -126,6 +143,7 @@ def _told(done: Quantised, model: ModelProto) -> dict[str, Any]:
         "kept": costly | {names[node]: why for node, why in left.items()},
         "kept_nodes": [*done.kept, *left],
         "method": done.method,
+        "refitted": done.refitted,
         "top1_fp32": done.before,
         "top1": done.after,
         "images": done.images,
@@ -165,14 +183,15 @@ def executed(
     engines: Mapping[tuple[str, str], Path],
     folder: Path,
 ) -> None:
-    """What every engine runs in which type, layer by layer: precision.json."""
+    """What every engine runs in which type, or holds in it, layer by layer: precision.json."""
     found = dict[str, Any]()
     for index, ((name, runtime), path) in enumerate(engines.items()):
         tools.progress("Reading precisions back", index, len(engines), f"{name}: {runtime}")
         source = read_onnx(onnx_folder / f"{name}.onnx")
-        keep = report.get(name, {}).get(plan.engines, {}).get("kept_nodes", ())
+        keep = () if quantises(runtime) else report.get(name, {}).get(plan.engines, {}).get("kept_nodes", ())
         proof = prove_precision(runtime, path, source, plan.engines, keep=keep)
-        hop = verify.Hop(name, f"{runtime} runs {plan.engines}", not proof.wrong, detail=proof.describe())
+        does = "holds" if runtime in READERS else "runs"
+        hop = verify.Hop(name, f"{runtime} {does} {plan.engines}", not proof.wrong, detail=proof.describe())
         found[f"{name}/{runtime}"] = {**proof.to_json(), "hop": asdict(hop)}
     tools.progress("Reading precisions back", len(engines), len(engines))
     write_json(folder / EXECUTED, found)

@@ -113,8 +113,13 @@ def convert(
 def _check_asked(runtime: str, contract: Contract, job: Conversion) -> None:
     if job.precision not in contract.precisions:
         raise InputError(
-            f"The converter for {runtime} cannot be asked for {job.precision}.",
+            f"The converter for {runtime} cannot be asked for {job.precision}{contract.why_not(job.precision)}.",
             hint=f"It knows {', '.join(contract.precisions)}.",
+        )
+    if contract.source == "program" and job.precision == "int8" and job.calibration is None:
+        raise InputError(
+            f"The converter for {runtime} quantises by itself, and for int8 it was given no calibration images.",
+            hint="Give them as Conversion.calibration, a .npy file; `thinet-deploy build --precision int8` does.",
         )
     if job.dla_core is not None and job.target:
         load_profile(job.target).require_dla(job.dla_core)

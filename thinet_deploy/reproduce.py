@@ -12,10 +12,10 @@ from .artifact import Artifact, write_bytes
 from .interfaces import Conversion
 
 SCRIPT = "reproduce.py"
-_LOCAL = ("source", "folder", "cache")  # places on this machine, which are nobody's business
-_TEXT = '''"""Makes {name} again: python {script} SOURCE FOLDER
+_LOCAL = ("source", "folder", "cache", "calibration")  # places on this machine, which are nobody's business
+_TEXT = '''"""Makes {name} again: python {script} SOURCE FOLDER{images}
 
-SOURCE is the file that it was made from ({suffix}), FOLDER an empty folder for the result.
+SOURCE is the file that it was made from ({suffix}), FOLDER an empty folder for the result{with_images}.
 Made by {made_by}, with thinet-deploy {version} on Python {python}, {machine}.
 """
 
@@ -31,13 +31,14 @@ SOURCE_SHA256 = {source!r}
 ENGINE_SHA256 = {engine!r}
 JOB = {job}
 
-if len(sys.argv) != 3:
+if len(sys.argv) != {words}:
     sys.exit(__doc__)
 source, folder = Path(sys.argv[1]), Path(sys.argv[2]).absolute()
+images = Path(sys.argv[3]) if len(sys.argv) == 4 else None
 if sha256_of(source) != SOURCE_SHA256:
     sys.exit(f"{{source}} is not the file that the engine was made from, whose SHA-256 is {{SOURCE_SHA256}}.")
 folder.mkdir(parents=True, exist_ok=True)
-made = registry.convert(RUNTIME, Conversion(source, folder, **JOB), folder)
+made = registry.convert(RUNTIME, Conversion(source, folder, calibration=images, **JOB), folder)
 same = "the same bytes" if made.sha256 == ENGINE_SHA256 else "other bytes (compare the outputs)"
 print(f"{{made.path}}: {{same}}, made by {{made.made_by}}")
 '''
@@ -64,5 +65,8 @@ def write_script(job: Conversion, artifact: Artifact, engine: Path) -> None:
         source=artifact.inputs[0],
         engine=artifact.sha256,
         job=pformat(settings),
+        images=" IMAGES" if job.calibration else "",
+        with_images=f", IMAGES the file {job.calibration.name} of calibration images" if job.calibration else "",
+        words=4 if job.calibration else 3,
     )
     write_bytes(job.folder / SCRIPT, text.encode())

@@ -23,8 +23,8 @@ from .errors import OutputError
 from .interfaces import Precision, Progress, silent
 from .latency import explained
 from .layer_networks import LayerShape, frame, framed, image_of
-from .precision.int8 import U8S8, Layout
 from .precision.timing import to_be_timed
+from .precision.weights import U8S8, Layout
 from .registry import made_by
 from .surfaces import POINTS, Domain, Point, Surface, Timing, wanted
 

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from ..errors import GateError
-from .calibration import METHODS, Floats, Method, Values, limits, session
+from ..interfaces import Progress, silent
+from .calibration import METHODS, Batches, Floats, Method, Values, limits, session
 from .graph import names_of
-from .int8 import Layout, quantisable, quantise
+from .int8 import quantisable, quantise
+from .refit import refit
+from .weights import Layout
 
 _BATCH = 32
 _FEW = 64  # images to tell which limits are best, and which layers cost most; all of them give the verdict
@@ -42,6 +45,7 @@ class Quantised:
         model: with Q/DQ pairs.
         method: of calibration, the best on the held-out images.
         kept: nodes that stay in float32 → what they are called, in the order in which they went back.
+        refitted: layers whose weights were refitted → share of their outputs' error that this left.
         before: top-1 of the float32 network on the held-out images, in percent.
         after: of this one.
         images: how many there were.
@@ -50,15 +54,25 @@ class Quantised:
     model: ModelProto
     method: Method
     kept: dict[str, str]
+    refitted: dict[str, float]
     before: float
     after: float
     images: int
 
 
 def quantise_within(
-    model: ModelProto, values: Mapping[str, Values], layout: Layout, judge: Judge, max_drop: float
+    model: ModelProto,
+    values: Mapping[str, Values],
+    layout: Layout,
+    judge: Judge,
+    max_drop: float,
+    batches: Batches,
+    *,
+    progress: Progress = silent,
 ) -> Quantised:
     """Quantise a network so that its top-1 falls by `max_drop` points at most.
+
+    Weights are refitted while they are rounded (`refit`), unless the outputs on held-out images get no nearer by it.
 
     Args:
         model: in float32, with named nodes.
@@ -66,6 +80,8 @@ def quantise_within(
         layout: of the Q/DQ pairs.
         judge: held-out images.
         max_drop: points of top-1.
+        batches: the calibration images.
+        progress: to report to.
 
     Raises:
         GateError: it falls further even with one layer alone in INT8.
@@ -75,21 +91,30 @@ def quantise_within(
     labels = exact.argmax(1) if judge.labels is None else judge.labels
     tried = {method: _limits(values, method) for method in METHODS}
 
-    def made(method: Method, keep: Collection[str] = ()) -> ModelProto:
+    def plain(method: Method, keep: Collection[str] = ()) -> ModelProto:
         return quantise(model, tried[method], layout, keep=keep)
 
-    costs = {method: _distance(outputs(made(method), judge.images[few]), exact[few]) for method in METHODS}
+    def cost(made: ModelProto) -> float:
+        return _distance(outputs(made, judge.images[few]), exact[few])
+
+    costs = {method: cost(plain(method)) for method in METHODS}
     method = min(METHODS, key=lambda each: costs[each])
     before, kept, names = _top1(exact, labels), list[str](), names_of(model)
     ranking: list[str] | None = None
     while True:
-        current = made(method, kept)
-        after = _top1(outputs(current, judge.images), labels)
+        better = refit(model, tried[method], layout, batches, keep=kept, progress=progress)
+        made = {
+            True: quantise(model, tried[method], layout, keep=kept, weights=better.weights),
+            False: plain(method, kept),
+        }
+        refitted = min(made, key=lambda each: cost(made[each]))
+        after = _top1(outputs(made[refitted], judge.images), labels)
         if before - after <= max_drop:
             named = {node: names[node] for node in kept}
-            return Quantised(current, method, named, before, after, len(judge.images))
+            gains = {names[node]: better.error[node] for node in better.weights} if refitted else {}
+            return Quantised(made[refitted], method, named, gains, before, after, len(judge.images))
         if ranking is None:
-            ranking = _worst_first(model, lambda keep: made(method, keep), judge.images[few])
+            ranking = _worst_first(model, lambda keep: plain(method, keep), judge.images[few])
         if len(kept) + 1 >= len(ranking):
             raise _cannot(before, after, max_drop, len(judge.images), [names[node] for node in ranking[:3]])
         kept.append(ranking[len(kept)])

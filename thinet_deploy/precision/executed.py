@@ -1,4 +1,7 @@
-"""What an engine really computes in, layer by layer, read back from the runtime after it has optimised the network."""
+"""What an engine really computes in, layer by layer, read back from the runtime after it has optimised the network.
+
+Of mobile engines, whose runtimes do not tell, it is what their files hold: see held.py.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from ..engines import import_runtime, open_engine
 from ..errors import MissingError, ThinetDeployError
 from ..interfaces import Precision
 from .graph import COMPUTING, layers, readers
+from .held import READERS, Kernel, held
 
 FOLDED = "folded"
 _OF_OPENVINO = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
@@ -86,7 +90,7 @@ def prove_precision(
     """Read back what an engine runs in which type.
 
     Args:
-        runtime: "openvino" or "onnxruntime".
+        runtime: "openvino", "onnxruntime", "ort", or one of `held.READERS`.
         path: the engine's main file.
         source: the float32 network that it goes back to, whose nodes have names.
         precision: that was asked for.
@@ -96,7 +100,11 @@ def prove_precision(
         MissingError: the runtime is not installed.
         ThinetDeployError: the engine cannot be opened.
     """
-    found = _matched(source, _READERS[runtime](path, precision))
+    if runtime in READERS:
+        kernels = held(runtime, path, [each.node for each in layers(source)])
+    else:
+        kernels = _READERS[runtime](path, precision)
+    found = _matched(source, kernels)
     stay = set(keep)
     return Proof(
         runtime,
@@ -105,14 +113,6 @@ def prove_precision(
             for each in layers(source)
         ),
     )
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What a runtime executes for one or several layers: the names that it gives, and the type it computes in."""
-
-    names: tuple[str, ...]
-    kind: str
 
 
 def _openvino(path: Path, precision: Precision) -> list[Kernel]:
@@ -167,7 +167,7 @@ def _blank(port: Any) -> Any:
     return np.zeros(sizes, np.float16 if "float16" in port.type else np.float32)
 
 
-_READERS = {"openvino": _openvino, "onnxruntime": _onnxruntime}
+_READERS = {"openvino": _openvino, "onnxruntime": _onnxruntime, "ort": _onnxruntime}
 
 
 def _matched(source: ModelProto, kernels: list[Kernel]) -> dict[str, str]:

@@ -114,11 +114,11 @@ def element_types(model: ModelProto) -> dict[str, int]:
 
 def layers(model: ModelProto) -> Iterator[Layer]:
     """The layers of a network, in its order, with what each costs."""
-    shapes = _shapes(model)
+    known = shapes(model)
     weights = {each.name for each in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type in COMPUTING:
-            yield Layer(layer_name(node, weights), node.name, node.op_type, _macs(node, shapes))
+            yield Layer(layer_name(node, weights), node.name, node.op_type, _macs(node, known))
 
 
 def layer_name(node: NodeProto, weights: Iterable[str]) -> str:
@@ -133,7 +133,7 @@ def names_of(model: ModelProto) -> dict[str, str]:
     return {node.name: layer_name(node, weights) for node in model.graph.node}
 
 
-def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
+def shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
     """Tensor → its shape for one image: a size that is not known is the batch."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = [*graph.input, *graph.output, *graph.value_info]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -17,37 +18,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.helper import make_node
 
-from .graph import ACTIVATIONS, attribute, constants, copy_of, layers, put_nodes, readers
+from .graph import ACTIVATIONS, constants, copy_of, layers, put_nodes, readers
+from .weights import Consumer, Layout, Rounded, activation_scale, rounded
 
-Floats = NDArray[np.float32]
 QUANTISED = ("Conv", "Gemm", "MatMul", "Add")
-# A bias is an int32 in steps of input scale × weight scale; this keeps it far from the end of the range.
-_BIAS_MOST = 2.0**30
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a runtime wants its Q/DQ pairs.
-
-    Attributes:
-        name: activations first: U8S8 has unsigned activations and signed weights.
-        unsigned: whether activations are unsigned, with a zero point; else symmetric around 0.
-        bias: whether biases are quantised too.
-        outputs: whether the outputs of layers are quantised, not only what layers read.
-        weight_most: largest magnitude of a weight.
-    """
-
-    name: str
-    unsigned: bool
-    bias: bool
-    outputs: bool
-    weight_most: int = 127
-
-
-S8S8 = Layout("S8S8", unsigned=False, bias=False, outputs=False)
-U8S8 = Layout("U8S8", unsigned=True, bias=True, outputs=True)
-# Without VNNI, pairs of products are added up in 16 bits, which saturates: weights of 7 bits do not.
-U8S7 = Layout("U8S7", unsigned=True, bias=True, outputs=True, weight_most=63)
 
 
 def quantisable(model: ModelProto) -> list[str]:
@@ -70,7 +44,12 @@ def left_out(model: ModelProto) -> dict[str, str]:
 
 
 def quantise(
-    model: ModelProto, limits: Mapping[str, tuple[float, float]], layout: Layout, *, keep: Collection[str] = ()
+    model: ModelProto,
+    limits: Mapping[str, tuple[float, float]],
+    layout: Layout,
+    *,
+    keep: Collection[str] = (),
+    weights: Mapping[str, Rounded] = MappingProxyType({}),
 ) -> ModelProto:
     """Put Q/DQ pairs into a float32 network.
 
@@ -79,12 +58,13 @@ def quantise(
         limits: tensor → its smallest and largest value, 0 between them.
         layout: of the pairs.
         keep: names of nodes that stay in float32.
+        weights: node → its weights as they are to be rounded; all others go to the nearest step.
 
     Returns:
         The network in INT8.
     """
     chosen = set(quantisable(model)) - set(keep)
-    work = _Work(copy_of(model), limits, layout, chosen)
+    work = _Work(copy_of(model), limits, layout, chosen, weights)
     return work.done()
 
 
@@ -100,6 +80,7 @@ class _Work:
     limits: Mapping[str, tuple[float, float]]
     layout: Layout
     chosen: set[str]
+    weights: Mapping[str, Rounded]
     pairs: dict[str, str] = field(default_factory=dict)
     nodes: list[NodeProto] = field(default_factory=list)
 
@@ -136,7 +117,7 @@ class _Work:
         return users[0].output[0] if fused else name
 
     def _pair(self, name: str) -> None:
-        scale, zero = _activation_scale(self.limits[name], self.layout)
+        scale, zero = activation_scale(self.limits[name], self.layout)
         self._store(f"{name}:scale", np.float32(scale))
         self._store(f"{name}:zero", zero)
         steps, back = f"{name}:steps", f"{name}:back"
@@ -146,21 +127,25 @@ class _Work:
         self.pairs[name] = back
 
     def _quantise_weights(self, node: NodeProto, before: list[str]) -> None:
-        axis = _channel_axis(node)
-        weight = self.stored[before[1]].astype(np.float32)
-        taken = _activation_scale(self.limits[before[0]], self.layout)[0]
-        bias = self.stored[before[2]].astype(np.float32) if len(before) > 2 and before[2] in self.stored else None
-        rounds_bias = bias is not None and self.layout.bias
-        scale = weight_scale(weight, axis, self.layout.weight_most)
-        if bias is not None and rounds_bias:
-            scale = np.maximum(scale, (np.abs(bias) / (taken * _BIAS_MOST)).astype(np.float32))
-        steps = np.clip(np.rint(weight / _along(scale, axis, weight.ndim)), -self.layout.weight_most, None)
-        node.input[1] = self._constant(node, before[1], steps.astype(np.int8), scale, axis)
-        if bias is not None and rounds_bias:
-            fine = scale * np.float32(taken)
-            node.input[2] = self._constant(node, before[2], np.rint(bias / fine).astype(np.int32), fine, 0)
+        consumer = Consumer.of(node, before, self.stored)
+        taken = activation_scale(self.limits[before[0]], self.layout)[0]
+        ready = self.weights.get(node.name)
+        done = ready or rounded(consumer, consumer.weight_god, consumer.shift_go, taken, self.layout)
+        node.input[1] = self._constant(node, before[1], done.steps, done.scale, consumer.axis)
+        if done.bias is None:
+            return
+        name = before[2] if len(before) > 2 else f"{before[1]}:bias"
+        del node.input[2:]
+        if self.layout.bias:
+            fine = done.scale * np.float32(taken)
+            node.input.append(self._constant(node, name, np.rint(done.bias / fine).astype(np.int32), fine, 0))
+        else:
+            node.input.append(f"{name}:{node.name}")
+            self._store(node.input[2], done.bias)
 
-    def _constant(self, node: NodeProto, name: str, steps: NDArray[np.generic], scale: Floats, axis: int) -> str:
+    def _constant(
+        self, node: NodeProto, name: str, steps: NDArray[np.generic], scale: NDArray[np.float32], axis: int
+    ) -> str:
         """A stored tensor in steps, and the node that turns it back; named after its reader, whose scales it has."""
         own = f"{name}:{node.name}"
         self._store(f"{own}:steps", steps)
@@ -177,32 +162,3 @@ class _Work:
         put_nodes(self.model, self.nodes)
         onnx.checker.check_model(self.model)
         return self.model
-
-
-def weight_scale(weight: Floats, axis: int, most: int) -> Floats:
-    """Symmetric step per output channel, such that the largest weight is `most` steps; of an empty channel, tiny."""
-    others = tuple(each for each in range(weight.ndim) if each != axis)
-    largest = np.abs(weight).max(axis=others)
-    floor = max(float(largest.max()), 1e-6) * 1e-6
-    scale: Floats = (np.maximum(largest, floor) / most).astype(np.float32)
-    return scale
-
-
-def _activation_scale(limits: tuple[float, float], layout: Layout) -> tuple[float, NDArray[np.generic]]:
-    """Step and zero point of an activation; a tensor that is always 0 has any step."""
-    low, high = limits
-    if layout.unsigned:
-        step = (high - low) / 255 or 1.0
-        return step, np.array(np.clip(np.rint(-low / step), 0, 255), np.uint8)
-    return max(-low, high) / 127 or 1.0, np.array(0, np.int8)
-
-
-def _channel_axis(node: NodeProto) -> int:
-    """The axis of a weight that runs over output channels."""
-    if node.op_type == "Conv":
-        return 0
-    return 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 1
-
-
-def _along(scale: Floats, axis: int, rank: int) -> Floats:
-    return scale.reshape([-1 if each == axis else 1 for each in range(rank)])

@@ -9,11 +9,12 @@ from importlib import util
 from ..environment import cpu_precisions
 from ..errors import MissingError, TargetError
 from ..interfaces import Precision
-from ..registry import host_runtimes, runs_here
+from ..registry import CONVERTERS, converter, host_runtimes, runs_here
 from ..target import TargetProfile
-from .int8 import S8S8, U8S7, U8S8, Layout
+from .weights import S8S8, U8S7, U8S8, Layout
 
-# What the engines that we make can compute in on a CPU. ONNX Runtime turns every FP16 and BF16 weight back to FP32.
+# What these compute in on the CPU here, so that an engine can be checked; all others, in what their converters can be
+# asked for. ONNX Runtime turns every FP16 and BF16 weight back to FP32, and OpenVINO's f16 may be bf16.
 _COMPUTES: dict[str, frozenset[Precision]] = {
     "openvino": frozenset({"fp32", "bf16", "int8"}),
     "onnxruntime": frozenset({"fp32", "int8"}),
@@ -51,19 +52,21 @@ def plan_precision(target: TargetProfile, asked: Precision | None, cpu_flags: Co
         cpu_flags: of this machine, as /proc/cpuinfo spells them.
 
     Raises:
-        TargetError: the target, or this machine if it is the target, cannot compute in it.
-        MissingError: ONNX Runtime, which runs the calibration images, is not installed.
+        TargetError: the target, or this machine if it is the target, cannot compute in it; nothing makes such engines.
+        MissingError: what makes them, or ONNX Runtime, which runs the calibration images, is not installed.
     """
     if asked:
         target.require_precision(asked)
     runtimes = tuple(host_runtimes(target))
     if runs_here(target):
         plan = _here(target, asked or "fp32", runtimes, cpu_flags)
-    else:
+    elif target.builds_on_device:
         short: tuple[Precision, ...] = ("fp16", "bf16", "int8")
         usual = short if "tensorrt" in target.runtimes else ()
         wanted = (asked,) if asked else tuple(each for each in usual if each in target.precisions.supported)
         plan = PrecisionPlan("fp32", runtimes, tuple(each for each in wanted if each != "fp32"), _layout(target, ()))
+    else:
+        plan = _for_device(target, asked or "fp32", runtimes)
     if plan.files and util.find_spec("onnxruntime") is None:
         raise MissingError(
             f"{', '.join(plan.files)} needs ONNX Runtime here, to run the calibration images.",
@@ -83,11 +86,48 @@ def _here(
         )
     if precision == "int8" and "int8" not in native:
         notes.append("This CPU has no VNNI: INT8 may be no faster than fp32 here. Weights have 7 bits for its sake.")
-    able = tuple(each for each in runtimes if precision in _COMPUTES.get(each, {"fp32"}))
-    if unable := [each for each in runtimes if each not in able]:
+    able, unable = _able(runtimes, precision)
+    if unable:
         notes.append(f"No engine for {', '.join(unable)}: it does not compute in {precision} on a CPU.")
     files: tuple[Precision, ...] = ("int8",) if precision == "int8" else ()
     return PrecisionPlan(precision, able, files, _layout(target, native), tuple(notes))
+
+
+def _for_device(target: TargetProfile, precision: Precision, runtimes: tuple[str, ...]) -> PrecisionPlan:
+    """For a phone or a board whose engines are made here, as plain files."""
+    able, unable = _able(runtimes, precision)
+    makers = [each for each in _able(target.runtimes, precision)[0] if each not in runtimes]
+    if not able and not makers and precision != "fp32":
+        raise TargetError(
+            f"{target.id} has {', '.join(target.runtimes)}, and for none of them engines are made in {precision} here.",
+            hint="Use --precision fp32.",
+        )
+    if not able and precision != "fp32":
+        there = " or ".join(makers)
+        raise MissingError(
+            f"There can be no {precision} engine for {target.id}: what makes one for {there} is not installed.",
+            hint=f'Install it: pip install "thinet-deploy[{converter(makers[0]).CONTRACT.extra}]".',
+        )
+    notes = [f"No {precision} engine for {each}{_why_not(each, precision)}." for each in unable]
+    files: tuple[Precision, ...] = ("int8",) if precision == "int8" else ()
+    return PrecisionPlan(precision, able, files, _layout(target, ()), tuple(notes))
+
+
+def _why_not(runtime: str, precision: Precision) -> str:
+    """Its converter's reason; else it could be made, and the CPU here could not check it."""
+    contract = converter(runtime).CONTRACT
+    return ": this machine could not check it" if precision in contract.precisions else contract.why_not(precision)
+
+
+def _able(runtimes: tuple[str, ...], precision: Precision) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of some runtimes those whose engines can be made, and checked, in a precision, and the others."""
+
+    def can(runtime: str) -> bool:
+        asked_for = converter(runtime).CONTRACT.precisions
+        return precision in asked_for and precision in _COMPUTES.get(runtime, asked_for)
+
+    known = [each for each in runtimes if each in CONVERTERS]
+    return tuple(each for each in known if can(each)), tuple(each for each in known if not can(each))
 
 
 def _layout(target: TargetProfile, native: Collection[str]) -> Layout:

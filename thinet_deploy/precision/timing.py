@@ -8,7 +8,8 @@ from __future__ import annotations
 from onnx import ModelProto, NodeProto
 
 from .graph import constants
-from .int8 import Layout, quantise
+from .int8 import quantise
+from .weights import Layout
 
 _MOST = 4.0  # any magnitude does
 _NEVER_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs"})

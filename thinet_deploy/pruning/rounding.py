@@ -18,9 +18,9 @@ RIDGE = 0.01
 
 
 def steps_of(weight_god: torch.Tensor, most: int) -> torch.Tensor:
-    """Symmetric step of every filter, such that its largest weight is `most` steps, (G, O); of an empty filter 1."""
+    """Symmetric step of every filter, such that its largest weight is `most` steps, (G, O); of an empty one, tiny."""
     step = weight_god.abs().amax(2) / most
-    return torch.where(step > 0, step, torch.ones_like(step))
+    return step.clamp(min=1e-6 * (float(step.max()) or 1 / most))
 
 
 def nearest(weight_god: torch.Tensor, step_go: torch.Tensor, most: int) -> torch.Tensor:
