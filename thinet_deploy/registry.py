@@ -155,8 +155,8 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
     if target.builds_on_device and "tensorrt" in target.runtimes:
         stack = f" ({target.stack.name}, TensorRT {target.stack.tensorrt})" if target.stack else ""
         notes.append(
-            f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}{stack}. "
-            f"--device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
+            f"A TensorRT engine belongs to the device it was built on, so it has to be built on the {target.id}{stack}."
+            f" --device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
             f"  {_trtexec(target, input_name, input_shape)}\n"
             f"  python3 run.py    # checks there what the bundle has engines for (needs numpy and their runtimes)"
         )
