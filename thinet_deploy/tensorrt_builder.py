@@ -138,7 +138,7 @@ def _creation_flags(trt: Any, typed: bool) -> int:
 
 def _parse(trt: Any, network: Any, logger: Any, source: Path, settings: Settings) -> Any:
     parser = trt.OnnxParser(network, logger)
-    if settings.dla_core is not None and hasattr(trt.OnnxParserFlag, "ADJUST_FOR_DLA"):
+    if settings.dla_core is not None and hasattr(getattr(trt, "OnnxParserFlag", None), "ADJUST_FOR_DLA"):
         parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
     if not parser.parse_from_file(str(source)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]

@@ -95,6 +95,8 @@ class TensorRt(Engine):
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Any number of images; what the engine was not built for goes step by step."""
+        if missing := [name for name in self.input_names if name not in inputs]:
+            raise RunnerError(f"the engine takes {', '.join(missing)}, but was given {', '.join(inputs) or 'nothing'}")
         self.clocks.clear()
         count, (low, high) = len(inputs[self.input_names[0]]), self.batches
         if low <= count <= high:
