@@ -34,7 +34,7 @@ _OF_RUNTIME = {
     "cpp/tensorrt.cpp": "tensorrt",
 }
 _LANGUAGES = {"cpp": set(_OF_RUNTIME.values()), "kotlin": {"litert"}, "swift": {"coreml"}}
-_WITH_PYTHON = "linux"
+_ONLY_ON = {"kotlin": "android", "python": "linux"}
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def _all() -> Iterator[str]:
 
 def _sources(app: App) -> Iterator[str]:
     """The sources for a target's runtimes."""
-    languages = {name for name, runtimes in _LANGUAGES.items() if runtimes & set(app.runtimes)}
-    languages |= {"python"} if app.system == _WITH_PYTHON else set()
+    languages = {name for name, runtimes in _LANGUAGES.items() if runtimes & set(app.runtimes)} | {"python"}
+    languages = {name for name in languages if _ONLY_ON.get(name, app.system) == app.system}
     for name in _all():
         wanted = name in _ALWAYS or name.partition("/")[0] in languages
         if wanted and (name not in _OF_RUNTIME or _OF_RUNTIME[name] in app.runtimes):

@@ -16,14 +16,17 @@ public func valuesThatDiffer(bundle: URL) throws -> Int {
 
 /// float32 numbers in little-endian order.
 public func readFloats(_ bytes: [UInt8]) -> [Float] {
-    stride(from: 0, to: bytes.count - 3, by: 4).map { at in
-        Float(bitPattern: (0..<4).reduce(UInt32(0)) { $0 | UInt32(bytes[at + $1]) << UInt32(8 * $1) })
+    stride(from: 0, to: bytes.count - 3, by: 4).map { at -> Float in
+        var word: UInt32 = 0
+        for byte in bytes[at..<(at + 4)].reversed() { word = word * 256 + UInt32(byte) }
+        return Float(bitPattern: word)
     }
 }
 
 /// A binary .ppm or .pgm as the bundle has one: kind, width and height, 255, each on a line, then the pixels.
 public func readPpm(_ bytes: [UInt8]) throws -> Picture {
-    let ends = bytes.indices.lazy.filter { bytes[$0] == 10 }.prefix(3).map { $0 }
+    var ends: [Int] = []
+    for at in 0..<min(64, bytes.count) where bytes[at] == 10 && ends.count < 3 { ends.append(at) }
     guard ends.count == 3 else { throw BundleError(description: "app/golden/picture.ppm is damaged") }
     let head = String(decoding: bytes[..<ends[2]], as: UTF8.self).split(separator: "\n")
     let size = head[1].split(separator: " ").compactMap { Int($0) }

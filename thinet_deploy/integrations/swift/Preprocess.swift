@@ -108,7 +108,12 @@ public struct Preprocess {
         func byte(_ at: Int, _ c: Int) -> Int32 { Int32(from.bytes[from.channels < 3 ? at : at + c]) }
         if channels == 3 { return (0..<3).map { c in plane { byte($0, c) } } }
         if from.channels < 3 { return [plane { byte($0, 0) }] }
-        return [plane { (byte($0, 0) * 19595 + byte($0, 1) * 38470 + byte($0, 2) * 7471 + 0x8000) >> 16 }]
+        func grey(_ at: Int) -> Int32 {
+            let red: Int32 = byte(at, 0) * 19595, green: Int32 = byte(at, 1) * 38470, blue: Int32 = byte(at, 2) * 7471
+            let sum: Int32 = red + green + blue + 0x8000
+            return sum >> 16
+        }
+        return [plane(grey)]
     }
 
     func taps(_ begin: Int, _ count: Int, _ from: Int, _ to: Int) -> [Tap] {
@@ -116,34 +121,51 @@ public struct Preprocess {
     }
 
     func tap(_ out: Int, _ scale: Double, _ size: Int) -> Tap {
-        let stretch = max(scale, 1), support = (bicubic ? 2 : 1) * stretch, centre = (Double(out) + 0.5) * scale
-        let first = max(0, Int(centre - support + 0.5)), end = min(size, Int(centre + support + 0.5))
-        let weights = (first..<end).map { weight((Double($0) - centre + 0.5) * (1 / stretch)) }
-        let sum = weights.reduce(0, +)
-        return Tap(first: first, weights: weights.map {
-            let fixed = (sum != 0 ? $0 / sum : $0) * Double(1 << bits)
-            return Int32(fixed < 0 ? fixed - 0.5 : fixed + 0.5)
-        })
+        let stretch: Double = max(scale, 1.0)
+        let support: Double = bicubic ? 2.0 * stretch : stretch
+        let centre: Double = (Double(out) + 0.5) * scale
+        let first: Int = max(0, Int(centre - support + 0.5))
+        let end: Int = min(size, Int(centre + support + 0.5))
+        var weights: [Double] = []
+        for x in first..<end {
+            let offset: Double = Double(x) - centre + 0.5
+            weights.append(weight(offset * (1.0 / stretch)))
+        }
+        let sum: Double = weights.reduce(0.0, +)
+        return Tap(first: first, weights: weights.map { fixed(sum != 0.0 ? $0 / sum : $0) })
     }
 
+    func fixed(_ weight: Double) -> Int32 {
+        let scaled: Double = weight * Double(one)
+        return Int32(scaled < 0.0 ? scaled - 0.5 : scaled + 0.5)
+    }
+
+    // In steps: long expressions of literals take Swift's type checker minutes.
     func weight(_ signed: Double) -> Double {
-        let x = abs(signed), a = -0.5
-        if !bicubic { return x < 1 ? 1 - x : 0 }
-        if x < 1 { return ((a + 2) * x - (a + 3)) * x * x + 1 }
-        return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0
+        let x: Double = abs(signed), a: Double = -0.5
+        if !bicubic { return x < 1.0 ? 1.0 - x : 0.0 }
+        if x < 1.0 {
+            let inner: Double = (a + 2.0) * x - (a + 3.0)
+            return inner * x * x + 1.0
+        }
+        if x >= 2.0 { return 0.0 }
+        let inner: Double = (x - 5.0) * x + 8.0
+        return (inner * x - 4.0) * a
     }
 }
 
-let bits = 22
+let bits: Int32 = 22
+let one: Int32 = 1 << bits
 
 /// The pixels of the input that one of the output is a sum of.
 struct Tap {
     let first: Int, weights: [Int32]
 
     func sum(_ pixels: [Int32], _ at: Int, _ step: Int) -> Int32 {
-        var sum: Int32 = 1 << Int32(bits - 1)
+        var sum: Int32 = one / 2
         for i in weights.indices { sum += weights[i] * pixels[at + i * step] }
-        return min(max(sum >> Int32(bits), 0), 255)
+        let rounded: Int32 = sum >> bits
+        return min(max(rounded, 0), 255)
     }
 }
 
@@ -152,12 +174,14 @@ struct Plane {
     let width: Int, height: Int, pixels: [Int32]
 
     func alongRows(_ taps: [Tap]) -> Plane {
-        let all = (0..<height).flatMap { y in taps.map { $0.sum(pixels, y * width + $0.first, 1) } }
+        var all: [Int32] = []
+        for y in 0..<height { all += taps.map { tap -> Int32 in tap.sum(pixels, y * width + tap.first, 1) } }
         return Plane(width: taps.count, height: height, pixels: all)
     }
 
     func alongColumns(_ taps: [Tap]) -> Plane {
-        let all = taps.flatMap { tap in (0..<width).map { x in tap.sum(pixels, tap.first * width + x, width) } }
+        var all: [Int32] = []
+        for tap in taps { all += (0..<width).map { x -> Int32 in tap.sum(pixels, tap.first * width + x, width) } }
         return Plane(width: width, height: taps.count, pixels: all)
     }
 }
