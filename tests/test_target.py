@@ -164,7 +164,7 @@ def test_a_forbidden_precision_is_refused_with_its_reason() -> None:
         cpu.require_precision("fp16")
     assert "int8" in caught.value.hint
     with pytest.raises(TargetError, match="does not list it"):
-        load_profile("ios").require_precision("int8")
+        load_profile("ios").require_precision("bf16")
 
 
 def test_an_unknown_target_offers_the_nearest() -> None:

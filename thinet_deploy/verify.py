@@ -151,12 +151,13 @@ def int8_hop(model: str, expected: Floats, got: Floats, how: dict[str, Any]) -> 
         model: which network.
         expected: of the float32 network, (n, classes).
         got: of the INT8 file, computed as it is written.
-        how: it was made: top-1 before and after, method, layers that stayed in float32.
+        how: it was made: top-1 before and after, method, layers that were refitted, and that stayed in float32.
     """
     same = int((expected.argmax(1) == got.argmax(1)).sum())
     drop = how["top1_fp32"] - how["top1"]
     detail = (
-        f"{how['layout']}, {how['method']}; top-1 on {how['images']} held-out images {how['top1_fp32']:.2f} → "
+        f"{how['layout']}, {how['method']}, {len(how['refitted'])} layers refitted; "
+        f"top-1 on {how['images']} held-out images {how['top1_fp32']:.2f} → "
         f"{how['top1']:.2f} %, allowed {how['max_drop']:g} points; same top-1 {same}/{len(got)}, outputs move by "
         f"{distance(expected, got):.1e}" + (f"; {len(how['kept'])} layers in fp32" if how["kept"] else "")
     )
