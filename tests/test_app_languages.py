@@ -179,7 +179,7 @@ def test_what_cannot_be_built_is_said(tmp_path: Path, runtime: str, words: str) 
     if shutil.which("cmake") is None or Path("/usr/include/x86_64-linux-gnu/NvInfer.h").exists():
         pytest.skip("there is no cmake here, or there is a TensorRT")
     compiler()
-    command = ["cmake", "-S", SOURCES / "cpp", "-B", tmp_path, f"-DRUNTIME={runtime}"]
+    command = ["cmake", "-S", str(SOURCES / "cpp"), "-B", str(tmp_path), f"-DRUNTIME={runtime}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert words in " ".join(done.stderr.split())

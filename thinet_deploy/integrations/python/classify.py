@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}  # these names are in every Pillow
 
 
 class Classifier:
