@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# The numbers that Pillow has for them; their names lie elsewhere in old versions, such as those of JetPack.
+FILTERS = {"bilinear": 2, "bicubic": 3}
 
 
 class Classifier:
