@@ -190,6 +190,26 @@ def test_a_budget_out_of_reach_says_the_smallest_time() -> None:
     assert "staircase" in found.value.hint
 
 
+@dataclass
+class Busy(Device):
+    """Somebody else works on it while the first networks are measured."""
+
+    measured: int = 0
+
+    def measure(self, widths: Widths, wish: Wish) -> Measured:
+        self.measured += 1
+        found = super().measure(widths, wish)
+        if 1 < self.measured <= 2 + CORRECTIONS:
+            return Measured(1.2 * found.original_ms, found.original_ms, 1 / 1.2)
+        return found
+
+
+def test_a_busy_machine_does_not_put_a_budget_out_of_reach() -> None:
+    found, _ = solve(Busy(8), Goal(speedup=1.5))
+    assert 1.5 / 1.05 <= found.best.measured.speedup <= 3.0
+    assert found.best in found.trials
+
+
 def test_what_is_fast_enough_is_not_pruned() -> None:
     with pytest.raises(InputError, match="Nothing has to be pruned for 100 ms"):
         solve(Device(), Goal(ms=100.0))

@@ -136,8 +136,13 @@ def meet(
     best = min(trials[1:] or trials, key=lambda trial: _miss(goal, trial))
     if goal.excess(best.measured) > 1 + SLACK:
         least = fastest(costs, groups, wish, branches)
-        known = next((trial for trial in trials if trial.widths == least), None)
-        raise _out_of_reach(goal, best, known or tried(least))
+        quick = next((trial for trial in trials if trial.widths == least), None) or tried(least)
+        if goal.excess(quick.measured) > 1 + SLACK:
+            raise _out_of_reach(goal, best, quick)
+        # It can be reached, but the corrections were led astray, as by a machine that was busy meanwhile.
+        between = _within(Descent(costs, groups, curves, wish, branches), _between(goal, best, quick)) or least
+        trials += [quick, tried(between)]
+        best = min(trials[1:], key=lambda trial: _miss(goal, trial))
     # What does not pay when it is narrowed may still have gone with its branch.
     return Found(tuple(trials), best, {name: why for name, why in idle.items() if best.widths[name]})
 
@@ -151,6 +156,12 @@ def _budget(goal: Goal, trials: Sequence[Trial]) -> float:
     slope = (whole.layers_ms - last.layers_ms) / (high - low)
     budget = last.layers_ms + (1 - low) * slope
     return min(max(budget, last.layers_ms / 2), last.layers_ms * 2)
+
+
+def _between(goal: Goal, slow: Trial, quick: Trial) -> float:
+    """Milliseconds of layers on the line through two trials, on either side of what was asked for."""
+    high, low = goal.excess(slow.measured), goal.excess(quick.measured)
+    return quick.layers_ms + (1 - low) / (high - low) * (slow.layers_ms - quick.layers_ms)
 
 
 def _within(descent: Descent, budget: float) -> Widths | None:
