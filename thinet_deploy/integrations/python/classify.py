@@ -4,7 +4,7 @@
     python app/python/classify.py check         is an image preprocessed as in training?
 
 In an app: `classifier = Classifier("path/of/the/bundle")`, then `classifier.classify(Image.open("photo.jpg"))`.
-Engines are opened by run.py of the bundle, which knows every runtime that it ships engines for.
+Engines are opened by engines.py of the bundle, which knows every runtime that it ships engines for.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ class Classifier:
         self.manifest = json.loads((self.bundle / "manifest.json").read_text(encoding="utf-8"))
         self.how = self.manifest["preprocess"]
         self.labels = self.manifest["labels"]
-        self.engine = self._open(_runner(self.bundle), runtime, threads)
+        self.engine = self._open(runtime, threads)
 
-    def _open(self, runner: ModuleType, runtime: str, threads: int) -> Any:
+    def _open(self, runtime: str, threads: int) -> Any:
+        engines, errors = (_of_bundle(self.bundle, name) for name in ("engines", "engine"))
         reasons = []
         for entry in self.manifest["engines"]:
             if runtime in ("", entry["runtime"]):
                 path = str(self.bundle / entry["path"])
                 try:
-                    return runner.open_engine(entry["runtime"], path, threads, entry["precision"])
-                except runner.MissingRuntimeError as error:
+                    return engines.open_engine(entry["runtime"], path, threads, entry["precision"])
+                except errors.MissingRuntimeError as error:
                     reasons.append(str(error))
         raise SystemExit(" ".join(["No engine of this bundle can run here.", *reasons]))
 
@@ -95,12 +96,12 @@ def _middle(pixels: Any, height: int, width: int) -> Any:
     return pixels[top : top + height, left : left + width]
 
 
-def _runner(bundle: Path) -> ModuleType:
-    """run.py of the bundle; the folder becomes a package, so that no file in it stands in for another module."""
-    package = ModuleType("bundle_of_thinet_deploy")
+def _of_bundle(bundle: Path, name: str) -> ModuleType:
+    """NAME.py of the bundle; the folder becomes a package, so that no file in it stands in for another module."""
+    package = ModuleType(f"bundle_{hash(str(bundle.resolve())):x}".replace("-", "_"))
     package.__path__ = [str(bundle)]
-    sys.modules[package.__name__] = package
-    return importlib.import_module(f"{package.__name__}.run")
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.{name}")
 
 
 def check(bundle: Path) -> int:
