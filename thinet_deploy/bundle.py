@@ -5,6 +5,7 @@
     run.py             a copy of runner.py: `python run.py` verifies the bundle without this package
     samples.py  sensors.py   what `python run.py latency` needs beside it
     tensorrt_builder.py      where the target builds TensorRT engines itself
+    detections.py  default_boxes.npy   of a detector: from its outputs to objects
     model.onnx  engines/RUNTIME-PRECISION/…  golden.npz  labels.txt  preprocess.json
 
 Checksums show damage, not origin: who can change a file can change the manifest as well.
@@ -137,6 +138,7 @@ class BundleSpec:
         onnx: the ONNX file that the engines were made from.
         golden_inputs, golden_outputs: arrays by name, batch first; outputs from the model before conversion.
         tolerance: for engines built later, on the device.
+        extras: file name → content: what an app needs beside the engine to read its outputs.
         has_builder: whether the device builds TensorRT engines, and so needs tensorrt_builder.py.
     """
 
@@ -155,6 +157,7 @@ class BundleSpec:
     plan: str = ""
     notes: tuple[str, ...] = ()
     typed: tuple[TypedFile, ...] = ()
+    extras: Mapping[str, bytes] = field(default_factory=dict)
     has_builder: bool = False
 
 
@@ -179,6 +182,8 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
         shutil.copyfile(runner.__file__, folder / "run.py")
         for name in (*runner.COMPANIONS, *(["tensorrt_builder"] if spec.has_builder else [])):
             shutil.copyfile(Path(runner.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        for name, content in spec.extras.items():
+            (folder / name).write_bytes(content)
         manifest = _manifest(folder, spec, engines, typed)
         write_json(folder / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
     return manifest

@@ -28,6 +28,8 @@ MEMORY_BYTES = 2 << 30
 # The label of an image whose class nobody told: good for calibration and distillation, not for training on labels.
 UNLABELLED = -1
 _DIGITS_TRAIN = 900
+# What is known of the images with these indices, of their crops in these windows.
+CutTargets = Callable[[NDArray[np.int64], Sequence[Window]], Targets]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ImageSet:
     preprocess: Preprocess
     numbers: NDArray[np.int64] | None = None
     task: Task = CLASSIFICATION
-    targets: Callable[[NDArray[np.int64], Sequence[Window]], Targets] | None = None
+    targets: CutTargets | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

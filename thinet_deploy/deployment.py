@@ -25,8 +25,8 @@ from .runner import COMPANIONS, usable_cores
 from .runner import __file__ as _RUNNER_FILE
 from .shared_run import SharedRun
 from .store import Checkpoint, Run, Stage
+from .tasks.base import Accuracy
 from .tools import Tools, read_accuracy
-from .training import Accuracy
 
 RUNNER = Path(_RUNNER_FILE)
 BUILDER = RUNNER.with_name("tensorrt_builder.py")
@@ -196,7 +196,7 @@ def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, drops: Stage,
         row = Row.make(
             name,
             made.labels[name],
-            Accuracy(**typed["accuracy"]) if typed else read_accuracy(stage.folder),
+            Accuracy.read(typed["accuracy"]) if typed else read_accuracy(stage.folder),
             exported[name]["count"],
             files.source(name).stat().st_size,
             timing,
@@ -233,4 +233,4 @@ def _with_types(made: Networks, report: Mapping[str, Any]) -> Iterator[Entry]:
         if last[entry.network] == number:
             for precision, how in report.get(names.get(entry.network, ""), {}).items():
                 if "path" in how:
-                    yield Entry.of(f"in {precision}, as ONNX", Accuracy(**how["accuracy"]), entry.network)
+                    yield Entry.of(f"in {precision}, as ONNX", Accuracy.read(how["accuracy"]), entry.network)

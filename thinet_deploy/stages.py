@@ -19,9 +19,8 @@ from .counting import count
 from .export import INPUT, OUTPUT, export_onnx, export_program
 from .gcos_stage import check_layout
 from .interfaces import Conversion, Precision, TensorSpec
-from .intervals import difference_interval
 from .models.weights import load_weights
-from .precision_stage import typed_hits, typed_hops
+from .precision_stage import typed_hops, typed_judgement
 from .prune_stage import HELD_OUT, calibration, check_way
 from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
@@ -30,9 +29,10 @@ from .registry import convert, converter, sources
 from .runner import ENGINES
 from .seeds import derive
 from .store import Checkpoint
+from .tasks.base import Judgement, named, said
 from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, json_ready, write_network
 from .torch_latency import measure_torch
-from .training import hits
+from .training import judge
 
 ONNX_IMAGES = 8
 ENGINE_IMAGES = 1000
@@ -42,7 +42,9 @@ ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = 15
 TORCH_BATCH = 32
 TORCH_ROUNDS = 9
-_TOLERANCE = "tolerance:"
+# Numbers of all outputs that are compared at most: a class for every pixel of 1,000 images would fill gigabytes.
+OUTPUT_VALUES = 1 << 25
+_TOLERANCE, _OUTPUT = "tolerance:", "output:"
 
 
 def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
@@ -64,14 +66,15 @@ def taught(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, f
     A tenth of the epochs with it and without, on the same nine tenths of the training images.
     """
     fit, held_out = tools.job.data.train.split(HELD_OUT, tools.job.options.seed)
-    original, right = tools.load(dense_folder), []
+    original, judged = tools.load(dense_folder), []
     for name, teacher in {"with": original, "without": None}.items():
         model = tools.load(pruned_folder)
         stage = f"Fine-tuning for a trial, {name} the original as teacher"
         tools.train(model, stage, epochs, tools.job.options.finetune_lr, teacher=teacher, images=fit)
-        right.append(hits(model, held_out))
-    gain = difference_interval(right[1], right[0])
-    figures = {"with": float(right[0].mean() * 100), "without": float(right[1].mean() * 100), "gain": asdict(gain)}
+        judged.append(judge(model, held_out))
+    taught_by, alone = judged
+    gain = alone.behind(taught_by)
+    figures = {"with": taught_by.accuracy.main, "without": alone.accuracy.main, "gain": asdict(gain)}
     write_json(folder / TEACHER, {"teacher": gain.low <= 0, "images": len(held_out), "epochs": epochs, **figures})
 
 
@@ -228,7 +231,8 @@ def parity(
 ) -> None:
     """The verdicts, hop by hop, and the golden inputs and outputs of every network."""
     data, hops = tools.job.data.test, list(pruning_hops)
-    chosen = np.linspace(0, len(data) - 1, min(len(data), ENGINE_IMAGES)).astype(np.int64)
+    most = min(len(data), ENGINE_IMAGES, max(ONNX_IMAGES, OUTPUT_VALUES // _values(tools)))
+    chosen = np.linspace(0, len(data) - 1, most).astype(np.int64)
     inputs = data.inputs(chosen)
     parts = [torch.from_numpy(part) for part in np.array_split(inputs, math.ceil(len(inputs) / PARITY_BATCH))]
     steps = len(networks) + len(engine_paths)
@@ -237,18 +241,20 @@ def parity(
         model = tools.load(source)
         noise = verify.rounding_noise(model, inputs[:ONNX_IMAGES])
         with torch.inference_mode():
-            expected = torch.cat([model(part) for part in parts]).numpy()
+            runs = [named(said(model, part)) for part in parts]
+        expected = {output: np.concatenate([run[output] for run in runs]) for output in runs[0]}
         allowed = verify.tolerance(noise, "fp32")
-        few = slice(ONNX_IMAGES)
-        hops.append(verify.onnx_hop(name, files.onnx / f"{name}.onnx", inputs[few], expected[few], allowed))
-        golden = slice(GOLDEN_IMAGES)
-        written = list(typed_hops(name, files.report, files.typed, inputs, expected, noise))
+        few = {output: each[:ONNX_IMAGES] for output, each in expected.items()}
+        hops.append(verify.onnx_hop(name, files.onnx / f"{name}.onnx", inputs[:ONNX_IMAGES], few, allowed))
+        # Only networks with one output have typed files so far (see `precision_stage.planned`).
+        written = list(typed_hops(name, files.report, files.typed, inputs, expected[OUTPUT], noise))
         hops += [hop for _, hop, _ in written]
         # An INT8 engine has to do what its file says; what the file changes has a verdict of its own.
-        moved = {p: verify.distance(expected, got) if p == "int8" else 0.0 for p, _, got in written}
-        aim = next((got for p, _, got in written if p == files.engines == "int8"), expected)
+        moved = {p: verify.distance(expected[OUTPUT], got) if p == "int8" else 0.0 for p, _, got in written}
+        aim = next(({OUTPUT: got} for p, _, got in written if p == files.engines == "int8"), expected)
         allowed_of = {p: verify.engine_tolerance(p, noise, moved.get(p, 0.0)) for p in (files.engines, *moved)}
-        kept: dict[str, Any] = {"input": inputs[golden], "output": expected[golden], "tolerance": np.float64(allowed)}
+        kept: dict[str, Any] = {"input": inputs[:GOLDEN_IMAGES], "tolerance": np.float64(allowed)}
+        kept |= {f"{_OUTPUT}{output}": each[:GOLDEN_IMAGES] for output, each in expected.items()}
         kept |= {f"{_TOLERANCE}{p}": np.float64(each + moved.get(p, 0.0)) for p, each in allowed_of.items()}
         np.savez(folder / f"{name}.npz", **kept)
         precision, allowed = files.engines, allowed_of[files.engines]
@@ -260,18 +266,25 @@ def parity(
     write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in (*hops, *executed_hops)]})
 
 
+def _values(tools: Tools) -> int:
+    """How many numbers a network says of an image."""
+    job = tools.job
+    shapes = job.data.task.shapes(len(job.data.classes), job.input_shape[1:])
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
 def drops(tools: Tools, folders: Mapping[str, Path], files: Files, folder: Path) -> None:
-    """How much top-1 each network lost against the original, paired image by image on the test images.
+    """How much accuracy each network lost against the original, paired by the test images.
 
     The networks in the type of their engines, the original as it was.
     """
-    right, images = {}, tools.job.data.test
+    judged, images = dict[str, Judgement](), tools.job.data.test
     for index, (name, source) in enumerate(folders.items()):
         tools.progress("Comparing accuracy", index, len(folders), name)
         typed = name != "original" and "path" in files.report.get(name, {}).get(files.engines, {})
-        right[name] = typed_hits(tools, files.source(name)) if typed else hits(tools.load(source), images)
+        judged[name] = typed_judgement(tools, files.source(name)) if typed else judge(tools.load(source), images)
     tools.progress("Comparing accuracy", len(folders), len(folders))
-    lost = {name: asdict(difference_interval(right["original"], own)) for name, own in right.items()}
+    lost = {name: asdict(own.behind(judged["original"])) for name, own in judged.items()}
     write_json(folder / "drops.json", {name: drop for name, drop in lost.items() if name != "original"})
 
 
@@ -327,7 +340,8 @@ def bundled(
     job, name = tools.job, ship.name
     spec = read_json(files.onnx / "export.json")[name]
     with np.load(parity_folder / f"{name}.npz") as golden:
-        inputs, outputs, tolerance = golden["input"], golden["output"], float(golden["tolerance"])
+        inputs, tolerance = golden["input"], float(golden["tolerance"])
+        outputs = {key.removeprefix(_OUTPUT): golden[key] for key in golden if key.startswith(_OUTPUT)}
         allowed = {key.removeprefix(_TOLERANCE): float(golden[key]) for key in golden if key.startswith(_TOLERANCE)}
     precision = files.engines
     engines = [
@@ -356,13 +370,14 @@ def bundled(
             inputs=_specs(spec["inputs"]),
             outputs=_specs(spec["outputs"]),
             golden_inputs={INPUT: inputs},
-            golden_outputs={OUTPUT: outputs},
+            golden_outputs=outputs,
             tolerance=tolerance,
             labels=job.data.classes,
             preprocess=job.data.preprocess.model_dump(mode="json"),
             parity={"passed": all(hop["passed"] for hop in hops), "hops": hops},
             plan=sha256_of(ship.folder / PLAN),
             notes=notes,
+            extras=job.data.task.bundled(),
             has_builder=job.target.builds_on_device and "tensorrt" in job.target.runtimes,
         ),
     )
