@@ -60,7 +60,7 @@ test-all: $(STAMP) ## all tests, also the slow ones
 lint: $(STAMP) ## ruff, formatting, and that what runs on devices is Python 3.8
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/vermin --target=3.8- --violations --no-tips $(addprefix thinet_deploy/,runner.py samples.py sensors.py tensorrt_builder.py on_device.py)
+	$(BIN)/vermin --target=3.8- --violations --no-tips $(addprefix thinet_deploy/,runner.py samples.py sensors.py tensorrt_builder.py on_device.py detections.py)
 
 format: $(STAMP) ## let ruff fix and format
 	$(BIN)/ruff check --fix .

@@ -86,6 +86,12 @@ LEVELS = {
         "environment",
         "target",
         "data",
+        "crops",
+        "voc",
+        "voc_boxes",
+        "voc_masks",
+        "tasks",
+        "detections",
         "image_files",
         "devices",
         "distillation",
@@ -131,6 +137,8 @@ HEAVY = {
     "torchvision",
     "timm",
     "matplotlib",
+    "torchmetrics",
+    "pycocotools",
 }
 MAX_LINES = 400
 # A table of networks with what is expected of each is read row by row.
@@ -306,7 +314,7 @@ def test_converters_know_little_and_load_late(module: str) -> None:
     assert not heavy, "a converter imports its runtime inside the function that needs it"
 
 
-@pytest.mark.parametrize("name", ["runner", "tensorrt_builder", "on_device"])
+@pytest.mark.parametrize("name", ["runner", "tensorrt_builder", "on_device", "detections"])
 def test_what_runs_on_devices_stands_alone(name: str) -> None:
     """It is copied to devices and runs there without this package."""
     ours = [_at(f"{CORE}.{name}", found) for found in IMPORTS[f"{CORE}.{name}"] if found.target.startswith(CORE)]

@@ -67,7 +67,9 @@ def test_the_table_has_the_papers_rows(full: Build) -> None:
     assert read_json(full.run / "scratch" / "report.json")["epochs"] == 4
     for row in full.table.rows:
         assert set(row.engines) == {"openvino", "onnxruntime"}
-        assert 0 <= row.top1 <= row.top5 == 100, "with three classes the first five are all"
+        assert 0 <= row.figures["top-1"].value <= row.figures["top-5"].value == 100, (
+            "with three classes the first five are all"
+        )
         for time in row.engines.values():
             assert (time.speedup is None) == (row.name in {"original", "longer"})
     assert report.read_table(full.run) == full.table
@@ -98,8 +100,8 @@ def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     assert text.count("\n model ") in ({2, 3} if width == 80 else {1}), "a third one where a mark makes cells wider"
-    runtimes = report.runtimes_of([full.table])
-    assert [cell for row in full.table.rows for cell in report.cells(row, runtimes) if cell not in text] == []
+    figures, runtimes = report.figures_of([full.table]), report.runtimes_of([full.table])
+    assert [cell for row in full.table.rows for cell in report.cells(row, figures, runtimes) if cell not in text] == []
     assert text.count("passed error") + text.count("passed 15 images") + text.count("passed fp32") == len(full.hops)
     assert "18 of 18 passed" in text
 

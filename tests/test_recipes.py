@@ -31,9 +31,10 @@ def test_the_best_recipe_prunes_at_once_and_keeps_a_ledger(tiny_options: MakeOpt
     assert report["epochs"] == 0
     assert [entry["step"] for entry in report["ledger"]][:2] == ["pruned", "reconstructed"]
     for entry in report["ledger"]:
-        assert 0 <= entry["top1_low"] <= entry["top1"] <= entry["top1_high"] <= 100
+        for figure in entry["figures"].values():
+            assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 100
     kept = [entry for entry in report["ledger"] if "not kept" not in entry["step"]]
-    assert report["accuracy"]["top1"] == kept[-1]["top1"]
+    assert report["accuracy"]["figures"] == kept[-1]["figures"]
     assert report["proof"]["passed"]
     assert report["macs"]["after"] < report["macs"]["before"]
     job = load_job(options)
@@ -188,4 +189,4 @@ def test_batchnorms_are_re_estimated_in_the_ledger_and_kept_where_held_out_image
     assert steps[0] == "pruned"
     assert steps[1].startswith("BatchNorm statistics re-estimated")
     last = report["ledger"][1 if "not kept" not in steps[1] else 0]
-    assert report["accuracy"]["top1"] == last["top1"]
+    assert report["accuracy"]["figures"] == last["figures"]

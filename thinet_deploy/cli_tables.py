@@ -38,7 +38,12 @@ def print_json(data: Any) -> None:
 
 def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
     """The layers that were pruned, what stayed whole and why, and what comes next."""
-    titles = {"error": "error", "error_scaled": "with ŵ", "accuracy_pruned": "pruned (%)", "accuracy_tuned": "fine-tuned (%)"}
+    titles = {
+        "error": "error",
+        "error_scaled": "with ŵ",
+        "accuracy_pruned": "pruned (%)",
+        "accuracy_tuned": "fine-tuned (%)",
+    }
     shown = {key: title for key, title in titles.items() if any(key in layer for layer in report["layers"])}
     table = grid("layer", "filters", "kept", *shown.values())
     for layer in report["layers"]:

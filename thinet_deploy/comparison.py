@@ -144,11 +144,15 @@ def _rounds(run: Run, runtime: str) -> dict[str, list[list[float]]]:
         return {}
 
 
-
-
 def header(comparisons: Sequence[Against]) -> list[str]:
     """Column names."""
-    return ["run", "model", "accuracy (points)", *(f"{runtime} (× faster)" for runtime in _runtimes(comparisons)), "× smaller"]
+    return [
+        "run",
+        "model",
+        "accuracy (points)",
+        *(f"{runtime} (× faster)" for runtime in _runtimes(comparisons)),
+        "× smaller",
+    ]
 
 
 def lines(comparisons: Sequence[Against]) -> list[list[str]]:

@@ -43,7 +43,9 @@ def drawn(numbers: NDArray[np.int64], preprocess: Preprocess, key: int) -> list[
     return windows
 
 
-def cut(images: NDArray[np.uint8], windows: Sequence[Window], crop: tuple[int, int], fill: int = 0) -> NDArray[np.uint8]:
+def cut(
+    images: NDArray[np.uint8], windows: Sequence[Window], crop: tuple[int, int], fill: int = 0
+) -> NDArray[np.uint8]:
     """Crops (n, height, width, …) of images (n, …); what reaches over the edge is `fill`."""
     height, width = crop
     pad = max(

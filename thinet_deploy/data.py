@@ -379,4 +379,3 @@ def _unchecked(files: Sequence[File], preprocess: Preprocess, progress: Progress
         return np.stack(list(pool.map(lambda i: decode(files[i][0], preprocess), indices)))
 
     return ImageSet(np.array([label for _, label in files]), read, preprocess)
-

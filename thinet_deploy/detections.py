@@ -62,12 +62,12 @@ def find(
 
 def _in_image(shares: Array, corners: Array, least: float, overlap: float, candidates: int, most: int) -> Found:
     places, classes = [], []
-    for label in range(1, len(shares)):
-        own = np.flatnonzero(shares[label] >= least)
-        own = own[np.argsort(-shares[label, own], kind="stable")[:candidates]]
+    for index in range(1, len(shares)):
+        own = np.flatnonzero(shares[index] >= least)
+        own = own[np.argsort(-shares[index, own], kind="stable")[:candidates]]
         own = own[keep(corners[own], overlap)]
         places.append(own)
-        classes.append(np.full(len(own), label))
+        classes.append(np.full(len(own), index))
     place, label = np.concatenate(places), np.concatenate(classes)
     score = shares[label, place]
     best = np.argsort(-score, kind="stable")[:most]

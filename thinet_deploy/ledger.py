@@ -60,6 +60,4 @@ def render_ledger(entries: Sequence[Entry]) -> RenderableType:
 
 
 def _figures(entry: Entry) -> tuple[str, ...]:
-    return tuple(
-        f"{name} {each.value:.2f} % [{each.low:.2f}, {each.high:.2f}]" for name, each in entry.figures.items()
-    )
+    return tuple(f"{name} {each.value:.2f} % [{each.low:.2f}, {each.high:.2f}]" for name, each in entry.figures.items())

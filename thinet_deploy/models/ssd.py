@@ -75,7 +75,9 @@ class SSD(nn.Module):
         maps = [self.early_norm(early), self.top(self.features[self.early :](early))]
         for extra in self.extras:
             maps.append(extra(maps[-1]))
-        logits = [head(each).unflatten(1, (self.num_classes, -1)) for head, each in zip(self.classes, maps, strict=True)]
+        logits = [
+            head(each).unflatten(1, (self.num_classes, -1)) for head, each in zip(self.classes, maps, strict=True)
+        ]
         boxes = [head(each).unflatten(1, (4, -1)) for head, each in zip(self.boxes, maps, strict=True)]
         return torch.cat([each.flatten(2) for each in logits], 2), torch.cat([each.flatten(2) for each in boxes], 2)
 
@@ -132,9 +134,7 @@ def _extra(before: int, after: int, size: tuple[int, int], *, norm: bool) -> nn.
     """From a map of this size to a smaller one."""
     how = {} if _valid(size) else {"stride": 2, "padding": 1}
     narrow = max(1, after // 2)
-    return nn.Sequential(
-        *_convolution(before, narrow, 1, norm=norm), *_convolution(narrow, after, 3, norm=norm, **how)
-    )
+    return nn.Sequential(*_convolution(before, narrow, 1, norm=norm), *_convolution(narrow, after, 3, norm=norm, **how))
 
 
 def _valid(size: tuple[int, int]) -> bool:

@@ -131,7 +131,9 @@ def taylor(
     team = join()
     for part in _batches(team.mine(chosen), batch):
         inputs, targets = (torch.from_numpy(of(part)) for of in (images.inputs, images.known))
-        for call, place, gradient in _gradients(model, group, places, inputs, partial(images.task.losses, targets=targets)):
+        for call, place, gradient in _gradients(
+            model, group, places, inputs, partial(images.task.losses, targets=targets)
+        ):
             product = call.given["input"].detach().double() * gradient.double()
             total += _by_channel(_channels_second(call, product).mean(2), place, len(total)).abs().sum(0)
     _check_finite(team.sum_(total), group)
@@ -144,7 +146,11 @@ def random_scores(group: ChannelGroup, seed: int) -> Scores:
 
 
 def _gradients(
-    model: nn.Module, group: ChannelGroup, places: list[torch.Tensor], images: torch.Tensor, losses: Callable[[Outputs], torch.Tensor]
+    model: nn.Module,
+    group: ChannelGroup,
+    places: list[torch.Tensor],
+    images: torch.Tensor,
+    losses: Callable[[Outputs], torch.Tensor],
 ) -> list[tuple[Call, torch.Tensor, torch.Tensor]]:
     """Every different tensor that consumers read, as a call of one, with its place in the group and ∂loss/∂tensor."""
     wanted = {(each.weight, each.call): place for each, place in zip(group.consumers, places, strict=True)}

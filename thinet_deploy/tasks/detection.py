@@ -114,7 +114,7 @@ class _Boxes:
         self._there += [rows[rows[:, CLASS] != NONE] for rows in targets]
 
     def judge(self) -> Grouped:
-        """Mean average precision at an overlap of a half, as VOC has it, and over overlaps from 0.5 to 0.95, as COCO."""
+        """Mean average precision at an overlap of 0.5, as VOC has it, and over overlaps from 0.5 to 0.95, as COCO."""
         left_out = np.arange(len(self._found)) % GROUPS
         whole, without = average_precisions(self._found, self._there, left_out)
         return grouped((MAP50, MAP), whole, without, len(self._found))

@@ -13,8 +13,8 @@ _OVERLAP = 0.5
 def matched(boxes_nm4: torch.Tensor, there_nm: torch.Tensor, default_k4: torch.Tensor) -> torch.Tensor:
     """The object that each default box learns, shape (n, k); -1 for the background.
 
-    A default box learns the object that it overlaps most, if that is by half or more. Besides, every object is learnt by
-    the default box that overlaps it most.
+    A default box learns the object that it overlaps most, if that is by half or more; besides, every object is learnt
+    by the default box that overlaps it most.
 
     Args:
         boxes_nm4: corners of each image's objects: left, top, right, bottom.
