@@ -62,12 +62,12 @@ class SSD(nn.Module):
             _extra(before, after, size, norm=norm)
             for (before, after), size in zip(pairwise(widths[1:]), sizes[1:-1], strict=True)
         )
+        self.apply(initialise)
         ratios = _ratios(len(sizes))
         self.default_boxes = default_boxes(sizes, ratios)
         boxes = [2 + 2 * len(each) for each in ratios]
         self.classes = nn.ModuleList(_head(c, n * num_classes) for c, n in zip(widths, boxes, strict=True))
         self.boxes = nn.ModuleList(_head(c, n * 4) for c, n in zip(widths, boxes, strict=True))
-        self.apply(initialise)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class logits (n, classes, k) and encoded boxes (n, 4, k) of images (n, channels, height, width)."""
@@ -158,4 +158,8 @@ def _ratios(maps: int) -> list[Sequence[float]]:
 
 
 def _head(channels: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, outputs, 3, padding=1)
+    """Scores or boxes of a map; near zero at first, where no default box is sure of anything."""
+    head = nn.Conv2d(channels, outputs, 3, padding=1)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)  # type: ignore[arg-type]  # it has one
+    return head
