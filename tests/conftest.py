@@ -209,16 +209,22 @@ def tiny_options(tiny: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def zoo() -> ModuleType:
-    """torchvision.models; its compiled operations are missing beside a CPU build of torch, so they are declared."""
+def torchvision_or_none() -> Iterator[None]:
+    """Where torchvision is installed, it can be imported: beside a CPU build of torch its operations are declared."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operation in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operation):
+        if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, operation):
             schema = f"{operation}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             library.define(schema)
+    yield
+    del library  # until now it has kept them alive
+
+
+@pytest.fixture(scope="session")
+def zoo(torchvision_or_none: None) -> ModuleType:
+    """torchvision.models."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
     models: ModuleType = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    models.kept_alive = library  # type: ignore[attr-defined]
     return models
