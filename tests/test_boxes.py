@@ -104,11 +104,12 @@ def test_what_is_found_is_what_the_outputs_say() -> None:
     assert found.classes.tolist() == [1, 2]
     assert found.scores[0] >= found.scores[1] > 0.99
     np.testing.assert_allclose(found.boxes, as_corners(DEFAULTS)[[2, COUNT - 1]], atol=1e-6)
-    (none,) = detections.find(np.where(np.arange(3)[None, :, None] == 0, logits.max(), -9.0), coded, DEFAULTS, least=0.5)
+    background = np.where(np.arange(3)[None, :, None] == 0, logits.max(), -9.0)
+    (none,) = detections.find(background, coded, DEFAULTS, least=0.5)
     assert (none.boxes.shape, none.classes.shape, none.scores.shape) == ((0, 4), (0,), (0,))
 
 
-# ---------------------------------------------------------------------------------------------- the network and its loss
+# ---------------------------------------------------------------------------------------------- network and loss
 
 
 def test_ssd300_has_the_papers_boxes() -> None:

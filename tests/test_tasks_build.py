@@ -1,4 +1,4 @@
-"""The whole way for a detector and a segmenter on ThiNet-Tiny's widths: trained, pruned further, shipped, in the table."""
+"""The whole way for a detector and a segmenter on ThiNet-Tiny: trained, pruned further, shipped, in the table."""
 
 from __future__ import annotations
 
@@ -53,9 +53,15 @@ def built(
             "data": place / "voc",
             "model": f"{place / 'net.py'}:{request.param}",
             "out": place / f"run-{request.param}",
-            **{"epochs": 8, "lr": 0.002, "batch_size": 8, "train": {"optimizer": "adamw"}},
-            **{"finetune_epochs": 3, "finetune_lr": 0.001, "controls": "none"},
-            **{"keep": 0.7, "calibration_images": 100},
+            "epochs": 8,
+            "lr": 0.002,
+            "batch_size": 8,
+            "train": {"optimizer": "adamw"},
+            "finetune_epochs": 3,
+            "finetune_lr": 0.001,
+            "controls": "none",
+            "keep": 0.7,
+            "calibration_images": 100,
             "require": ("accuracy>=20", "size<=10MB"),
         }
     )
@@ -72,7 +78,8 @@ def test_the_network_learns_is_pruned_and_learns_again(built: tuple[str, Build, 
         assert row.main.value > least > 1.5 * chance
         assert row.main.low <= row.main.value <= row.main.high
     assert thin.flops < 0.6 * original.flops, "0.7 of the filters, on both sides of most layers"
-    steps = {entry.step.partition(",")[0]: entry.main.value for entry in done.table.ledger if entry.network != "Original"}
+    ledger = [entry for entry in done.table.ledger if entry.network != "Original"]
+    steps = {entry.step.partition(",")[0]: entry.main.value for entry in ledger}
     assert steps["reconstructed"] > steps["pruned"]
     assert thin.drop is not None
     assert thin.drop.value == pytest.approx(original.main.value - thin.main.value)

@@ -87,7 +87,7 @@ def test_names_may_be_given(root: Path) -> None:
     (root / "classes.txt").write_text("background\nsquare\ndisc\nring\n")
     assert load_voc(root, SEGMENTATION, WHOLE).classes == ("background", "square", "disc", "ring")
     swapped = {1: 2, 2: 1}
-    plain, renamed = first_targets(load_voc(root, DETECTION, WHOLE).train), None
+    plain = first_targets(load_voc(root, DETECTION, WHOLE).train)
     (root / "classes.txt").unlink()
     renamed = first_targets(load_voc(root, DETECTION, WHOLE).train)
     assert [[swapped.get(int(label), -1) for label in rows[:, 0]] for rows in plain] == renamed[..., 0].tolist()
@@ -106,7 +106,9 @@ def test_a_view_knows_the_same_of_its_images(task: Task, original: Path) -> None
 def test_masks_that_do_not_fit_in_memory_are_read_again(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = load_voc(original, SEGMENTATION, WHOLE)
     monkeypatch.setattr("thinet_deploy.voc_masks.MEMORY_BYTES", 0)
-    np.testing.assert_array_equal(first_targets(load_voc(original, SEGMENTATION, WHOLE).train), first_targets(kept.train))
+    np.testing.assert_array_equal(
+        first_targets(load_voc(original, SEGMENTATION, WHOLE).train), first_targets(kept.train)
+    )
 
 
 def test_the_digest_follows_annotations_and_masks(root: Path) -> None:

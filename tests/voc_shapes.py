@@ -91,7 +91,5 @@ def _add_object(document: ET.Element, name: str, left: int, top: int, size: int)
     ET.SubElement(element, "name").text = name
     ET.SubElement(element, "difficult").text = "0"
     box = ET.SubElement(element, "bndbox")
-    for side, value in zip(
-        ("xmin", "ymin", "xmax", "ymax"), (left + 1, top + 1, left + size, top + size), strict=True
-    ):
+    for side, value in zip(("xmin", "ymin", "xmax", "ymax"), (left + 1, top + 1, left + size, top + size), strict=True):
         ET.SubElement(box, side).text = str(value)
