@@ -201,10 +201,10 @@ def engine_outputs(
         # Copied: an engine may give the same memory again.
         starts = [slice(1), *(slice(start, start + 32) for start in range(1, len(inputs), 32))]
         runs = (engine.run({INPUT: inputs[part]}) for part in starts)
-        parts = [{name: np.array(run[name]) for name in names} for run in runs]
+        parts = [{name: np.array(run[name]) for name in names if name in run} for run in runs]
     finally:
         engine.close()
-    return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in names}
+    return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in parts[0]}
 
 
 def engine_hop(
