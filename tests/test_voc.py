@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from voc_shapes import CLASSES, NETWORKS, write_voc
 
 from thinet_deploy.crops import Window, centre_window, cut
 from thinet_deploy.data import ImageSet
-from thinet_deploy.errors import DataError, InputError, ModelError
+from thinet_deploy.errors import DataError, InputError, MissingError, ModelError
 from thinet_deploy.job import load_job
 from thinet_deploy.models.ssd import default_boxes
 from thinet_deploy.options import make_options
@@ -276,7 +277,9 @@ def test_the_network_says_its_task_or_the_folder_leaves_no_choice() -> None:
 
 
 @pytest.fixture
-def options(root: Path, tmp_path: Path) -> Callable[..., Any]:
+def options(root: Path, tmp_path: Path, torchvision_or_none: None) -> Callable[..., Any]:
+    for package in ("torchmetrics", "pycocotools"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     (tmp_path / "net.py").write_text(NETWORKS)
 
     def make(network: str = "narrow_detector", **changes: Any) -> Any:
@@ -292,6 +295,19 @@ def test_a_job_takes_task_and_whole_images_from_folder_and_network(options: Call
     assert job.data.preprocess.resize == job.data.preprocess.crop == (32, 32)
     assert job.data.preprocess.augment.pad == 4
     assert load_job(options("narrow_segmenter")).data.task.name == "segmentation"
+
+
+@pytest.mark.parametrize(
+    ("network", "package"), [("narrow_detector", "pycocotools"), ("narrow_segmenter", "torchmetrics.classification")]
+)
+def test_what_figures_need_is_missed_before_any_work(
+    network: str, package: str, options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package.partition(".")[0]]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingError, match=rf"needs {package.partition('.')[0]}") as found:
+        load_job(options(network))
+    assert "thinet-deploy[tasks]" in found.value.hint
 
 
 @pytest.mark.parametrize("option", ["unlabelled", "transfer_to"])

@@ -206,6 +206,7 @@ def _voc_task(options: Options, preprocess: Preprocess) -> Task:
     Raises:
         InputError: something in the options goes with classification only.
         DataError: the folder has images for another task, or for several, and the network does not say which.
+        MissingError: what its figures are counted with is not installed.
     """
     assert options.data is not None
     for name in ("unlabelled", "transfer_to"):
@@ -216,7 +217,9 @@ def _voc_task(options: Options, preprocess: Preprocess) -> Task:
             )
     found = tasks_of(options.data)
     model = build_model(options.model, input_shape=preprocess.input_shape, num_classes=2, seed=options.seed)
-    return task_of(model, options.model, found, options.data)
+    task = task_of(model, options.model, found, options.data)
+    task.meter()  # what it needs is missed now, and not after the training
+    return task
 
 
 def _named_model(options: Options) -> Options:

@@ -106,7 +106,11 @@ class Task(Protocol):
         """
 
     def meter(self) -> Meter:
-        """Which has seen nothing yet."""
+        """Which has seen nothing yet.
+
+        Raises:
+            MissingError: what the figures are counted with is not installed.
+        """
 
     def bundled(self) -> Mapping[str, bytes]:
         """File name → content: what an app needs beside the engine to read its outputs."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,6 @@ def average_precisions(
     Returns:
         At an overlap of 0.5, and averaged over overlaps from 0.5 to 0.95: on all images, shape (2,); and without
         each group, shape (groups, 2).
-
-    Raises:
-        MissingError: pycocotools is not installed.
     """
     known = [
         _entry(number, row[1:5], int(row[0]), iscrowd=int(row[5])) for number, rows in enumerate(there) for row in rows
@@ -62,9 +59,20 @@ def _entry(image: int, box: NDArray[np.float32], label: int, **more: float) -> d
     return {"image_id": image, "category_id": label, "bbox": bbox, "area": bbox[2] * bbox[3], **more}
 
 
+def check_installed() -> None:
+    """Raise MissingError where pycocotools cannot be imported."""
+    try:
+        import pycocotools.cocoeval  # noqa: F401 - only whether it can be
+    except ImportError as error:
+        raise MissingError(
+            f"Mean average precision needs pycocotools, which cannot be imported: {error}.",
+            hint='Do: pip install "thinet-deploy[tasks]".',
+        ) from error
+
+
 def _dataset(entries: Sequence[dict[str, Any]], images: int) -> Any:
-    with _installed():
-        from pycocotools.coco import COCO
+    from pycocotools.coco import COCO
+
     data = COCO()
     labels = sorted({entry["category_id"] for entry in entries})
     data.dataset = {
@@ -95,14 +103,3 @@ def _averages(judge: Any) -> NDArray[np.float64]:
 def _mean(precision: NDArray[np.float64]) -> float:
     there = precision[precision > -1]
     return float(there.mean()) if there.size else 0.0
-
-
-@contextlib.contextmanager
-def _installed() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise MissingError(
-            f"Mean average precision needs pycocotools, which cannot be imported: {error}.",
-            hint='Do: pip install "thinet-deploy[tasks]".',
-        ) from error

@@ -16,7 +16,7 @@ from .. import detections
 from ..distillation import losses
 from ..interfaces import OUTPUTS
 from .base import Arrays, Outputs, Targets
-from .coco import average_precisions
+from .coco import average_precisions, check_installed
 from .groups import GROUPS, Grouped, grouped
 from .matching import encoded, matched
 
@@ -104,6 +104,7 @@ class _Boxes:
     """What is found in each image, and what is there."""
 
     def __init__(self, default_boxes: NDArray[np.float32]) -> None:
+        check_installed()
         self._default_boxes = default_boxes
         self._found: list[detections.Found] = []
         self._there: list[NDArray[np.float32]] = []

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..distillation import losses
-from ..errors import MissingError
+from ..errors import MissingError, first_line
 from ..interfaces import OUTPUT
 from .base import Arrays, Outputs, Targets
 from .groups import GROUPS, Grouped, grouped
@@ -58,6 +58,7 @@ class _Pixels:
     """Pixels by their class and the class that was found, in groups of images."""
 
     def __init__(self) -> None:
+        _torchmetrics()
         self._groups: list[dict[str, Any]] = []
         self._images = 0
 
@@ -80,17 +81,22 @@ class _Pixels:
 
 
 def _metrics(classes: int) -> dict[str, Any]:
+    library = _torchmetrics()
+    how: dict[str, Any] = {"ignore_index": NOWHERE, "validate_args": False}
+    iou = library.MulticlassJaccardIndex(classes, **how)
+    return {MIOU: iou, PIXELS: library.MulticlassAccuracy(classes, average="micro", **how)}
+
+
+def _torchmetrics() -> Any:
     try:
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+        import torchmetrics.classification as library
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
         raise MissingError(
-            f"Mean intersection over union needs torchmetrics, which cannot be imported: {error}.",
+            f"Mean intersection over union needs torchmetrics, which cannot be imported: {first_line(error)}.",
             hint='Do: pip install "thinet-deploy[tasks]". torchmetrics also loads torchvision where it is installed: '
             "remove it, or install the one that was made for your torch.",
         ) from error
-    iou = MulticlassJaccardIndex(classes, ignore_index=NOWHERE, validate_args=False)
-    right = MulticlassAccuracy(classes, average="micro", ignore_index=NOWHERE, validate_args=False)
-    return {MIOU: iou, PIXELS: right}
+    return library
 
 
 def _figures(groups: list[dict[str, Any]]) -> NDArray[np.float64]:
