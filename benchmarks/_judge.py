@@ -11,12 +11,13 @@ from torch import nn
 
 from thinet_deploy.data import Dataset
 from thinet_deploy.intervals import accuracy_interval, difference_interval
-from thinet_deploy.training import hits
+from thinet_deploy.tasks.classification import ranks
+from thinet_deploy.training import logits
 
 
 def judged(model: nn.Module, data: Dataset, unpruned: dict[str, Any] | None = None) -> dict[str, Any]:
     """Accuracy with its interval, the paired difference to another such row, and the raw result per image."""
-    right = hits(model.eval(), data.test)
+    right: NDArray[np.bool_] = ranks(logits(model, data.test).numpy(), data.test.labels) < 1
     row: dict[str, Any] = {"top1": asdict(accuracy_interval(int(right.sum()), len(right)))}
     if unpruned is not None:
         row["minus_unpruned"] = asdict(difference_interval(right, unpack(unpruned["right"], len(right))))

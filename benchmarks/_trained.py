@@ -257,7 +257,7 @@ def main() -> None:
         start = time.perf_counter()
         data = load()
         loaded = time.perf_counter()
-        top1 = evaluate(model, data.test).top1
+        top1 = evaluate(model, data.test).main
         print(f"--model {Path(__file__)}:{name} --weights {weights} --data {cache_folder() / data.name}{more}")
         print(f"  top-1 {top1:.2f} % of {len(data.test):,} test images", end="; ")
         print(f"{loaded - start:.0f} s to load, {time.perf_counter() - loaded:.0f} s to test")

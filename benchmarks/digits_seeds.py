@@ -26,12 +26,12 @@ def main() -> None:
                     Options.model_validate({"controls": "all", "seed": seed, "out": Path(folder) / "run", **short})
                 ).table
             )
-        top1 = {row.name: row.top1 for row in tables[-1].rows}
+        top1 = {row.name: row.main.value for row in tables[-1].rows}
         print(f"seed {seed}: " + ", ".join(f"{name} {value:.2f}" for name, value in top1.items()), flush=True)
     drops = []
     for table in tables:
         rows = {row.name: row for row in table.rows}
-        drops.append(rows["original"].top1 - rows["gap"].top1)
+        drops.append(rows["original"].main.value - rows["gap"].main.value)
     path = keep("digits_seeds", {"tables": [table.to_json() for table in tables], "top1_drops": drops}, quick=quick)
     print(f"Original minus ThiNet-GAP, top-1: median {statistics.median(drops):+.2f}, worst {max(drops):+.2f}. {path}")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..interfaces import INPUT, OUTPUT, Contract, Conversion, Progress
-from ..program import input_shape, load_program
+from ..interfaces import INPUT, Contract, Conversion, Progress
+from ..program import input_shape, load_program, output_names
 
 CONTRACT = Contract(
     source="program",
@@ -28,7 +28,7 @@ def convert(job: Conversion, progress: Progress) -> Path:
     model = coremltools.convert(
         program.run_decompositions({}),
         inputs=[coremltools.TensorType(name=INPUT, shape=(batch, *input_shape(program)))],
-        outputs=[coremltools.TensorType(name=OUTPUT)],
+        outputs=[coremltools.TensorType(name=name) for name in output_names(program)],
         convert_to="mlprogram",
         minimum_deployment_target=coremltools.target.iOS16,
         compute_precision=precision.FLOAT16 if job.precision == "fp16" else precision.FLOAT32,

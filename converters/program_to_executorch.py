@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..interfaces import INPUT, OUTPUT, Contract, Conversion, Progress
-from ..program import load_program
+from ..interfaces import INPUT, Contract, Conversion, Progress
+from ..program import load_program, output_names
 
 CONTRACT = Contract(
     source="program",
@@ -35,7 +35,7 @@ def convert(job: Conversion, progress: Progress) -> Path:
     if job.calibration:
         program = _quantised(program, job.calibration)
     # The format knows no names; constant methods take them along.
-    names: dict[str, Any] = {"input_names": INPUT, "output_names": OUTPUT}
+    names: dict[str, Any] = {"input_names": INPUT, "output_names": ",".join(output_names(program))}
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=names)
     path = job.folder / f"{job.source.stem}.pte"
     _write_delegation(lowered.exported_program().graph_module, path)

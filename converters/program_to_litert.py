@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..interfaces import INPUT, OUTPUT, Contract, Conversion, Progress
-from ..program import input_shape, load_program
+from ..interfaces import INPUT, Contract, Conversion, Progress
+from ..program import input_shape, load_program, output_names
 
 CONTRACT = Contract(
     source="program",
@@ -28,16 +28,18 @@ def convert(job: Conversion, progress: Progress) -> Path:
     import torch
 
     program = load_program(job.source, job.batch or 1)
+    names = output_names(program)
 
     class Named(torch.nn.Module):
-        """The network with its output under the name that every engine has."""
+        """The network with its outputs under the names that every engine has."""
 
         def __init__(self) -> None:
             super().__init__()
             self.network = program.module()
 
         def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {OUTPUT: self.network(inputs[INPUT])}
+            outputs = self.network(inputs[INPUT])
+            return dict(zip(names, outputs if isinstance(outputs, tuple | list) else (outputs,), strict=True))
 
     example = torch.zeros(job.batch or 1, *input_shape(program))
     path = job.folder / f"{job.source.stem}.tflite"

@@ -26,7 +26,7 @@ import onnxruntime  # noqa: E402, F401 - loaded before the fork
 import openvino  # noqa: E402, F401
 import torch  # noqa: E402
 
-from thinet_deploy import artifact, pipeline, stages, store  # noqa: E402
+from thinet_deploy import artifact, deploy_stage, pipeline, store  # noqa: E402
 from thinet_deploy.export import check_exportable  # noqa: E402
 from thinet_deploy.options import make_options  # noqa: E402
 
@@ -81,7 +81,7 @@ def child(request: dict[str, Any]) -> None:
     for module in (artifact, store):
         vars(module)["rename"] = watch
     # What is measured does not matter here, only that it is measured again or kept.
-    stages.ENGINE_SECONDS, stages.ENGINE_ROUNDS, stages.TORCH_ROUNDS = 0.01, 1, 7
+    deploy_stage.ENGINE_SECONDS, deploy_stage.ENGINE_ROUNDS, deploy_stage.TORCH_ROUNDS = 0.01, 1, 7
     pipeline.build(options)
     os._exit(0)
 

@@ -137,10 +137,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures latency for moments only: the figures of these builds are looked at by nobody."""
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from thinet_deploy import stages
+    from thinet_deploy import deploy_stage
 
     for name, value in {"ENGINE_SECONDS": 0.01, "ENGINE_ROUNDS": 8, "TORCH_ROUNDS": 8, "TORCH_BATCH": 2}.items():
-        monkeypatch.setattr(stages, name, value)
+        monkeypatch.setattr(deploy_stage, name, value)
 
 
 @pytest.fixture
@@ -182,13 +182,13 @@ def quick_module() -> Iterator[None]:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from thinet_deploy import stages
+    from thinet_deploy import deploy_stage
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"ENGINE_SECONDS": 0.06, "ENGINE_ROUNDS": 6, "TORCH_ROUNDS": 7, "TORCH_BATCH": 2}.items():
-            patch.setattr(stages, name, value)
+            patch.setattr(deploy_stage, name, value)
         yield
     torch.set_num_threads(threads)
 
@@ -217,16 +217,22 @@ def tiny_options(tiny: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def zoo() -> ModuleType:
-    """torchvision.models; its compiled operations are missing beside a CPU build of torch, so they are declared."""
+def torchvision_or_none() -> Iterator[None]:
+    """Where torchvision is installed, it can be imported: beside a CPU build of torch its operations are declared."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operation in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operation):
+        if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, operation):
             schema = f"{operation}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             library.define(schema)
+    yield
+    del library  # until now it has kept them alive
+
+
+@pytest.fixture(scope="session")
+def zoo(torchvision_or_none: None) -> ModuleType:
+    """torchvision.models."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
     models: ModuleType = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    models.kept_alive = library  # type: ignore[attr-defined]
     return models

@@ -45,6 +45,7 @@ LEVELS = {
         "android_stage",
         "networks",
         "stages",
+        "deploy_stage",
         "prune_stage",
         "gcos_stage",
         "transfer",
@@ -92,6 +93,12 @@ LEVELS = {
         "environment",
         "target",
         "data",
+        "crops",
+        "voc",
+        "voc_boxes",
+        "voc_masks",
+        "tasks",
+        "detections",
         "image_files",
         "device",
         "devices",
@@ -147,6 +154,8 @@ HEAVY = {
     "torchvision",
     "timm",
     "matplotlib",
+    "torchmetrics",
+    "pycocotools",
 }
 MAX_LINES = 400
 # A table of networks with what is expected of each is read row by row.
@@ -320,7 +329,7 @@ def test_converters_know_little_and_load_late(module: str) -> None:
     assert not heavy, "a converter imports its runtime inside the function that needs it"
 
 
-@pytest.mark.parametrize("name", ["runner", *COMPANIONS, "tensorrt_builder", "on_device"])
+@pytest.mark.parametrize("name", ["runner", *COMPANIONS, "tensorrt_builder", "on_device", "detections"])
 def test_what_runs_on_devices_stands_alone(name: str) -> None:
     """It is copied to devices and runs there without this package; only run.py has files beside it."""
     beside = {f"{CORE}.{each}" for each in COMPANIONS} if name in ("runner", *COMPANIONS) else set()

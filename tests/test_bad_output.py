@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from thinet_deploy.artifact import sha256_of, write_json
+from thinet_deploy.intervals import Interval
 from thinet_deploy.report import Row, Table, Time
 from thinet_deploy.store import Run
 
@@ -182,7 +183,7 @@ def test_a_full_disk(cli: Cli, workplace: Path, small_disk: Path) -> None:
 def write_run(root: Path, machine: str = "a") -> Path:
     """A finished run with an invented table."""
     time = Time(1.0, 0.9, 1.1)
-    row = Row("original", "Original", 90.0, 99.0, 1000, 2000, time, time, {"openvino": time}, 4096)
+    row = Row("original", "Original", {"top-1": Interval(90, 40, 99)}, 1000, 2000, time, time, {"openvino": time}, 4096)
     table = Table("cpu", "tiny", "photos", 6, machine, f"Processor {machine}", 1, 2, 32, ("openvino",), (row,), ())
     Run(root)
     write_json(root / "report" / "table.json", table.to_json())

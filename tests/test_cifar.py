@@ -93,7 +93,10 @@ def build(*arguments: object) -> dict[str, Any]:
     assert failed == []
     for row in document["table"]["rows"]:
         engines = {name: round(time["ms"], 3) for name, time in row["engines"].items()}
-        print(f"{row['label']:<24} {row['top1']:6.2f} {row['parameters']:>9,} {row['flops']:>12,} {engines}")
+        print(
+            f"{row['label']:<24} {row['figures']['top-1']['value']:6.2f} "
+            f"{row['parameters']:>9,} {row['flops']:>12,} {engines}"
+        )
     command = [sys.executable, f"{document['bundle']}/run.py"]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert checked.returncode == 0, checked.stdout
@@ -110,7 +113,7 @@ def test_a_vgg_is_trained_and_pruned(photos: Path, tmp_path: Path) -> None:
     assert document["table"]["images"] == 400
     assert rows["original"]["flops"] > 2 * rows["conv"]["flops"] > 2 * rows["gap"]["flops"]
     assert rows["original"]["parameters"] > rows["conv"]["parameters"] > rows["gap"]["parameters"]
-    assert rows["gap"]["top1"] > 20, "twice as good as guessing"
+    assert rows["gap"]["figures"]["top-1"]["value"] > 20, "twice as good as guessing"
     assert set(rows["gap"]["engines"]) == {"openvino", "onnxruntime"}
 
 
@@ -124,8 +127,8 @@ def test_a_given_resnet_is_pruned_inside_its_blocks(photos: Path, tmp_path: Path
     )
     rows = {row["name"]: row for row in document["table"]["rows"]}
     assert list(rows) == ["original", "conv", "scratch"], "there is no fully connected head to replace"
-    assert rows["original"]["top1"] > 80, "87.08 % on all 10,000 test images"
-    assert rows["conv"]["top1"] > 60
+    assert rows["original"]["figures"]["top-1"]["value"] > 80, "87.08 % on all 10,000 test images"
+    assert rows["conv"]["figures"]["top-1"]["value"] > 60
     assert rows["original"]["flops"] > 1.5 * rows["conv"]["flops"]
     layers = read_json(tmp_path / "run" / "prune" / "report.json")["layers"]
     blocks = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)]

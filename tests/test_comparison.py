@@ -15,13 +15,18 @@ from thinet_deploy import comparison, intervals, report, report_plots, samples
 from thinet_deploy.artifact import write_json
 from thinet_deploy.comparison import Against, Difference
 from thinet_deploy.errors import UnknownNameError
-from thinet_deploy.intervals import Interval
+from thinet_deploy.intervals import Interval, accuracy_interval
 from thinet_deploy.report import Row, Table, Time, check_machines
 from thinet_deploy.store import Run
 
-ORIGINAL = Row("original", "Original", 90.0, 99.0, 9, 9, Time(9, 8, 10), Time(9, 8, 10), {"ov": Time(8, 7.9, 8.1)}, 800)
+FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}
+ORIGINAL = Row("original", "Original", FIGURES, 9, 9, Time(9, 8, 10), Time(9, 8, 10), {"ov": Time(8, 7.9, 8.1)}, 800)
 CONV = replace(ORIGINAL, name="conv", label="Thin", engines={"ov": Time(4, 3.9, 4.1, 2, 1.9, 2.1)}, size_bytes=400)
-CONV = replace(CONV, top1=89.0, drop=Interval(1.0, 0.2, 1.8))
+CONV = replace(
+    CONV,
+    figures={"top-1": accuracy_interval(890, 1000), "top-5": accuracy_interval(990, 1000)},
+    drop=Interval(1.0, 0.2, 1.8),
+)
 LONGER = replace(ORIGINAL, name="longer", label="More epochs", note="the same times")
 
 
@@ -48,13 +53,13 @@ def test_rows_of_one_run_are_compared_round_by_round(tmp_path: Path) -> None:
     assert name == "a/original"
     rows = by_row(found)
     assert rows["a/Thin"].faster["ov"] == Difference(2.0, 2.0, 2.0, 1, in_turn=True)
-    assert rows["a/Thin"].top1 == Difference(-1.0, -1.8, -0.2, 0, in_turn=True)
-    assert not rows["a/Thin"].top1.noise
+    assert rows["a/Thin"].accuracy == Difference(-1.0, -1.8, -0.2, 0, in_turn=True)
+    assert not rows["a/Thin"].accuracy.noise
     assert rows["a/Thin"].smaller == 2.0
     control = rows["a/More epochs"]
     assert control.faster["ov"] == Difference(1.0, 1.0, 1.0, 1, in_turn=True), "it has the original's times"
     assert control.faster["ov"].noise
-    assert control.top1.noise
+    assert control.accuracy.noise
 
 
 def test_another_run_is_compared_with_room_for_another_day(tmp_path: Path) -> None:
@@ -89,7 +94,7 @@ def test_an_invalid_time_is_not_shown_as_a_time() -> None:
     assert (hot.speedup, hot.invalid) == (None, "the machine throttled: heat")
     row = replace(CONV, engines={"ov": hot}, forward=hot, backward=hot)
     table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), (row,), (), "conv")
-    assert report.cells(row, ["ov"])[5:7] == ["invalid", "invalid"]
+    assert report.cells(row, ["top-1", "top-5"], ["ov"])[5:7] == ["invalid", "invalid"]
     console = Console(file=io.StringIO(), width=160)
     console.print(report.render([table], 160))
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from thinet_deploy import contract
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import InputError, UnknownNameError
-from thinet_deploy.intervals import Interval
+from thinet_deploy.intervals import Interval, accuracy_interval
 from thinet_deploy.report import Row, Table, Time
 from thinet_deploy.store import Run
 
 TORCH = Time(9, 8, 10)
-ORIGINAL = Row("original", "Original", 90.0, 99.0, 1000, 4000, TORCH, TORCH, {"ov": Time(8, 7, 9)}, 8 << 20)
+FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}
+ORIGINAL = Row("original", "Original", FIGURES, 1000, 4000, TORCH, TORCH, {"ov": Time(8, 7, 9)}, 8 << 20)
 THIN = replace(
     ORIGINAL,
     name="conv",
     label="Thin",
-    top1=89.5,
+    figures={"top-1": accuracy_interval(895, 1000), "top-5": accuracy_interval(990, 1000)},
     engines={"ort": Time(1, 1, 1), "ov": Time(4.0, 3.9, 4.1, 2.0, 1.9, 2.1)},
     size_bytes=4 << 20,
     drop=Interval(0.5, -0.2, 1.2),

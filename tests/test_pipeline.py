@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from thinet_deploy import pipeline, prune_stage, registry, report, stages, verify
+from thinet_deploy import deploy_stage, pipeline, prune_stage, registry, report, stages, verify
 from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.deployment import Build
@@ -69,7 +69,9 @@ def test_the_table_has_the_papers_rows(full: Build) -> None:
     assert read_json(full.run / "scratch" / "report.json")["epochs"] == 4
     for row in full.table.rows:
         assert set(row.engines) == {"openvino", "onnxruntime"}
-        assert 0 <= row.top1 <= row.top5 == 100, "with three classes the first five are all"
+        assert 0 <= row.figures["top-1"].value <= row.figures["top-5"].value == 100, (
+            "with three classes the first five are all"
+        )
         for time in row.engines.values():
             assert (time.speedup is None) == (row.name in {"original", "longer"})
     assert report.read_table(full.run) == full.table
@@ -100,8 +102,8 @@ def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     assert text.count("\n model ") in ({2, 3} if width == 80 else {1}), "a third one where a mark makes cells wider"
-    runtimes = report.runtimes_of([full.table])
-    assert [cell for row in full.table.rows for cell in report.cells(row, runtimes) if cell not in text] == []
+    figures, runtimes = report.figures_of([full.table]), report.runtimes_of([full.table])
+    assert [cell for row in full.table.rows for cell in report.cells(row, figures, runtimes) if cell not in text] == []
     assert text.count("passed error") + text.count("passed 15 images") + text.count("passed fp32") == len(full.hops)
     assert "18 of 18 passed" in text
 
@@ -266,7 +268,7 @@ def test_an_engine_of_another_network_does_not_pass(
 
     redo(copy, "engines")
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "convert", mixed_up)
+        patch.setattr(deploy_stage, "convert", mixed_up)
         with pytest.raises(GateError, match=r"conv: ONNX → onnxruntime: error .*allowed") as failure:
             build(tiny_options(copy, target="cpu"))
     assert failure.value.exit_code == 1

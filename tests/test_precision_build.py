@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from thinet_deploy import precision_stage, registry, stages
+from thinet_deploy import deploy_stage, precision_stage, registry
 from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.deployment import Build
@@ -71,7 +71,7 @@ def test_what_top1_lost_counts_the_int8_too(full: Build) -> None:
     for row in full.table.rows:
         if row.name != "original":
             assert row.drop is not None
-            assert row.drop.value == pytest.approx(before.top1 - row.top1)
+            assert row.drop.value == pytest.approx(before.main.value - row.main.value)
 
 
 def test_engines_are_int8_and_it_is_proved(full: Build) -> None:
@@ -92,7 +92,7 @@ def test_the_report_says_what_was_measured_in_which_type(full: Build) -> None:
     typed = read_json(full.run / "typed" / "typed.json")
     for row in full.table.rows:
         how = typed[row.name]["int8"]
-        assert row.top1 == how["accuracy"]["top1"], "of the network that the times are of"
+        assert row.main.value == how["accuracy"]["figures"]["top-1"]["value"], "of the network that the times are of"
         assert row.size_bytes == (full.run / "typed" / "int8" / f"{row.name}.onnx").stat().st_size
         assert (how["layout"], how["method"] in ("min-max", "percentile", "entropy")) == (plan_layout(), True)
         assert how["weights"]["int8"] > how["weights"].get("float", 0) / 4
@@ -127,7 +127,7 @@ def test_an_engine_in_fp32_does_not_pass_for_int8(
         return registry.convert(runtime, job, *rest, **others)
 
     (copy / ".records" / "engines.json").unlink()
-    monkeypatch.setattr(stages, "convert", widened)
+    monkeypatch.setattr(deploy_stage, "convert", widened)
     with pytest.raises(GateError) as failure:
         build(again(tiny_options, copy))
     assert failure.value.exit_code == 1

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from thinet_deploy import cli, pipeline, prune_stage, stages
+from thinet_deploy import cli, deploy_stage, pipeline, prune_stage
 from thinet_deploy.artifact import read_json
 from thinet_deploy.data import ImageSet
 from thinet_deploy.errors import ModelError
@@ -109,7 +109,7 @@ BUILDS: dict[str, dict[str, Any]] = {"best": {"recipe": "best", "macs": "2x"}, "
 
 def build_all(folder: Path, prefix: str) -> None:
     """Every recipe, measured for moments only."""
-    stages.TORCH_ROUNDS, stages.TORCH_BATCH = 8, 2
+    deploy_stage.TORCH_ROUNDS, deploy_stage.TORCH_BATCH = 8, 2
     for name, changes in BUILDS.items():
         pipeline.build(options(folder, f"{prefix}-{name}", **changes))
 

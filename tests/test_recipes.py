@@ -1,7 +1,6 @@
 """The recipes: the papers' and the best one, from options to the files of a run."""
 
 from collections.abc import Callable
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from thinet_deploy.job import load_job
 from thinet_deploy.options import make_options
 from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.pruning.surgery import load_thin
+from thinet_deploy.tasks.classification import Ranked
 
 MakeOptions = Callable[..., Any]
 
@@ -31,9 +31,10 @@ def test_the_best_recipe_prunes_at_once_and_keeps_a_ledger(tiny_options: MakeOpt
     assert report["epochs"] == 0
     assert [entry["step"] for entry in report["ledger"]][:2] == ["pruned", "reconstructed"]
     for entry in report["ledger"]:
-        assert 0 <= entry["top1_low"] <= entry["top1"] <= entry["top1_high"] <= 100
+        for figure in entry["figures"].values():
+            assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 100
     kept = [entry for entry in report["ledger"] if "not kept" not in entry["step"]]
-    assert report["accuracy"]["top1"] == kept[-1]["top1"]
+    assert report["accuracy"]["figures"] == kept[-1]["figures"]
     assert report["proof"]["passed"]
     assert report["macs"]["after"] < report["macs"]["before"]
     job = load_job(options)
@@ -140,9 +141,9 @@ def test_several_methods_get_a_row_each_and_the_first_ships(tiny_options: MakeOp
 def test_the_original_teaches_unless_held_out_images_say_otherwise(
     with_it: bool, teacher: bool, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`hits` is asked first of the network trained with the original as teacher, and of the one without."""
-    answers = chain([np.full(100, with_it), np.full(100, not with_it)], repeat(np.full(100, True)))
-    monkeypatch.setattr("thinet_deploy.stages.hits", lambda *_: next(answers))
+    """`judge` is asked first of the network trained with the original as teacher, and of the one without."""
+    answers = iter([Ranked(np.full(100, 0 if right else 9)) for right in (with_it, not with_it)])
+    monkeypatch.setattr("thinet_deploy.stages.judge", lambda *_: next(answers))
     done = pipeline.build(tiny_options(tmp_path / "run", finetune_epochs=5, controls="none", target="ios"))
     assert read_json(done.run / "teacher" / "teacher.json")["teacher"] is teacher
     steps = [entry.step for entry in done.table.ledger if entry.step.startswith("fine-tuned")]
@@ -188,4 +189,4 @@ def test_batchnorms_are_re_estimated_in_the_ledger_and_kept_where_held_out_image
     assert steps[0] == "pruned"
     assert steps[1].startswith("BatchNorm statistics re-estimated")
     last = report["ledger"][1 if "not kept" not in steps[1] else 0]
-    assert report["accuracy"]["top1"] == last["top1"]
+    assert report["accuracy"]["figures"] == last["figures"]

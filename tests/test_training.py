@@ -22,7 +22,9 @@ from thinet_deploy.interfaces import Progress
 from thinet_deploy.norms import reestimate_norms
 from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.store import Checkpoint
-from thinet_deploy.training import Recipe, accuracy, evaluate, logits, train
+from thinet_deploy.tasks.base import Accuracy
+from thinet_deploy.tasks.classification import CLASSIFICATION
+from thinet_deploy.training import Recipe, evaluate, logits, train
 
 COUNT, CLASSES = 50, 4
 RECIPE = Recipe(epochs=4, lr=0.05, batch=16, warmup=1)
@@ -53,6 +55,12 @@ def network() -> nn.Module:
     )
 
 
+def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
+    meter = CLASSIFICATION.meter()
+    meter.add([outputs], labels)
+    return meter.judge().accuracy
+
+
 def trained(images: ImageSet, *, seed: int = 1, stage: str = "s", recipe: Recipe = RECIPE) -> nn.Module:
     model = network()
     train(model, images, recipe, seed=seed, stage=stage)
@@ -66,8 +74,8 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def test_training_learns_and_ends_in_eval_mode(images: ImageSet) -> None:
     model = trained(images, recipe=Recipe(epochs=12, lr=0.05, batch=16))
     assert not model.training
-    assert evaluate(model, images).top1 > 90
-    assert evaluate(network(), images).top1 < 60
+    assert evaluate(model, images).main > 90
+    assert evaluate(network(), images).main < 60
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_ran_before(images: ImageSet) -> None:
@@ -370,7 +378,7 @@ def test_the_rate_falls_to_a_tenth_after_each_third(images: ImageSet, monkeypatc
 def test_bf16_learns_and_leaves_fp32_weights(images: ImageSet) -> None:
     model = trained(images, recipe=Recipe(epochs=12, lr=0.05, batch=16, precision="bf16"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert evaluate(model, images).top1 > 90
+    assert evaluate(model, images).main > 90
     assert not same(model, trained(images, recipe=Recipe(epochs=12, lr=0.05, batch=16)))
 
 
@@ -409,7 +417,7 @@ def test_images_without_labels_are_learnt_from_the_teacher(images: ImageSet) -> 
     bare = replace(images, labels=np.where(np.arange(COUNT) < 40, -1, images.labels))
     model = network()
     train(model, bare, Recipe(epochs=12, lr=0.05, batch=16), seed=2, stage="s", teacher=teacher)
-    assert evaluate(model, images).top1 > 90
+    assert evaluate(model, images).main > 90
 
 
 def test_images_without_labels_need_a_teacher(images: ImageSet) -> None:
@@ -492,16 +500,16 @@ def test_accuracy_is_the_share_of_labels_ranked_first_or_among_five(
     ranks = [sum(score >= row[label] for score in row) for row, label in zip(outputs, labels, strict=True)]
     result = accuracy(outputs, labels)
     assert result.images == 12
-    assert result.top1 == pytest.approx(100 * np.mean([rank <= 1 for rank in ranks]))
-    assert result.top5 == pytest.approx(100 * np.mean([rank <= 5 for rank in ranks]))
+    assert result.figures["top-1"].value == pytest.approx(100 * np.mean([rank <= 1 for rank in ranks]))
+    assert result.figures["top-5"].value == pytest.approx(100 * np.mean([rank <= 5 for rank in ranks]))
 
 
 def test_accuracy_without_ties_is_that_of_torch() -> None:
     outputs = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(200) % 10
     result = accuracy(outputs.numpy(), labels.numpy())
-    assert result.top1 == pytest.approx(float((outputs.argmax(1) == labels).double().mean() * 100))
-    assert result.top5 == pytest.approx(
+    assert result.figures["top-1"].value == pytest.approx(float((outputs.argmax(1) == labels).double().mean() * 100))
+    assert result.figures["top-5"].value == pytest.approx(
         float((outputs.topk(5).indices == labels[:, None]).any(1).double().mean() * 100)
     )
 
@@ -509,7 +517,7 @@ def test_accuracy_without_ties_is_that_of_torch() -> None:
 @pytest.mark.parametrize("value", [0.0, 3.0, math.nan, math.inf, -math.inf])
 def test_a_network_whose_outputs_are_all_alike_knows_nothing(value: float) -> None:
     result = accuracy(np.full((20, 10), value, np.float32), np.arange(20) % 10)
-    assert (result.top1, result.top5) == (0, 0)
+    assert [figure.value for figure in result.figures.values()] == [0, 0]
 
 
 def test_logits_are_those_of_all_images_in_order_in_eval_mode(images: ImageSet) -> None:

@@ -164,11 +164,11 @@ def test_without_labels_the_original_is_right(place: Path) -> None:
     data = load_folder(place / "data", default_preprocess(SHAPE), unlabelled=place / "photos")
     judged = labelled_by(model, data.train)
     assert judged.labelled
-    assert evaluate(model, judged).top1 == 100
+    assert evaluate(model, judged).main == 100
     with torch.no_grad():
         for parameter in model.classifier[2].parameters():  # type: ignore[index, union-attr]
             parameter.neg_()
-    assert evaluate(model, judged).top1 == 0
+    assert evaluate(model, judged).main == 0
     assert labelled_by(model, data.test) is data.test
     job = load_job(
         Options(

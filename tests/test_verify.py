@@ -15,11 +15,12 @@ from torch import nn
 
 from thinet_deploy.engines import open_engine
 from thinet_deploy.export import export_onnx
-from thinet_deploy.interfaces import Conversion
+from thinet_deploy.interfaces import OUTPUT, Conversion
+from thinet_deploy.intervals import Interval
 from thinet_deploy.models.vgg import VGG
 from thinet_deploy.pruning.proof import Proof
 from thinet_deploy.registry import convert
-from thinet_deploy.training import Accuracy
+from thinet_deploy.tasks.base import Accuracy
 from thinet_deploy.verify import (
     ALLOWANCE,
     UNIT_ROUNDOFF,
@@ -166,20 +167,20 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_onnx_hop_passes_the_same_network_and_refuses_another(onnx_file: Path) -> None:
     model, inputs = network(), some_inputs(6)
     allowed = tolerance(rounding_noise(model, inputs), "fp32")
-    good = onnx_hop("net", onnx_file, inputs, run(model, inputs), allowed)
+    good = onnx_hop("net", onnx_file, inputs, {OUTPUT: run(model, inputs)}, allowed)
     assert good.passed
     assert good.error is not None
     assert good.error <= allowed
     assert (good.images, good.agreement, good.hop) == (6, 100, "torch → ONNX")
     with torch.no_grad():
         model.get_parameter("features.0.weight")[0] *= 1.001
-    assert not onnx_hop("net", onnx_file, inputs, run(model, inputs), allowed).passed
+    assert not onnx_hop("net", onnx_file, inputs, {OUTPUT: run(model, inputs)}, allowed).passed
 
 
 @pytest.mark.skipif(util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 def test_an_engine_in_fp32_passes_and_one_in_bf16_does_not_pass_for_it(onnx_file: Path, tmp_path: Path) -> None:
     model, inputs = network(), some_inputs()
-    expected, noise = run(model, inputs), rounding_noise(model, inputs)
+    expected, noise = {OUTPUT: run(model, inputs)}, rounding_noise(model, inputs)
     path = tmp_path / convert("openvino", Conversion(onnx_file, tmp_path), tmp_path).path
     strict = tolerance(noise, "fp32")
     single = engine_hop("net", "openvino", path, inputs, expected, strict, precision="fp32")
@@ -215,7 +216,8 @@ def test_an_engine_in_fp32_passes_and_one_in_bf16_does_not_pass_for_it(onnx_file
 def test_fine_tuning_fails_when_accuracy_falls_by_more_than_chance(
     before: float, after: float, images: int, passed: bool
 ) -> None:
-    hop = tuning_hop("net", "pruned → fine-tuned", Accuracy(before, 100, images), Accuracy(after, 100, images))
+    shares = [Accuracy({"top-1": Interval(share, 0, 100)}, images) for share in (before, after)]
+    hop = tuning_hop("net", "pruned → fine-tuned", *shares)
     assert hop.passed is passed
     assert hop.error is None
     assert f"{before:.2f} → {after:.2f}" in hop.detail

@@ -5,6 +5,7 @@
     run.py             a copy of runner.py: `python run.py` verifies the bundle without this package
     engine.py  cuda.py  …    what run.py needs beside it (runner.COMPANIONS)
     tensorrt_builder.py      where the target builds TensorRT engines itself
+    detections.py  default_boxes.npy   of a detector: from its outputs to objects
     app/…              source code for apps, and what they are checked with (see apps.py)
     model.onnx  engines/RUNTIME-PRECISION/…  golden.npz  labels.txt  preprocess.json
 
@@ -139,6 +140,7 @@ class BundleSpec:
         onnx: the ONNX file that the engines were made from.
         golden_inputs, golden_outputs: arrays by name, batch first; outputs from the model before conversion.
         tolerance: for engines built later, on the device.
+        extras: file name → content: what an app needs beside the engine to read its outputs.
         has_builder: whether the device builds TensorRT engines, and so needs tensorrt_builder.py.
         app: for source code that runs a network of one input and one output; None for none.
     """
@@ -158,6 +160,7 @@ class BundleSpec:
     plan: str = ""
     notes: tuple[str, ...] = ()
     typed: tuple[TypedFile, ...] = ()
+    extras: Mapping[str, bytes] = field(default_factory=dict)
     has_builder: bool = False
     app: App | None = None
 
@@ -183,6 +186,8 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
         shutil.copyfile(runner.__file__, folder / "run.py")
         for name in (*runner.COMPANIONS, *(["tensorrt_builder"] if spec.has_builder else [])):
             shutil.copyfile(Path(runner.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        for name, content in spec.extras.items():
+            (folder / name).write_bytes(content)
         if spec.app:
             write_app(folder, spec.app, _ends(spec), _for_apps(spec, engines, typed))
         manifest = _manifest(folder, spec, engines, typed)

@@ -16,11 +16,18 @@ Target = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="vgg16, vgg16_bn, vgg16-cifar, vgg-small, alexnet, squeezenet1_1, resnet50, resnet20, … (any other name "
-        "lists them all), or your own file.py:factory.  \\[default: vgg-small on the built-in digits]"
+        help="vgg16, vgg16_bn, vgg16-cifar, vgg-small, alexnet, squeezenet1_1, resnet50, resnet20, "
+        "ssd300-thinet-tiny, fcn8s-vgg16_bn, … (any other name lists them all), or your own file.py:factory.  "
+        "\\[default: vgg-small on the built-in digits]"
     ),
 ]
-Data = Annotated[Path | None, typer.Option(help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Image folders: DIR/train/CLASS/*.jpg and DIR/val or DIR/test alike. Or VOC's layout, to detect or to "
+        "segment: DIR/JPEGImages, ImageSets, and Annotations or SegmentationClass."
+    ),
+]
 Unlabelled = Annotated[
     Path | None,
     typer.Option(
@@ -202,7 +209,8 @@ Require = Annotated[
     list[str] | None,
     typer.Option(
         help="What the network that ships has to reach, judged by 95 % intervals: latency<=8ms, speedup>=2, top1>=75, "
-        "top1-drop<=1.0, size<=5MB. Exit code 1 when one is not met; RUN/contract has junit.xml and summary.md."
+        "top1-drop<=1.0, size<=5MB; accuracy and accuracy-drop are of the figure that decides, "
+        "in any task. Exit code 1 when one is not met; RUN/contract has junit.xml and summary.md."
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]

@@ -38,11 +38,16 @@ def print_json(data: Any) -> None:
 
 def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
     """The layers that were pruned, what stayed whole and why, and what comes next."""
-    titles = {"error": "error", "error_scaled": "with ŵ", "top1_pruned": "top-1 pruned", "top1_tuned": "fine-tuned"}
+    titles = {
+        "error": "error",
+        "error_scaled": "with ŵ",
+        "accuracy_pruned": "pruned (%)",
+        "accuracy_tuned": "fine-tuned (%)",
+    }
     shown = {key: title for key, title in titles.items() if any(key in layer for layer in report["layers"])}
     table = grid("layer", "filters", "kept", *shown.values())
     for layer in report["layers"]:
-        figures = (f"{float(layer[key]):.{2 if key.startswith('top1') else 4}f}" for key in shown)
+        figures = (f"{float(layer[key]):.{2 if key.startswith('accuracy') else 4}f}" for key in shown)
         name = _shortened(layer["producer"].split(", "))
         table.add_row(name, str(layer["before"]), str(layer["after"]), *figures)
     console.print(table)
@@ -80,12 +85,15 @@ def _timing_words(timing: dict[str, Any]) -> str:
 
 def _show_methods(console: Console, methods: dict[str, Any]) -> None:
     """Accuracy without or before the training at the end, step by step, for every method that was asked for."""
-    table = grid("method", "step", "top-1", "95 %", "top-5", "multiply-accumulates")
+    names = list(next(iter(methods.values()))["ledger"][0]["figures"])
+    table = grid("method", "step", names[0], "95 %", *names[1:], "multiply-accumulates")
     for method, report in methods.items():
         macs = f"{report['macs']['after'] / 1e6:.2f}M"
         for entry in report["ledger"]:
-            span = f"{entry['top1_low']:.2f} to {entry['top1_high']:.2f}"
-            table.add_row(method, entry["step"], f"{entry['top1']:.2f} %", span, f"{entry['top5']:.2f} %", macs)
+            first, *others = entry["figures"].values()
+            figures = [f"{first['value']:.2f} %", f"{first['low']:.2f} to {first['high']:.2f}"]
+            figures += [f"{other['value']:.2f} %" for other in others]
+            table.add_row(method, entry["step"], *figures, macs)
     console.print(table)
 
 

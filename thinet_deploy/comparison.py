@@ -11,7 +11,7 @@ from typing import Any
 
 from .artifact import read_json
 from .errors import UnknownNameError
-from .intervals import Interval, accuracy_interval, unpaired_difference
+from .intervals import unpaired_difference
 from .report import Row, Table
 from .samples import ratio_interval
 
@@ -58,14 +58,14 @@ class Against:
     Attributes:
         run: the folder's name.
         row: the row's label.
-        top1: in percentage points, positive where better than the baseline.
+        accuracy: the figure that decides, in percentage points, positive where better than the baseline.
         faster: by runtime, how many times faster than the baseline.
         smaller: how many times smaller the file is; exact.
     """
 
     run: str
     row: str
-    top1: Difference
+    accuracy: Difference
     faster: dict[str, Difference]
     smaller: float
 
@@ -105,20 +105,16 @@ def _against(base_run: Run, base: Row, run: Run, row: Row) -> Against:
     runtimes = [runtime for runtime in row.engines if runtime in base.engines]
     faster = {r: found for r in runtimes if (found := _faster(base_run, base, run, row, r))}
     return Against(
-        run.folder.name, row.label, _top1(base_run, base, run, row), faster, base.size_bytes / row.size_bytes
+        run.folder.name, row.label, _accuracy(base_run, base, run, row), faster, base.size_bytes / row.size_bytes
     )
 
 
-def _top1(base_run: Run, base: Row, run: Run, row: Row) -> Difference:
+def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference:
     """Paired where both are judged against the same original on the same images, else from two intervals."""
     if base_run == run and base.name == "original" and row.drop:
         return Difference(-row.drop.value, -row.drop.high, -row.drop.low, 0, in_turn=True)
-    found = unpaired_difference(_accuracy(run.table, row), _accuracy(base_run.table, base))
+    found = unpaired_difference(row.main, base.main)
     return Difference(found.value, found.low, found.high, 0, in_turn=False)
-
-
-def _accuracy(table: Table, row: Row) -> Interval:
-    return accuracy_interval(round(row.top1 * table.images / 100), table.images)
 
 
 def _faster(base_run: Run, base: Row, run: Run, row: Row, runtime: str) -> Difference | None:
@@ -148,12 +144,15 @@ def _rounds(run: Run, runtime: str) -> dict[str, list[list[float]]]:
         return {}
 
 
-HEADERS = ("run", "model", "top-1 (points)")
-
-
 def header(comparisons: Sequence[Against]) -> list[str]:
     """Column names."""
-    return [*HEADERS, *(f"{runtime} (× faster)" for runtime in _runtimes(comparisons)), "× smaller"]
+    return [
+        "run",
+        "model",
+        "accuracy (points)",
+        *(f"{runtime} (× faster)" for runtime in _runtimes(comparisons)),
+        "× smaller",
+    ]
 
 
 def lines(comparisons: Sequence[Against]) -> list[list[str]]:
@@ -163,7 +162,7 @@ def lines(comparisons: Sequence[Against]) -> list[list[str]]:
         [
             each.run,
             each.row,
-            _words(each.top1, "{:+.2f}"),
+            _words(each.accuracy, "{:+.2f}"),
             *(_words(each.faster[runtime], "{:.2f}") if runtime in each.faster else "–" for runtime in runtimes),
             f"{each.smaller:.2f}",
         ]
@@ -191,7 +190,7 @@ def to_csv(name: str, comparisons: Sequence[Against]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["baseline", "run", "model", "figure", "value", "low", "high", "within_noise", "in_turn"])
     for each in comparisons:
-        figures = {"top1_points": each.top1, **{f"{r}_times_faster": found for r, found in each.faster.items()}}
+        figures = {"accuracy_points": each.accuracy, **{f"{r}_times_faster": found for r, found in each.faster.items()}}
         for figure, found in figures.items():
             values = [found.value, found.low, found.high, found.noise, found.in_turn]
             writer.writerow([name, each.run, each.row, figure, *values])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -14,17 +14,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .artifact import hash_json
+from .crops import Window, centre_window, cut, drawn
 from .errors import DataError
 from .image_files import File, check_header, copies, decode, digest_of, list_images, list_split
 from .interfaces import Progress, silent
 from .preprocess import Augment, Preprocess
 from .seeds import derive, generator
+from .tasks.base import Targets, Task
+from .tasks.classification import CLASSIFICATION
 
 # Images whose resized pixels fit in this many bytes are decoded once, at the start; larger sets are read as needed.
 MEMORY_BYTES = 2 << 30
 # The label of an image whose class nobody told: good for calibration and distillation, not for training on labels.
 UNLABELLED = -1
 _DIGITS_TRAIN = 900
+# What is known of the images with these indices, of their crops in these windows.
+CutTargets = Callable[[NDArray[np.int64], Sequence[Window]], Targets]
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,17 @@ class ImageSet:
         preprocess: how images become the network's input.
         numbers: what each image goes by in random augmentation, shape (n,); None for its index. A view keeps the
             numbers of the whole, so that an image is augmented alike in both.
+        task: what networks learn from them.
+        targets: what is known of the images with these indices, in these windows, batch first, as the task has it;
+            None where it is the labels.
     """
 
     labels: NDArray[np.int64]
     read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
     preprocess: Preprocess
     numbers: NDArray[np.int64] | None = None
+    task: Task = CLASSIFICATION
+    targets: CutTargets | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,19 +65,35 @@ class ImageSet:
     def view(self, rows: NDArray[np.int64]) -> ImageSet:
         """The images of these indices, in this order, read from here when they are needed."""
         numbers = np.arange(len(self)) if self.numbers is None else self.numbers
-        return ImageSet(
-            self.labels[rows], lambda indices: self.read(rows[indices]), self.preprocess, numbers=numbers[rows]
+        whole = self.targets
+        return replace(
+            self,
+            labels=self.labels[rows],
+            read=lambda indices: self.read(rows[indices]),
+            numbers=numbers[rows],
+            targets=None if whole is None else lambda indices, windows: whole(rows[indices], windows),
         )
 
     def inputs(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """The network's input without augmentation, float32 (n, channels, height, width)."""
         return self.preprocess.normalise(self.preprocess.centre_crop(self.read(indices)))
 
-    def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """All images in order, without augmentation, as (inputs, labels)."""
+    def known(self, indices: NDArray[np.int64], windows: Sequence[Window] = ()) -> Targets:
+        """What is known of images, batch first: their labels, or what their task says; of the centre crops by default.
+
+        Args:
+            indices: of the images.
+            windows: of their crops.
+        """
+        if self.targets is None:
+            return self.labels[indices]
+        return self.targets(indices, windows or [centre_window(self.preprocess)] * len(indices))
+
+    def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], Targets]]:
+        """All images in order, without augmentation, as (inputs, what is known)."""
         for start in range(0, len(self), size):
             indices = np.arange(start, min(start + size, len(self)))
-            yield self.inputs(indices), self.labels[indices]
+            yield self.inputs(indices), self.known(indices)
 
     def training_steps(self, size: int) -> int:
         """Batches of an epoch; a last image on its own joins the batch before, for BatchNorm cannot train on one."""
@@ -76,14 +102,15 @@ class ImageSet:
 
     def training_batches(
         self, size: int, *, seed: int, stage: str, epoch: int
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    ) -> Iterator[tuple[NDArray[np.float32], Targets]]:
         """One shuffled, augmented epoch; order and augmentation depend on (seed, stage, epoch, image) only."""
         order = generator(seed, stage, epoch, "order").permutation(len(self))
         key = derive(seed, stage, epoch, "augment")
         for indices in np.split(order, size * np.arange(1, self.training_steps(size))):
             numbers = indices if self.numbers is None else self.numbers[indices]
-            crops = _augmented(self.read(indices), numbers, self.preprocess, key)
-            yield self.preprocess.normalise(crops), self.labels[indices]
+            windows = drawn(numbers, self.preprocess, key)
+            crops = cut(self.read(indices), windows, self.preprocess.crop)
+            yield self.preprocess.normalise(crops), self.known(indices, windows)
 
     def calibration(self, per_class: int, *, seed: int, stage: str) -> NDArray[np.int64]:
         """Up to `per_class` images of each class, drawn without replacement, in ascending order.
@@ -167,6 +194,11 @@ class Dataset:
         """How images become the network's input."""
         return self.train.preprocess
 
+    @property
+    def task(self) -> Task:
+        """What networks learn from them."""
+        return self.train.task
+
 
 def digits_preprocess() -> Preprocess:
     """Preprocessing of the embedded digits: 8×8 upscaled to 32×32, grey; no mirroring, shifts by up to 2 pixels."""
@@ -241,10 +273,9 @@ def load_folder(
                 f"{root}: train/ and {held_out.name}/ have different classes: {', '.join(odd[:5])}.",
                 hint="Both need one folder per class, with the same names.",
             )
-    fits = _fits(len(train_files) + len(test_files), preprocess)
-    load = _unchecked if not checked else _in_memory if fits else _on_demand
-    train = load(train_files, preprocess, progress, stage)
-    test = load(test_files, preprocess, progress, "Reading test images")
+    together, check = len(train_files) + len(test_files), checked
+    train = read_files(train_files, preprocess, progress, stage, together=together, checked=check)
+    test = read_files(test_files, preprocess, progress, "Reading test images", together=together, checked=check)
     return Dataset(root.name, classes, train, test, digest, notes)
 
 
@@ -257,8 +288,7 @@ def load_images(root: Path, preprocess: Preprocess, progress: Progress = silent)
         DataError: the folder is missing or has no images, or a file is no whole image (named).
     """
     files = _unlabelled(root)
-    load = _in_memory if _fits(len(files), preprocess) else _on_demand
-    return load(files, preprocess, progress, "Reading unlabelled images")
+    return read_files(files, preprocess, progress, "Reading unlabelled images", together=len(files))
 
 
 def images_digest(root: Path, preprocess: Preprocess) -> str:
@@ -285,10 +315,32 @@ def _seen_before(folder: Path, files: list[File], test_files: list[File]) -> tup
     return (note,)
 
 
-def _fits(images: int, preprocess: Preprocess) -> bool:
-    """Whether so many resized images are decoded once, at the start."""
+def read_files(
+    files: Sequence[File],
+    preprocess: Preprocess,
+    progress: Progress = silent,
+    stage: str = "Reading images",
+    *,
+    together: int,
+    checked: bool = True,
+) -> ImageSet:
+    """Images from files: decoded once, at the start, where `together` of them fit in memory, else when needed.
+
+    Args:
+        files: with their labels.
+        preprocess: how images become the network's input.
+        progress: to report to.
+        stage: what it is told.
+        together: how many images there are in all.
+        checked: False to look at images only when they are needed.
+
+    Raises:
+        DataError: a file is no whole image (named); where they do not fit in memory, as far as its header tells.
+    """
     height, width = preprocess.canvas
-    return images * height * width * preprocess.channels <= MEMORY_BYTES
+    fits = together * height * width * preprocess.channels <= MEMORY_BYTES
+    load = _unchecked if not checked else _in_memory if fits else _on_demand
+    return load(files, preprocess, progress, stage)
 
 
 def _each(work: Callable[[Path], None], files: Sequence[File], progress: Progress, stage: str) -> None:
@@ -304,7 +356,7 @@ def _each(work: Callable[[Path], None], files: Sequence[File], progress: Progres
             raise
 
 
-def _in_memory(files: list[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
+def _in_memory(files: Sequence[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
     pixels = np.empty((len(files), *preprocess.canvas, preprocess.channels), np.uint8)
     rows = {path: row for row, (path, _) in enumerate(files)}
 
@@ -315,32 +367,15 @@ def _in_memory(files: list[File], preprocess: Preprocess, progress: Progress, st
     return ImageSet(np.array([label for _, label in files]), lambda indices: pixels[indices], preprocess)
 
 
-def _on_demand(files: list[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
+def _on_demand(files: Sequence[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
     _each(check_header, files, progress, stage)
     return _unchecked(files, preprocess, progress, stage)
 
 
-def _unchecked(files: list[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
+def _unchecked(files: Sequence[File], preprocess: Preprocess, progress: Progress, stage: str) -> ImageSet:
     pool = ThreadPoolExecutor(os.cpu_count())
 
     def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         return np.stack(list(pool.map(lambda i: decode(files[i][0], preprocess), indices)))
 
     return ImageSet(np.array([label for _, label in files]), read, preprocess)
-
-
-def _augmented(
-    images: NDArray[np.uint8], numbers: NDArray[np.int64], preprocess: Preprocess, key: int
-) -> NDArray[np.uint8]:
-    """Random crops and mirroring; each image's choice depends on (key, number) only."""
-    augment, (height, width) = preprocess.augment, preprocess.crop
-    pad = augment.pad
-    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else images
-    top_range, left_range = padded.shape[1] - height + 1, padded.shape[2] - width + 1
-    crops = np.empty((len(images), height, width, images.shape[3]), np.uint8)
-    for row, number in enumerate(numbers):
-        top, left, flip = np.random.Generator(np.random.Philox(key=[key, int(number)])).random(3)
-        y, x = int(top * top_range), int(left * left_range)
-        crop = padded[row, y : y + height, x : x + width]
-        crops[row] = crop[:, ::-1] if augment.mirror and flip < 0.5 else crop
-    return crops

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import apps, contract, device_stage, html_report, latency, precision_stage, registry, stages, verify
+from . import apps, contract, deploy_stage, device_stage, html_report, latency, precision_stage, registry, verify
 from .android_site import Phone
 from .artifact import hash_json, sha256_of, write_bytes, write_json
 from .device_site import Machine
@@ -27,8 +27,8 @@ from .runner import COMPANIONS, usable_cores
 from .runner import __file__ as _RUNNER_FILE
 from .shared_run import SharedRun
 from .store import Checkpoint, Run, Stage
+from .tasks.base import Accuracy
 from .tools import Tools, read_accuracy
-from .training import Accuracy
 
 RUNNER = Path(_RUNNER_FILE)
 BUILDER = RUNNER.with_name("tensorrt_builder.py")
@@ -67,15 +67,15 @@ def deploy(
     digests = {name: stage.digest for name, stage in made.stages.items()}
     inputs = {**digests, "opset": target.opset, "ir": target.ir_version, "shape": list(job.input_shape)}
     inputs["sources"] = sorted(registry.sources(target))
-    onnx = run.alone("onnx", inputs, lambda f, _: stages.exported(tools, folders, f))
+    onnx = run.alone("onnx", inputs, lambda f, _: deploy_stage.exported(tools, folders, f))
     typed = _typed(run, tools, plan, onnx, list(folders) if runs_here(target) else [made.ship])
     report = typed.json(precision_stage.TYPED) if typed else {}
-    files = stages.Files(onnx.folder, typed.folder if typed else onnx.folder, report, plan.engines)
+    files = deploy_stage.Files(onnx.folder, typed.folder if typed else onnx.folder, report, plan.engines)
     sources = {"onnx": onnx.digest, "typed": typed.digest if typed else "", "precision": plan.engines}
     engines = run.alone(
         "engines",
         {**sources, "tools": [registry.made_by(r) for r in plan.runtimes]},
-        lambda f, _: stages.engines(tools, files, list(folders), plan.runtimes, f),
+        lambda f, _: deploy_stage.engines(tools, files, list(folders), plan.runtimes, f),
     )
     paths = {
         tuple(key.split("/")): engines.folder / entry["path"] for key, entry in engines.json("engines.json").items()
@@ -85,7 +85,7 @@ def deploy(
     parity = run.alone(
         "parity",
         {**sources, "engines": engines.digest, "data": job.data.digest, "hops": hash_json(str([made.hops, executed]))},
-        lambda f, _: stages.parity(tools, folders, made.hops, executed, files, engine_paths, f),
+        lambda f, _: deploy_stage.parity(tools, folders, made.hops, executed, files, engine_paths, f),
     )
     hops = tuple(verify.Hop(**hop) for hop in parity.json("parity.json")["hops"])
     gate(hops, run, parity)
@@ -100,11 +100,11 @@ def deploy(
             "machine": machine_id(fingerprint()),
             **digests,
         },
-        lambda f, _: stages.measured(tools, folders, engine_paths if runs_here(target) else {}, files, f),
+        lambda f, _: deploy_stage.measured(tools, folders, engine_paths if runs_here(target) else {}, files, f),
     )
     notes = (*device_notes(target, INPUT, job.input_shape), *plan.notes)
     notes += tuple(precision_stage.file_notes(report, made.labels, target))
-    ship = stages.Shipped(made.ship, made.labels[made.ship], folders[made.ship])
+    ship = deploy_stage.Shipped(made.ship, made.labels[made.ship], folders[made.ship])
     bundle = run.alone(
         "bundle",
         {
@@ -117,13 +117,13 @@ def deploy(
             "model": [job.model_name, made.labels],
             "notes": list(notes),
         },
-        lambda f, _: stages.bundled(tools, ship, files, engine_paths, parity.folder, notes, f),
+        lambda f, _: deploy_stage.bundled(tools, ship, files, engine_paths, parity.folder, notes, f),
     )
     there = (
         device_stage.on_device(run, machine, target, bundle, job.options.threads, tools.progress) if machine else None
     )
     inputs = {**digests, "data": job.data.digest, "typed": sources["typed"], "precision": plan.engines}
-    drops = run.alone("accuracy", inputs, lambda f, _: stages.drops(tools, folders, files, f))
+    drops = run.alone("accuracy", inputs, lambda f, _: deploy_stage.drops(tools, folders, files, f))
     table = _table(job, made, onnx, measured, drops, files)
     required = job.options.require
     verdicts = tuple(contract.judge(required, table))
@@ -182,7 +182,7 @@ def _executed(
     run: SharedRun,
     tools: Tools,
     plan: PrecisionPlan,
-    files: stages.Files,
+    files: deploy_stage.Files,
     engines: Stage,
     paths: dict[tuple[str, str], Path],
 ) -> list[verify.Hop]:
@@ -197,7 +197,7 @@ def _executed(
     return [verify.Hop(**proof["hop"]) for proof in stage.json(precision_stage.EXECUTED).values()]
 
 
-def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, drops: Stage, files: stages.Files) -> Table:
+def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, drops: Stage, files: deploy_stage.Files) -> Table:
     """The papers' table from the stages' files."""
     timing, exported, lost = measured.json("latency.json"), onnx.json("export.json"), drops.json("drops.json")
     rows = []
@@ -206,7 +206,7 @@ def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, drops: Stage,
         row = Row.make(
             name,
             made.labels[name],
-            Accuracy(**typed["accuracy"]) if typed else read_accuracy(stage.folder),
+            Accuracy.read(typed["accuracy"]) if typed else read_accuracy(stage.folder),
             exported[name]["count"],
             files.source(name).stat().st_size,
             timing,
@@ -225,7 +225,7 @@ def _table(job: Job, made: Networks, onnx: Stage, measured: Stage, drops: Stage,
         processor=timing["environment"].get("cpu", {}).get("model", "unknown processor"),
         threads=job.options.threads,
         cores=usable_cores(),
-        batch=stages.TORCH_BATCH,
+        batch=deploy_stage.TORCH_BATCH,
         runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),
         ledger=tuple(_with_types(made, files.report)),
@@ -243,4 +243,4 @@ def _with_types(made: Networks, report: Mapping[str, Any]) -> Iterator[Entry]:
         if last[entry.network] == number:
             for precision, how in report.get(names.get(entry.network, ""), {}).items():
                 if "path" in how:
-                    yield Entry.of(f"in {precision}, as ONNX", Accuracy(**how["accuracy"]), entry.network)
+                    yield Entry.of(f"in {precision}, as ONNX", Accuracy.read(how["accuracy"]), entry.network)

@@ -146,7 +146,7 @@ class _ExecuTorch(Engine):
         program = runtime.Runtime.get().load_program(path)
         self.method, self.tensor = program.load_method("forward"), importlib.import_module("torch").from_numpy
         read = {name: program.load_method(name).execute([]) for name in ("input_names", "output_names")}
-        self.input_names, self.output_names = read["input_names"], read["output_names"]
+        self.input_names, self.output_names = read["input_names"], read["output_names"][0].split(",")
         self.batch = int(self.method.metadata.input_tensor_meta(0).sizes()[0])
         about = {"runtime": "executorch", "version": _version(self.package), "device": "CPU"}
         # Its Python interface cannot set the threads: it takes one for each core.

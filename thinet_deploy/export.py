@@ -24,8 +24,9 @@ from .artifact import write_bytes
 from .errors import ModelError, TargetError
 from .interfaces import TensorSpec
 from .precision.downgrade import to_opset_17
+from .tasks.base import said
 
-INPUT, OUTPUT = interfaces.INPUT, interfaces.OUTPUT
+INPUT, OUTPUT, OUTPUTS = interfaces.INPUT, interfaces.OUTPUT, interfaces.OUTPUTS
 # torch's exporter writes opset 18 or later (and 18 where less is asked for, without a word); 17 is a pass of our own.
 MIN_OPSET = 17
 _WRITTEN = 18
@@ -93,19 +94,19 @@ def _as_asked(path: Path, input_shape: tuple[int, int, int], opset: int, ir_vers
             f"{path.name} has opset {exported.opset} and IR {exported.ir_version}, "
             f"but opset {opset} and IR {ir_version} were asked for."
         )
-    _check_batch(exported.inputs[0], exported.outputs[0])
+    _check_batch(exported.inputs[0], exported.outputs)
     return exported
 
 
 def check_exportable(model: nn.Module, input_shape: tuple[int, int, int], *, opset: int) -> None:
     """Raise what `export_onnx` would raise for this network, without writing a file."""
     graph = _export(model.eval(), input_shape, opset).graph
-    _check_batch(_spec(graph.input[0]), _spec(graph.output[0]))
+    _check_batch(_spec(graph.input[0]), [_spec(output) for output in graph.output])
 
 
-def _check_batch(taken: TensorSpec, given: TensorSpec) -> None:
-    if (taken.shape[0], given.shape[0]) != ("batch", "batch"):
-        shapes = " → ".join("x".join(map(str, tensor.shape)) for tensor in (taken, given))
+def _check_batch(taken: TensorSpec, given: Sequence[TensorSpec]) -> None:
+    if any(tensor.shape[0] != "batch" for tensor in (taken, *given)):
+        shapes = " → ".join("x".join(map(str, tensor.shape)) for tensor in (taken, *given))
         raise ModelError(
             f"The batch size is frozen in the exported network: it is {shapes}, but any batch size was expected.",
             hint="forward() must give one row per image, and not turn the batch size into a Python number, "
@@ -138,6 +139,8 @@ def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> 
     example = torch.zeros(2, *input_shape)  # batch 2: batch 1 would be taken for a constant
     hint = "forward() must take one image batch, whose size may vary."
     with _explained("The network cannot be exported to ONNX", hint), _quiet():
+        with torch.inference_mode():
+            ends = len(said(model, example))
         program = torch.onnx.export(
             model,
             (example,),
@@ -145,7 +148,7 @@ def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> 
             opset_version=max(opset, _WRITTEN),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=list(OUTPUTS[:ends]),
             external_data=False,
             verbose=False,
         )
@@ -218,7 +221,12 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, shape, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
 
 
-def run_onnx(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Execute an ONNX file by the standard's own reference implementation, which shares no code with any engine."""
-    outputs: Sequence[Any] = ReferenceEvaluator(str(path)).run(None, {INPUT: inputs})  # type: ignore[assignment]
-    return np.asarray(outputs[0], dtype=np.float32)
+def run_onnx(path: Path, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Execute an ONNX file by the standard's own reference implementation, which shares no code with any engine.
+
+    Returns:
+        Output → values.
+    """
+    judge = ReferenceEvaluator(str(path))
+    outputs: Sequence[Any] = judge.run(None, {INPUT: inputs})  # type: ignore[assignment]
+    return {name: np.asarray(each, dtype=np.float32) for name, each in zip(judge.output_names, outputs, strict=True)}

@@ -67,7 +67,8 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
     from markupsafe import Markup
 
     table, timing = page.table, _json(page.folder / "latency" / "latency.json") or {}
-    labels = {row.name: row.label for row in table.rows}
+    rows, figures = table.rows, report.figures_of([table])
+    labels = {row.name: row.label for row in rows}
     engines = [engine for engine in timing.get("engines", []) if engine["model"] in labels]
     percentiles = dict.fromkeys(name for engine in engines for name in engine["samples"]["summary"]["percentiles_ms"])
     hops = (_json(page.folder / "parity" / "parity.json") or {}).get("hops", [])
@@ -76,7 +77,8 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
         "table": table,
         "shipped": table.shipped,
         "cards": _cards(table),
-        "rows": [{"row": row, "cells": report.cells(row, runtimes), **_mark(table, row.name)} for row in table.rows],
+        "rows": [{"row": row, "cells": report.cells(row, figures, runtimes), **_mark(table, row.name)} for row in rows],
+        "figures": figures,
         "notes": report.notes_of(table),
         "verdicts": [{**vars(v), "figures": contract.figures(v), "failed": v.failed} for v in page.verdicts],
         "accuracy": Markup(report_plots.accuracy_plot(table)),  # noqa: S704 - our own SVG, of numbers and runtimes' names
@@ -135,7 +137,7 @@ def _mark(table: Table, name: str) -> dict[str, Any]:
 def _cards(table: Table) -> list[dict[str, str]]:
     """What the network that ships comes to, in a few figures."""
     ship, original = table.shipped, next((row for row in table.rows if row.name == "original"), None)
-    cards = [{"what": "top-1", "value": f"{ship.top1:.2f} %", "note": _drop(ship, original)}]
+    cards = [{"what": next(iter(ship.figures)), "value": f"{ship.main.value:.2f} %", "note": _drop(ship, original)}]
     for runtime, time in ship.engines.items():
         if time.speedup is not None:
             spread = f"[{time.speedup_low:.2f}, {time.speedup_high:.2f}]" if time.speedup_low is not None else ""
@@ -154,7 +156,7 @@ def _drop(ship: Row, original: Row | None) -> str:
         # Signs turned: people read a gain as positive.
         gain, low, high = -ship.drop.value, -ship.drop.high, -ship.drop.low
         return f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}] against the original"
-    return f"original: {original.top1:.2f} %" if original and original is not ship else ""
+    return f"original: {original.main.value:.2f} %" if original and original is not ship else ""
 
 
 def _engine(table: Table, engine: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
@@ -233,10 +235,10 @@ def _layer(name: str, dense: float | None, thin: float | None, longest: float) -
 
 def _entry(table: Table, entry: Any) -> dict[str, Any]:
     """A line of the ledger with its interval's place on a scale that all lines share."""
-    lowest = min(each.top1_low for each in table.ledger)
+    lowest, main = min(each.main.low for each in table.ledger), entry.main
     floor = max(0.0, lowest - 0.05 * (100 - lowest) - 0.5)
-    at, left, right = (100 * (each - floor) / (100 - floor) for each in (entry.top1, entry.top1_low, entry.top1_high))
-    return {**vars(entry), "at": at, "left": left, "width": right - left}
+    at, left, right = (100 * (each - floor) / (100 - floor) for each in (main.value, main.low, main.high))
+    return {**vars(entry), "main": main, "at": at, "left": left, "width": right - left}
 
 
 def _flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -86,6 +86,19 @@ def decode(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
         raise _no_image(path, error) from error
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of an image in pixels, from its header.
+
+    Raises:
+        DataError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # as above
+        raise _no_image(path, error) from error
+
+
 def check_header(path: Path) -> None:
     """Raise DataError where a file is no image, as far as that can be told without decoding it."""
     try:

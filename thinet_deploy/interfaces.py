@@ -18,6 +18,8 @@ Array = NDArray[np.generic]
 
 INPUT, OUTPUT = "input", "logits"
 """What the ends of every network are called, in the ONNX file and in every engine."""
+OUTPUTS = (OUTPUT, "boxes")
+"""The ends of a network that has several, in the order in which it returns them: a detector's."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ from .options import DEFAULT, HEAD_REPLACED, Options
 from .preprocess import Preprocess, default_preprocess, load_preprocess
 from .pruning.surgery import gap_head
 from .target import TargetProfile, load_profile
+from .tasks.base import Task
+from .tasks.choice import task_of
 from .training import Recipe, changed
+from .voc import is_voc, load_voc, tasks_of
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,31 @@ def _check_unlabelled(options: Options) -> None:
 def _data(options: Options, preprocess: Preprocess, progress: Progress, *, checked: bool) -> Dataset:
     if options.data is None:
         return load_digits(preprocess)
+    if is_voc(options.data):
+        return load_voc(options.data, _voc_task(options, preprocess), preprocess, progress)
     return load_folder(options.data, preprocess, progress, unlabelled=options.unlabelled, checked=checked)
+
+
+def _voc_task(options: Options, preprocess: Preprocess) -> Task:
+    """What the network is for, which it may say itself, if the folder has images for it.
+
+    Raises:
+        InputError: something in the options goes with classification only.
+        DataError: the folder has images for another task, or for several, and the network does not say which.
+        MissingError: what its figures are counted with is not installed.
+    """
+    assert options.data is not None
+    for name in ("unlabelled", "transfer_to"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} goes with image folders, but {options.data} is in VOC's layout.",
+                hint="Detectors and segmenters learn from what the folder says of its images.",
+            )
+    found = tasks_of(options.data)
+    model = build_model(options.model, input_shape=preprocess.input_shape, num_classes=2, seed=options.seed)
+    task = task_of(model, options.model, found, options.data)
+    task.meter()  # what it needs is missed now, and not after the training
+    return task
 
 
 def _named_model(options: Options) -> Options:
@@ -220,6 +247,18 @@ def _preprocess(options: Options) -> Preprocess:
                 hint="Leave --input-shape out: the file already says it.",
             )
         return preprocess
+    if options.data is not None and is_voc(options.data):
+        return _whole_images(_usual(options))
+    return _usual(options)
+
+
+def _whole_images(usual: Preprocess) -> Preprocess:
+    """Boxes and masks reach to the edges of an image: all of it is used, and training shifts it by up to an eighth."""
+    augment = usual.augment.model_copy(update={"pad": min(usual.crop) // 8})
+    return usual.model_copy(update={"resize": usual.crop, "augment": augment})
+
+
+def _usual(options: Options) -> Preprocess:
     if options.data is None and options.input_shape in (None, digits_preprocess().input_shape):
         return digits_preprocess()
     shape = options.input_shape or input_shape_of(
@@ -253,7 +292,7 @@ def _check_model(job: Job) -> nn.Module:
 
 
 def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) -> None:
-    """Raise ModelError unless the network gives one score per image and class."""
+    """Raise ModelError unless the network gives what the task expects, such as one score per image and class."""
     try:
         with torch.inference_mode():
             output = model(torch.zeros(batch, *job.input_shape))
@@ -262,11 +301,15 @@ def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) 
         raise ModelError(
             f"{job.options.model} cannot take {what} of {shape}: {first_line(error)}", hint=hint
         ) from error
-    expected = (batch, len(job.data.classes))
-    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
-        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    classes = len(job.data.classes)
+    shapes = job.data.task.shapes(classes, job.input_shape[1:])
+    expected = tuple((batch, *shape) for shape in shapes.values())
+    given = (output,) if isinstance(output, torch.Tensor) else output
+    tensors = isinstance(given, tuple | list) and all(isinstance(each, torch.Tensor) for each in given)
+    if not tensors or tuple(tuple(each.shape) for each in given) != expected:
+        found = ", ".join(str(tuple(each.shape)) for each in given) if tensors else type(output).__name__
         raise ModelError(
-            f"{job.options.model} gives {found} for {what}, but {expected} was expected: "
-            f"one score for each of the {expected[1]} classes.",
+            f"{job.options.model} gives {found} for {what}, but {', '.join(map(str, expected))} was expected: "
+            f"{' and '.join(shapes)} for each of the {classes} classes.",
             hint="A factory that takes num_classes is called with the number of classes in the data.",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,59 +10,41 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from .intervals import accuracy_interval
-from .training import Accuracy
+from .intervals import Interval
+from .tasks.base import Accuracy, read_figures
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The accuracy of a network after a step; percent, with 95 % Wilson intervals.
+    """The accuracy of a network after a step.
 
     Attributes:
         step: what had been done.
         images: test images.
-        top1: share of images whose class is ranked first.
-        top1_low: lower end of its interval.
-        top1_high: upper end.
-        top5: share of images whose class is among the first five.
-        top5_low: lower end of its interval.
-        top5_high: upper end.
+        figures: of the task, such as "top-1" → percent with its 95 % interval; the first one decides.
         network: what people read; "" while there is one only.
     """
 
     step: str
     images: int
-    top1: float
-    top1_low: float
-    top1_high: float
-    top5: float
-    top5_low: float
-    top5_high: float
+    figures: Mapping[str, Interval]
     network: str = ""
 
     @classmethod
     def of(cls, step: str, accuracy: Accuracy, network: str = "") -> Entry:
         """From a measured accuracy."""
-        first, five = (
-            accuracy_interval(round(share * accuracy.images / 100), accuracy.images)
-            for share in (accuracy.top1, accuracy.top5)
-        )
-        return cls(
-            step,
-            accuracy.images,
-            accuracy.top1,
-            first.low,
-            first.high,
-            accuracy.top5,
-            five.low,
-            five.high,
-            network,
-        )
+        return cls(step, accuracy.images, accuracy.figures, network)
 
     @classmethod
     def read(cls, data: dict[str, Any], network: str = "") -> Entry:
         """From a report, for the network of this name."""
-        return cls(**{**data, "network": network or data["network"]})
+        figures, name = read_figures(data["figures"]), network or data["network"]
+        return cls(**{**data, "figures": figures, "network": name})
+
+    @property
+    def main(self) -> Interval:
+        """The figure that decides."""
+        return next(iter(self.figures.values()))
 
 
 def render_ledger(entries: Sequence[Entry]) -> RenderableType:
@@ -77,8 +59,5 @@ def render_ledger(entries: Sequence[Entry]) -> RenderableType:
     return Group(f"\nAccuracy, step by step, on {images} test images (95 % intervals)", grid)
 
 
-def _figures(entry: Entry) -> tuple[str, str]:
-    return (
-        f"top-1 {entry.top1:.2f} % [{entry.top1_low:.2f}, {entry.top1_high:.2f}]",
-        f"top-5 {entry.top5:.2f} % [{entry.top5_low:.2f}, {entry.top5_high:.2f}]",
-    )
+def _figures(entry: Entry) -> tuple[str, ...]:
+    return tuple(f"{name} {each.value:.2f} % [{each.low:.2f}, {each.high:.2f}]" for name, each in entry.figures.items())

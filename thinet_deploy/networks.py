@@ -18,8 +18,8 @@ from .pruning.proof import Proof
 from .shared_run import SharedRun
 from .stages import FineTuning
 from .store import Stage
+from .tasks.base import Accuracy
 from .tools import PLAN, REPORT, TEACHER, Tools, read_accuracy
-from .training import Accuracy
 
 # Options that decide which filters stay.
 WIDTHS = {
@@ -206,7 +206,7 @@ def _replace_head(
     dense, conv = networks.stages["original"], networks.stages["conv"]
     work = partial(stages.gap, tools, how, dense.folder, conv.folder)
     gap = run.stage(f"gap{where}", {**after, "conv": conv.digest}, work)
-    before, accuracy = Accuracy(**gap.json(REPORT)["before"]), accuracy_of(gap)
+    before, accuracy = Accuracy.read(gap.json(REPORT)["before"]), accuracy_of(gap)
     label = tools.job.options.title(head=True)
     networks.stages["gap"], networks.labels["gap"], networks.ship = gap, label, "gap"
     networks.hops.append(verify.tuning_hop("gap", "head replaced → fine-tuned", before, accuracy))

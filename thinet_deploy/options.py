@@ -32,7 +32,7 @@ class Options(BaseModel):
     Attributes:
         target: name of a target profile, or a path to one.
         model: a name of `models.loading.MODELS`, or "file.py:factory"; empty for the embedded default.
-        data: folder with train/ and val/ or test/; None for the embedded digits.
+        data: folder with train/ and val/ or test/, or in VOC's layout; None for the embedded digits.
         unlabelled: folder of images to calibrate on and to learn from the original on, in place of train/ in `data`.
         transfer_to: folder with train/ and val/ or test/ of other classes: the network is pruned on `data` and then
             fine-tuned to these, beside other ways to get there (the papers' transfer table).

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from . import verify
 from .artifact import write_bytes, write_json
 from .data import ImageSet
 from .environment import fingerprint
-from .errors import DataError, GateError
+from .errors import DataError, GateError, InputError
 from .interfaces import Precision
 from .job import Job
 from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within, speaking
@@ -30,8 +29,9 @@ from .precision.plan import PrecisionPlan, plan_precision
 from .prune_stage import HELD_OUT
 from .registry import converter, runs_here
 from .target import TargetProfile
+from .tasks.base import Accuracy, Judgement
+from .tasks.classification import CLASSIFICATION
 from .tools import Tools
-from .training import Accuracy, accuracy, first
 
 # What is usual; more changes limits by less than a step.
 CALIBRATION_IMAGES = 300
@@ -44,10 +44,13 @@ def planned(job: Job) -> PrecisionPlan:
 
     Raises:
         TargetError: the target cannot compute in what was asked for.
+        InputError: files in other types than fp32 are made of classifiers only.
         DataError: there are too few images to calibrate with.
     """
     options = job.options
     plan = plan_precision(job.target, options.precision, fingerprint()["cpu"]["flags"])
+    if plan.files and job.data.task.name != CLASSIFICATION.name:
+        return _fp32_only(job, plan)
     if not plan.files or (images := len(_calibrating(job)[1])) >= MIN_IMAGES:
         return plan
     short = f"{images} calibration images, and at least {MIN_IMAGES} are needed"
@@ -58,6 +61,14 @@ def planned(job: Job) -> PrecisionPlan:
         )
     missing = f"No {' or '.join(plan.files)} file: there are {short}."
     return replace(plan, files=(), notes=(*plan.notes, missing))
+
+
+def _fp32_only(job: Job, plan: PrecisionPlan) -> PrecisionPlan:
+    """The plan without typed files: whether these may ship is judged by top-1, which other tasks do not have."""
+    why = f"files in {' and '.join(plan.files)} are made of classifiers only so far, and this is {job.data.task.name}"
+    if job.options.precision:
+        raise InputError(f"--precision {job.options.precision}: {why}.", hint="Leave it out: engines are fp32 then.")
+    return replace(plan, files=(), notes=(*plan.notes, f"{why[0].upper()}{why[1:]}: the bundle has fp32."))
 
 
 def _calibrating(job: Job) -> tuple[ImageSet, Any, ImageSet]:
@@ -161,18 +172,19 @@ def _stored(model: ModelProto) -> dict[str, int]:
 
 def _tested(tools: Tools, model: ModelProto) -> Accuracy:
     """Accuracy on the test images: for the report, no choice is made by it."""
-    return accuracy(_outputs(tools, model), tools.job.data.test.labels)
+    return _judged(tools, model).accuracy
 
 
-def typed_hits(tools: Tools, path: Path) -> NDArray[np.bool_]:
-    """Whether a typed file ranks each test image's class first, shape (n,)."""
-    return first(_outputs(tools, onnx.load(path)), tools.job.data.test.labels)
+def typed_judgement(tools: Tools, path: Path) -> Judgement:
+    """How good a typed file is on the test images."""
+    return _judged(tools, onnx.load(path))
 
 
-def _outputs(tools: Tools, model: ModelProto) -> NDArray[np.float32]:
-    """What it says of the test images, (n, classes)."""
-    say = speaking(model, literal=False)
-    return np.concatenate([say(images) for images, _ in tools.job.data.test.batches(256)])
+def _judged(tools: Tools, model: ModelProto) -> Judgement:
+    say, meter = speaking(model, literal=False), tools.job.data.task.meter()
+    for images, targets in tools.job.data.test.batches(256):
+        meter.add([say(images)], targets)
+    return meter.judge()
 
 
 def executed(

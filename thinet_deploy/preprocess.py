@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,20 @@ from .errors import DataError, UnknownNameError
 
 _EXAMPLE = "Such as: resize = 256, crop = [224, 224]; also colour, range, mean, std, interpolation, augment."
 _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Placing(NamedTuple):
+    """How an image comes onto the canvas; all in pixels.
+
+    Attributes:
+        part: of the image that is used: left, top, right, bottom.
+        size: width and height that it is resized to.
+        corner: left and top of the canvas in that.
+    """
+
+    part: tuple[int, int, int, int]
+    size: tuple[int, int]
+    corner: tuple[int, int]
 
 
 class Augment(BaseModel):
@@ -91,18 +105,37 @@ class Preprocess(BaseModel):
             uint8 of shape (height, width, channels), in the order of `colour`.
         """
         image = _eight_bits(image).convert("L" if self.colour == "GRAY" else "RGB")
-        height, width = self.canvas
-        if isinstance(self.resize, int):
-            image = _less_long(image)
-            scale = self.resize / min(image.size)
-            size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        else:
-            size = (width, height)
-        if image.size != size:
-            image = image.resize(size, _INTERPOLATION[self.interpolation])
-        pixels = np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, self.channels)
-        pixels = _centre(pixels, height, width)
+        pixels = self._placed(image, _INTERPOLATION[self.interpolation])
+        pixels = pixels.reshape(*self.canvas, self.channels)
         return pixels[..., ::-1] if self.colour == "BGR" else pixels
+
+    def read_classes(self, image: Image.Image) -> NDArray[np.uint8]:
+        """A map of class indices, such as a mask, placed as `read` places the image; nothing in between is made up.
+
+        Returns:
+            uint8 of shape (height, width).
+        """
+        return self._placed(image, Image.Resampling.NEAREST)
+
+    def _placed(self, image: Image.Image, how: Image.Resampling) -> NDArray[np.uint8]:
+        part, size, (left, top) = self.placing(image.size)
+        if part != (0, 0, *image.size):
+            image = image.crop(part)
+        if image.size != size:
+            image = image.resize(size, how)
+        height, width = self.canvas
+        return np.asarray(image, dtype=np.uint8)[top : top + height, left : left + width]
+
+    def placing(self, size: tuple[int, int]) -> Placing:
+        """Where an image of this width and height comes to lie on the canvas."""
+        height, width = self.canvas
+        if not isinstance(self.resize, int):
+            return Placing((0, 0, *size), (width, height), (0, 0))
+        part = _less_long(size)
+        used = (part[2] - part[0], part[3] - part[1])
+        scale = self.resize / min(used)
+        grown = (max(width, round(used[0] * scale)), max(height, round(used[1] * scale)))
+        return Placing(part, grown, ((grown[0] - width) // 2, (grown[1] - height) // 2))
 
     def centre_crop(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Cut the network's input from the centre of images (n, height, width, channels)."""
@@ -124,11 +157,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip((wide + 128) // 257, 0, 255).astype(np.uint8))
 
 
-def _less_long(image: Image.Image) -> Image.Image:
+def _less_long(size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The middle of a very long image: resizing all of it could take gigabytes, and no more than a square is used."""
-    limit = 8 * min(image.size)
-    left, top = max(0, image.width - limit) // 2, max(0, image.height - limit) // 2
-    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+    limit = 8 * min(size)
+    left, top = max(0, size[0] - limit) // 2, max(0, size[1] - limit) // 2
+    return left, top, size[0] - left, size[1] - top
 
 
 def _centre(images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .interfaces import OUTPUTS
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -13,6 +15,11 @@ def input_shape(program: ExportedProgram) -> tuple[int, ...]:
     """Sizes of the program's input without the batch."""
     assert program.example_inputs is not None
     return tuple(program.example_inputs[0][0].shape[1:])
+
+
+def output_names(program: ExportedProgram) -> tuple[str, ...]:
+    """What the program's outputs are called in every engine."""
+    return OUTPUTS[: len(program.graph_signature.user_outputs)]
 
 
 def load_program(path: Path, batch: int | None, max_batch: int = 32) -> ExportedProgram:

@@ -292,7 +292,7 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
         with_norms = copy.deepcopy(thin)
         reestimate_norms(with_norms, sample.images, seed=options.seed, stage="norms", progress=tools.progress)
         # Chosen on images that took no part in the calibration, and are no test images.
-        better = evaluate(with_norms, held_out).top1 > evaluate(thin, held_out).top1
+        better = evaluate(with_norms, held_out).main > evaluate(thin, held_out).main
         verdict = "" if better else " (not kept: held-out images gain nothing)"
         ledger.append(_entry(tools, f"BatchNorm statistics re-estimated{verdict}", with_norms))
         thin = with_norms if better else thin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,9 +20,9 @@ from .errors import InputError, first_line
 from .intervals import Interval
 from .ledger import Entry
 from .store import open_run
-from .training import Accuracy
+from .tasks.base import Accuracy, read_figures
 
-_SCHEMA = {"schema": "thinet-deploy/table", "version": 1}
+_SCHEMA = {"schema": "thinet-deploy/table", "version": 2}
 _BAR = 32
 
 
@@ -65,8 +65,7 @@ class Row:
     Attributes:
         name: of the network in the run: "original", "conv", "gap" …
         label: what people read.
-        top1: on the test images, in percent.
-        top5: on the test images, in percent.
+        figures: of the task on the test images, such as "top-1" → percent with its 95 % interval; the first decides.
         parameters: #Param by the papers' rule.
         flops: #FLOPs by the papers' rule.
         forward: milliseconds per batch in torch.
@@ -74,13 +73,13 @@ class Row:
         engines: runtime → milliseconds per image.
         size_bytes: of the ONNX file.
         note: shown under the table; such a row has the times of another, of the same architecture.
-        drop: of top-1 against the original on the same images, in percentage points; None where it was not judged.
+        drop: of the figure that decides against the original on the same images, in percentage points; None where it
+            was not judged.
     """
 
     name: str
     label: str
-    top1: float
-    top5: float
+    figures: Mapping[str, Interval]
     parameters: int
     flops: int
     forward: Time
@@ -104,8 +103,7 @@ class Row:
         return cls(
             name=name,
             label=label,
-            top1=accuracy.top1,
-            top5=accuracy.top5,
+            figures=accuracy.figures,
             parameters=counted["parameters"],
             flops=counted["flops"],
             forward=Time.of(torch_row["forward"]["summary"], torch_row["speedup"]),
@@ -116,7 +114,12 @@ class Row:
 
     def with_weights(self, name: str, label: str, accuracy: Accuracy, note: str) -> Row:
         """The same architecture with other weights: its times and size are this row's."""
-        return replace(self, name=name, label=label, top1=accuracy.top1, top5=accuracy.top5, note=note, drop=None)
+        return replace(self, name=name, label=label, figures=accuracy.figures, note=note, drop=None)
+
+    @property
+    def main(self) -> Interval:
+        """The figure that decides."""
+        return next(iter(self.figures.values()))
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def _row(data: dict[str, Any]) -> Row:
     engines = {runtime: Time(**time) for runtime, time in data["engines"].items()}
     times = {"forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines}
     drop = Interval(**data["drop"]) if data.get("drop") else None
-    return Row(**{**data, **times, "drop": drop})
+    return Row(**{**data, **times, "figures": read_figures(data["figures"]), "drop": drop})
 
 
 def read_table(run: Path) -> Table:
@@ -211,16 +214,16 @@ def check_machines(tables: Sequence[Table]) -> None:
         )
 
 
-HEADERS = ("model", "top-1", "top-5", "#Param", "#FLOPs", "f./b. (ms)")
+_COUNTED = ("#Param", "#FLOPs")
+_TORCH = "f./b. (ms)"
 
 
-def cells(row: Row, runtimes: Sequence[str]) -> list[str]:
+def cells(row: Row, figures: Sequence[str], runtimes: Sequence[str]) -> list[str]:
     """A row as the papers print it: M and B for millions and billions, ms with the speed-up and its interval."""
     times = [_engine(row.engines.get(runtime)) for runtime in runtimes]
     return [
         row.label,
-        f"{row.top1:.2f}",
-        f"{row.top5:.2f}",
+        *(f"{row.figures[name].value:.2f}" if name in row.figures else "–" for name in figures),
         short_count(row.parameters),
         short_count(row.flops),
         "invalid" if row.forward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
@@ -259,9 +262,15 @@ def runtimes_of(tables: Sequence[Table]) -> list[str]:
     return list(dict.fromkeys(runtime for table in tables for runtime in table.runtimes))
 
 
+def figures_of(tables: Sequence[Table]) -> list[str]:
+    """The names of the figures of all networks, in order of appearance."""
+    return list(dict.fromkeys(name for table in tables for row in table.rows for name in row.figures))
+
+
 def headers(tables: Sequence[Table]) -> list[str]:
     """The column names for tables side by side."""
-    return [*HEADERS, *(f"{runtime} (ms)" for runtime in runtimes_of(tables)), "size"]
+    times = [f"{runtime} (ms)" for runtime in runtimes_of(tables)]
+    return ["model", *figures_of(tables), *_COUNTED, _TORCH, *times, "size"]
 
 
 def notes_of(table: Table) -> list[str]:
@@ -296,12 +305,12 @@ def render(tables: Sequence[Table], width: int) -> RenderableType:
 
 def _grids(tables: Sequence[Table], width: int) -> list[Grid]:
     """The table; where it is wider than the console, its columns go into several tables below each other."""
-    names, runtimes = headers(tables), runtimes_of(tables)
-    rows = [[cells(row, runtimes) for row in table.rows] for table in tables]
+    names, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
+    rows = [[cells(row, figures, runtimes) for row in table.rows] for table in tables]
     widths = [max(map(len, column)) + 2 for column in zip(names, *chain(*rows), strict=True)]  # blanks on both sides
     order = list(range(1, len(names)))
     if sum(widths) > width:  # the size, which stands last, goes with the other figures that are no times
-        order.insert(HEADERS.index("f./b. (ms)") - 1, order.pop())
+        order.insert(names.index(_TORCH) - 1, order.pop())
     parts = [[0]]
     for index in order:
         if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > width:
@@ -338,9 +347,9 @@ def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
 
 def to_markdown(tables: Sequence[Table]) -> str:
     """The table and its small print as Markdown."""
-    names, runtimes = headers(tables), runtimes_of(tables)
+    names, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    lines += ["| " + " | ".join(cells(row, runtimes)) + " |" for table in tables for row in table.rows]
+    lines += ["| " + " | ".join(cells(row, figures, runtimes)) + " |" for table in tables for row in table.rows]
     notes = [f"- {note}" for table in tables for note in notes_of(table)]
     return "\n".join([*lines, "", *notes]) + "\n"
 
@@ -349,26 +358,18 @@ def to_csv(tables: Sequence[Table]) -> str:
     """The rows as CSV with full figures; times in milliseconds, sizes in bytes."""
     runtimes, stream = runtimes_of(tables), io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    fixed = [
-        "target",
-        "data",
-        "model",
-        "top1",
-        "top5",
-        "parameters",
-        "flops",
-        "forward_ms",
-        "backward_ms",
-        "size_bytes",
-    ]
+    figures = figures_of(tables)
+    fixed = ["target", "data", "model", *(name.replace("-", "") for name in figures)]
+    fixed += ["parameters", "flops", "forward_ms", "backward_ms", "size_bytes"]
     measured = [
         f"{runtime}_{part}" for runtime in runtimes for part in ("ms", "speedup", "speedup_low", "speedup_high")
     ]
     writer.writerow([*fixed, *measured])
     for table in tables:
         for row in table.rows:
-            values: list[object] = [table.target, table.data, row.label, row.top1, row.top5, row.parameters, row.flops]
-            values += [row.forward.ms, row.backward.ms, row.size_bytes]
+            values: list[object] = [table.target, table.data, row.label]
+            values += [row.figures[name].value if name in row.figures else None for name in figures]
+            values += [row.parameters, row.flops, row.forward.ms, row.backward.ms, row.size_bytes]
             for runtime in runtimes:
                 time = row.engines.get(runtime)
                 values += [time.ms, time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4

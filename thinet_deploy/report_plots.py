@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .intervals import Interval, accuracy_interval
-from .report import Row, Table
+from .report import Row, Table, figures_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,13 +63,13 @@ def accuracy_plot(table: Table) -> str:
             rows = [row for row in table.rows if _valid(row, runtime)]
             for row in rows:
                 _point(axes, table, row, runtime)
-            shares = [_share(table, row) for row in rows]
+            shares = [row.main for row in rows]
             low, high = min(share.low for share in shares), max(share.high for share in shares)
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
             axes.set_xlim(0, 1.12 * max(row.engines[runtime].high or row.engines[runtime].ms for row in rows))
             axes.set_title(runtime)
             axes.set_xlabel("milliseconds per image (95 % intervals)")
-        panels[0][0].set_ylabel("top-1 (%)")
+        panels[0][0].set_ylabel(f"{figures_of([table])[0]} (%)")
         return _svg(figure, "Accuracy against latency")
 
 
@@ -78,14 +77,10 @@ def _valid(row: Row, runtime: str) -> bool:
     return runtime in row.engines and not row.engines[runtime].invalid
 
 
-def _share(table: Table, row: Row) -> Interval:
-    return accuracy_interval(round(row.top1 * table.images / 100), table.images)
-
-
 def _point(axes: Axes, table: Table, row: Row, runtime: str) -> None:
     from matplotlib.transforms import ScaledTranslation
 
-    time, share = row.engines[runtime], _share(table, row)
+    time, share = row.engines[runtime], row.main
     known = time.low is not None and time.high is not None
     across = [[time.ms - time.low], [time.high - time.ms]] if known else None  # type: ignore[operator]  # known
     ink = f"#ab00c{colour(table, row.name)}"
@@ -94,7 +89,7 @@ def _point(axes: Axes, table: Table, row: Row, runtime: str) -> None:
     aside = ScaledTranslation(-7 * alike / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(
         [time.ms],
-        [row.top1],
+        [share.value],
         xerr=across,
         yerr=[[share.value - share.low], [share.high - share.value]],
         fmt="o",

@@ -1,54 +1,29 @@
-"""The stages of a build, one function each: from the results of earlier stages to files in an empty folder."""
+"""The stages that make networks, one function each: from the results of earlier stages to files in an empty folder."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from . import latency, verify
-from .apps import App, picture_of
-from .artifact import read_json, sha256_of, write_json
-from .bundle import BundleSpec, EngineFile, TypedFile, write_bundle
-from .counting import count
-from .engines import can_run
-from .errors import ThinetDeployError
-from .export import INPUT, OUTPUT, export_onnx, export_program
+from .artifact import read_json, write_json
+from .export import export_program
 from .gcos_stage import check_layout
-from .interfaces import Array, Conversion, Precision, TensorSpec
-from .intervals import difference_interval
-from .job import Job
-from .layer_times import PROFILES, layer_times
 from .models.weights import load_weights
-from .precision.graph import read_onnx
-from .precision_stage import CALIBRATION, quantises, typed_hits, typed_hops
 from .prune_stage import HELD_OUT, calibration, check_way
 from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
 from .pruning.surgery import apply, gap_head, load_thin
-from .registry import convert, sources
 from .seeds import derive
 from .store import Checkpoint
-from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, json_ready, write_network
-from .torch_latency import measure_torch
-from .training import hits
+from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, write_network
+from .training import judge
 
-ONNX_IMAGES = 8
-ENGINE_IMAGES = 1000
-GOLDEN_IMAGES = 8
-PARITY_BATCH = 64
-ENGINE_SECONDS = 3.0
-ENGINE_ROUNDS = 15
-TORCH_BATCH = 32
-TORCH_ROUNDS = 9
-_TOLERANCE = "tolerance:"
+# Numbers of all outputs that are compared at most: a class for every pixel of 1,000 images would fill gigabytes.
+_TOLERANCE, _OUTPUT = "tolerance:", "output:"
 
 
 def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
@@ -70,14 +45,15 @@ def taught(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, f
     A tenth of the epochs with it and without, on the same nine tenths of the training images.
     """
     fit, held_out = tools.job.data.train.split(HELD_OUT, tools.job.options.seed)
-    original, right = tools.load(dense_folder), []
+    original, judged = tools.load(dense_folder), []
     for name, teacher in {"with": original, "without": None}.items():
         model = tools.load(pruned_folder)
         stage = f"Fine-tuning for a trial, {name} the original as teacher"
         tools.train(model, stage, epochs, tools.job.options.finetune_lr, teacher=teacher, images=fit)
-        right.append(hits(model, held_out))
-    gain = difference_interval(right[1], right[0])
-    figures = {"with": float(right[0].mean() * 100), "without": float(right[1].mean() * 100), "gain": asdict(gain)}
+        judged.append(judge(model, held_out))
+    taught_by, alone = judged
+    gain = taught_by.behind(alone)
+    figures = {"with": taught_by.accuracy.main, "without": alone.accuracy.main, "gain": asdict(gain)}
     write_json(folder / TEACHER, {"teacher": gain.low <= 0, "images": len(held_out), "epochs": epochs, **figures})
 
 
@@ -167,239 +143,3 @@ def own(tools: Tools, thin_folder: Path, weights: Path, folder: Path) -> None:
     model = load_thin(plan, tools.job.fresh(), weights)
     write_network(folder, model, plan)
     write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "the trained network"))})
-
-
-def exported(tools: Tools, networks: Mapping[str, Path], folder: Path) -> None:
-    """One checked ONNX file per network."""
-    target, report = tools.job.target, {}
-    for index, (name, source) in enumerate(networks.items()):
-        tools.progress("Exporting to ONNX", index, len(networks), name)
-        model = tools.load(source)
-        path = folder / f"{name}.onnx"
-        done = export_onnx(model, tools.job.input_shape, path, opset=target.opset, ir_version=target.ir_version)
-        if "program" in sources(target):
-            export_program(model, tools.job.input_shape, path.with_suffix(".pt2"))
-        report[name] = {**asdict(done), "count": asdict(count(model, tools.job.input_shape))}
-    tools.progress("Exporting to ONNX", len(networks), len(networks))
-    write_json(folder / "export.json", report)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The ONNX files of a build.
-
-    Attributes:
-        onnx: folder of the float32 ones.
-        typed: folder of those in other types; the same where there are none.
-        report: how these were made: network → precision → see `precision_stage.typed`.
-        engines: precision of the engines made here.
-    """
-
-    onnx: Path
-    typed: Path
-    report: Mapping[str, Any]
-    engines: Precision
-
-    def source(self, name: str) -> Path:
-        """What a network's engines are made from."""
-        how = self.report.get(name, {}).get(self.engines, {})
-        return self.typed / how["path"] if "path" in how else self.onnx / f"{name}.onnx"
-
-
-def engines(tools: Tools, files: Files, names: list[str], runtimes: Sequence[str], folder: Path) -> None:
-    """An engine per network and runtime."""
-    made, jobs = {}, [(name, runtime) for name in names for runtime in runtimes]
-    for index, (name, runtime) in enumerate(jobs):
-        tools.progress("Converting", index, len(jobs), f"{name} to {runtime}")
-        place = folder / runtime / name
-        place.mkdir(parents=True)
-        own = quantises(runtime)
-        source = files.onnx / f"{name}.pt2" if own else files.source(name)
-        images = files.typed / CALIBRATION if own and files.engines == "int8" else None
-        job = Conversion(source, place, files.engines, target=tools.job.options.target, calibration=images)
-        log = tools.job.options.out / "logs" / f"{name}-{runtime}.log"
-        artifact = convert(runtime, job, folder, log=log, progress=tools.progress)
-        made[f"{name}/{runtime}"] = artifact.to_json()
-    tools.progress("Converting", len(jobs), len(jobs))
-    write_json(folder / "engines.json", made)
-
-
-def parity(
-    tools: Tools,
-    networks: Mapping[str, Path],
-    pruning_hops: list[verify.Hop],
-    executed_hops: list[verify.Hop],
-    files: Files,
-    engine_paths: Mapping[tuple[str, str], Path],
-    folder: Path,
-) -> None:
-    """The verdicts, hop by hop, and the golden inputs and outputs of every network."""
-    data, hops = tools.job.data.test, list(pruning_hops)
-    chosen = np.linspace(0, len(data) - 1, min(len(data), ENGINE_IMAGES)).astype(np.int64)
-    inputs = data.inputs(chosen)
-    parts = [torch.from_numpy(part) for part in np.array_split(inputs, math.ceil(len(inputs) / PARITY_BATCH))]
-    steps = len(networks) + len(engine_paths)
-    for name, source in networks.items():
-        tools.progress("Verifying", len(hops), steps + len(pruning_hops), f"{name}: torch to ONNX")
-        model = tools.load(source)
-        noise = verify.rounding_noise(model, inputs[:ONNX_IMAGES])
-        with torch.inference_mode():
-            expected = torch.cat([model(part) for part in parts]).numpy()
-        allowed = verify.tolerance(noise, "fp32")
-        few = slice(ONNX_IMAGES)
-        hops.append(verify.onnx_hop(name, files.onnx / f"{name}.onnx", inputs[few], expected[few], allowed))
-        golden = slice(GOLDEN_IMAGES)
-        written = list(typed_hops(name, files.report, files.typed, inputs, expected, noise))
-        hops += [hop for _, hop, _ in written]
-        # An INT8 engine has to do what its file says; what the file changes has a verdict of its own.
-        moved = {p: verify.distance(expected, got) if p == "int8" else 0.0 for p, _, got in written}
-        aim = next((got for p, _, got in written if p == files.engines == "int8"), expected)
-        allowed_of = {p: verify.engine_tolerance(p, noise, moved.get(p, 0.0)) for p in (files.engines, *moved)}
-        kept: dict[str, Any] = {"input": inputs[golden], "output": expected[golden], "tolerance": np.float64(allowed)}
-        kept |= {f"{_TOLERANCE}{p}": np.float64(each + moved.get(p, 0.0)) for p, each in allowed_of.items()}
-        np.savez(folder / f"{name}.npz", **kept)
-        precision, allowed = files.engines, allowed_of[files.engines]
-        for (owner, runtime), path in engine_paths.items():
-            if owner == name and can_run(runtime):  # the others get a note: nothing runs them here
-                tools.progress("Verifying", len(hops), steps + len(pruning_hops), f"{name}: ONNX to {runtime}")
-                # What quantises by itself has no file of ours to go by: it may move the outputs twice as far as ours.
-                own = expected if quantises(runtime) else aim
-                hops.append(verify.engine_hop(name, runtime, path, inputs, own, allowed, precision=precision))
-    tools.progress("Verifying", len(hops), len(hops))
-    write_json(folder / "parity.json", {"hops": [json_ready(hop) for hop in (*hops, *executed_hops)]})
-
-
-def drops(tools: Tools, folders: Mapping[str, Path], files: Files, folder: Path) -> None:
-    """How much top-1 each network lost against the original, paired image by image on the test images.
-
-    The networks in the type of their engines, the original as it was.
-    """
-    right, images = {}, tools.job.data.test
-    for index, (name, source) in enumerate(folders.items()):
-        tools.progress("Comparing accuracy", index, len(folders), name)
-        typed = name != "original" and "path" in files.report.get(name, {}).get(files.engines, {})
-        right[name] = typed_hits(tools, files.source(name)) if typed else hits(tools.load(source), images)
-    tools.progress("Comparing accuracy", len(folders), len(folders))
-    lost = {name: asdict(difference_interval(right["original"], own)) for name, own in right.items()}
-    write_json(folder / "drops.json", {name: drop for name, drop in lost.items() if name != "original"})
-
-
-def measured(
-    tools: Tools,
-    folders: dict[str, Path],
-    engine_paths: dict[tuple[str, str], Path],
-    files: Files,
-    folder: Path,
-) -> None:
-    """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
-    job = tools.job
-    refs = [latency.EngineRef(name, runtime, path, files.engines) for (name, runtime), path in engine_paths.items()]
-    image = job.data.test.inputs(np.arange(1))
-
-    engine_rows = latency.measure_engines(
-        refs,
-        {INPUT: image},
-        threads=job.options.threads,
-        rounds=ENGINE_ROUNDS,
-        seconds=ENGINE_SECONDS,
-        progress=tools.progress,
-    )
-    torch_rows = measure_torch(
-        {name: tools.load(path) for name, path in folders.items()},
-        job.input_shape,
-        batch=TORCH_BATCH,
-        rounds=TORCH_ROUNDS,
-        progress=tools.progress,
-    )
-    write_json(folder / "latency.json", latency.report(engine_rows, torch_rows).to_json())
-    write_json(folder / "layers.json", _profiled(tools, engine_paths, files, image))
-
-
-def _profiled(
-    tools: Tools, engine_paths: Mapping[tuple[str, str], Path], files: Files, image: Array
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Runtime → network → layer → milliseconds; {} for an engine that cannot be profiled, whose times are known."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for index, ((name, runtime), path) in enumerate(engine_paths.items()):
-        if runtime in PROFILES:
-            tools.progress("Profiling", index, len(engine_paths), f"{name} on {runtime}")
-            source, threads = read_onnx(files.onnx / f"{name}.onnx"), tools.job.options.threads
-            with suppress(ThinetDeployError):
-                times = layer_times(runtime, path, files.engines, source, image, threads)
-                found.setdefault(runtime, {})[name] = times
-    tools.progress("Profiling", len(engine_paths), len(engine_paths))
-    return found
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """The network that goes into the bundle: its name in the run, what people read, and its stage's folder."""
-
-    name: str
-    label: str
-    folder: Path
-
-
-def bundled(
-    tools: Tools,
-    ship: Shipped,
-    files: Files,
-    engine_paths: Mapping[tuple[str, str], Path],
-    parity_folder: Path,
-    notes: tuple[str, ...],
-    folder: Path,
-) -> None:
-    """The bundle of the network to ship."""
-    job, name = tools.job, ship.name
-    spec = read_json(files.onnx / "export.json")[name]
-    with np.load(parity_folder / f"{name}.npz") as golden:
-        inputs, outputs, tolerance = golden["input"], golden["output"], float(golden["tolerance"])
-        allowed = {key.removeprefix(_TOLERANCE): float(golden[key]) for key in golden if key.startswith(_TOLERANCE)}
-    precision = files.engines
-    engines = [
-        EngineFile(
-            runtime,
-            files.onnx / f"{name}.onnx" if job.target.builds_on_device else path,
-            precision,
-            allowed[precision],
-        )
-        for (owner, runtime), path in engine_paths.items()
-        if owner == name and (runtime == "onnxruntime" or not job.target.builds_on_device)
-    ]
-    hops = [hop for hop in read_json(parity_folder / "parity.json")["hops"] if hop["model"] in (name, "conv")]
-    write_bundle(
-        folder,
-        BundleSpec(
-            model=f"{job.model_name}, {ship.label}",
-            target=job.target.id,
-            onnx=files.source(name),
-            engines=tuple(engines),
-            typed=tuple(
-                TypedFile(files.typed / how["path"], each, how.get("layout", ""), allowed[each])
-                for each, how in files.report.get(name, {}).items()
-                if "path" in how and each != precision
-            ),
-            inputs=_specs(spec["inputs"]),
-            outputs=_specs(spec["outputs"]),
-            golden_inputs={INPUT: inputs},
-            golden_outputs={OUTPUT: outputs},
-            tolerance=tolerance,
-            labels=job.data.classes,
-            preprocess=job.data.preprocess.model_dump(mode="json"),
-            parity={"passed": all(hop["passed"] for hop in hops), "hops": hops},
-            plan=sha256_of(ship.folder / PLAN),
-            notes=notes,
-            has_builder=job.target.builds_on_device and "tensorrt" in job.target.runtimes,
-            app=_app(job),
-        ),
-    )
-
-
-def _app(job: Job) -> App:
-    canvas = job.data.test.read(np.arange(1))[0]
-    how = job.data.preprocess
-    return App(how, picture_of(canvas, how), tuple(job.target.runtimes), job.target.os)
-
-
-def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in items)

@@ -25,7 +25,8 @@ from .pruning.plan import Plan, load_plan
 from .pruning.surgery import load_thin
 from .seeds import derive
 from .store import Checkpoint
-from .training import Accuracy, Recipe, Schedule, changed, evaluate, logits, train
+from .tasks.base import Accuracy
+from .training import Recipe, Schedule, changed, evaluate, logits, train
 
 PLAN, WEIGHTS, REPORT, PROGRAM = "plan.json", "model.safetensors", "report.json", "model.pt2"
 TEACHER = "teacher.json"
@@ -142,7 +143,7 @@ def fine_tuning(options: Options) -> Schedule:
 
 def read_accuracy(folder: Path) -> Accuracy:
     """The accuracy that a stage measured."""
-    return Accuracy(**read_json(folder / REPORT)["accuracy"])
+    return Accuracy.read(read_json(folder / REPORT)["accuracy"])
 
 
 def json_ready(record: Any) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -14,14 +14,17 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from .data import ImageSet
-from .distillation import Inside, losses
+from .distillation import Inside
 from .errors import InputError, ThinetDeployError, UnknownNameError
 from .interfaces import Progress, silent
 from .parallel import Team, join
 from .seeds import derive
 from .store import Checkpoint
+from .tasks.base import Accuracy, Judgement, Outputs, Targets, Task, said
 
 Schedule = Literal["cosine", "steps", "constant"]
+# Images that are tested at once: in other tasks outputs, and what decodes them, are larger.
+_BATCH, _FEW = 256, 32
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,67 +90,40 @@ def changed(recipe: Recipe, settings: Mapping[str, object]) -> Recipe:
         ) from error
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracy on a set of images.
-
-    Attributes:
-        top1: share of images whose class is ranked first, in percent.
-        top5: share of images whose class is among the first five, in percent.
-        images: how many were used.
-    """
-
-    top1: float
-    top5: float
-    images: int
-
-
 def logits(
     model: nn.Module, images: ImageSet, batch: int = 256, stage: str = "", progress: Progress = silent
 ) -> torch.Tensor:
-    """Outputs of the network in eval mode for all images in order, shape (n, classes), on the CPU."""
+    """Class scores of the network in eval mode for all images in order, shape (n, classes, …), on the CPU."""
+    return torch.cat([outputs[0].cpu() for outputs, _ in _outputs(model, images, batch, stage, progress)])
+
+
+def _outputs(
+    model: nn.Module, images: ImageSet, batch: int, stage: str, progress: Progress
+) -> Iterator[tuple[Outputs, Targets]]:
+    """What the network says in eval mode of all images in order, batch by batch, and what is known of them."""
     model.eval()
-    parts, done = [], 0
-    team = join()
+    done, team = 0, join()
     with team.holding(model), torch.inference_mode():
-        for inputs, labels in images.batches(batch):
+        for inputs, targets in images.batches(batch):
             progress(stage, done, len(images))
-            parts.append(model(torch.from_numpy(inputs).to(team.device)).cpu())
-            done += len(labels)
-    return torch.cat(parts)
+            yield said(model, torch.from_numpy(inputs).to(team.device)), targets
+            done += len(inputs)
+
+
+def judge(model: nn.Module, images: ImageSet, stage: str = "Testing", progress: Progress = silent) -> Judgement:
+    """How good a network is in the figures of the images' task, to be compared with another one's."""
+    meter = images.task.meter()
+    for outputs, targets in _outputs(model, images, _BATCH if images.targets is None else _FEW, stage, progress):
+        meter.add([each.cpu().numpy() for each in outputs], targets)
+    found = meter.judge()
+    accuracy = found.accuracy
+    progress(stage, len(images), len(images), f"{accuracy.name} {accuracy.main:.2f} %")
+    return found
 
 
 def evaluate(model: nn.Module, images: ImageSet, stage: str = "Testing", progress: Progress = silent) -> Accuracy:
-    """Top-1 and top-5 accuracy of a network."""
-    result = accuracy(logits(model, images, stage=stage, progress=progress).numpy(), images.labels)
-    progress(stage, len(images), len(images), f"top-1 {result.top1:.2f} %")
-    return result
-
-
-def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
-    """Top-1 and top-5 accuracy of outputs (n, classes) for labels (n,).
-
-    Ties and NaN count against the label's class: a network whose outputs are all equal has learnt nothing.
-    """
-    ranks = _ranks(outputs, labels)
-    top1, top5 = float((ranks < 1).mean() * 100), float((ranks < 5).mean() * 100)
-    return Accuracy(top1, top5, len(labels))
-
-
-def hits(model: nn.Module, images: ImageSet) -> NDArray[np.bool_]:
-    """Whether each image's class is ranked first, shape (n,); ties and NaN as in `accuracy`."""
-    return first(logits(model, images).numpy(), images.labels)
-
-
-def first(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether outputs (n, classes) rank each label's class first, shape (n,); ties and NaN as in `accuracy`."""
-    hit: NDArray[np.bool_] = _ranks(outputs, labels) < 1
-    return hit
-
-
-def _ranks(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    ranks: NDArray[np.int64] = (~(outputs < np.take_along_axis(outputs, labels[:, None], 1))).sum(1) - 1
-    return ranks
+    """How good a network is, in the figures of the images' task."""
+    return judge(model, images, stage, progress).accuracy
 
 
 def train(
@@ -199,16 +175,16 @@ def train(
     if team.rank:
         progress = silent
     with team.holding(model, *filter(None, [teacher])), Inside(model, teacher if recipe.inside else None) as inside:
-        training = _Training(model, teacher, recipe, team, stage, steps, inside)
+        training = _Training(model, teacher, recipe, images.task, team, stage, steps, inside)
         first = training.resume(checkpoint) if checkpoint else 0
         for epoch in range(first, recipe.epochs):
             torch.manual_seed(derive(seed, stage, epoch, "dropout", *([team.rank] if team.rank else [])))
             model.train()
             total = 0.0
             batches = images.training_batches(recipe.batch, seed=seed, stage=stage, epoch=epoch)
-            for done, (inputs, labels) in enumerate(batches, epoch * steps):
+            for done, (inputs, targets) in enumerate(batches, epoch * steps):
                 progress(stage, done, recipe.epochs * steps, note)
-                total += training.step(inputs, labels, done)
+                total += training.step(inputs, targets, done)
                 note = f"epoch {epoch + 1}/{recipe.epochs}, loss {total / (done % steps + 1):.3f}"
             training.end_epoch((epoch + 1) * steps)
             if checkpoint and not team.rank:
@@ -225,12 +201,14 @@ class _Training:
         model: nn.Module,
         teacher: nn.Module | None,
         recipe: Recipe,
+        task: Task,
         team: Team,
         stage: str,
         steps: int,
         inside: Inside,
     ) -> None:
         team.align(model)
+        self.task = task
         self.model, self.teacher, self.inside = model, teacher.eval() if teacher else None, inside
         self.recipe, self.team, self.stage, self.steps = recipe, team, stage, steps
         self.optimizer: torch.optim.Optimizer = (
@@ -241,12 +219,12 @@ class _Training:
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.precision == "fp16")
         self.average = {name: tensor.clone() for name, tensor in model.state_dict().items()} if recipe.ema else {}
 
-    def step(self, inputs: NDArray[np.float32], labels: NDArray[np.int64], done: int) -> float:
+    def step(self, inputs: NDArray[np.float32], targets: Targets, done: int) -> float:
         """Learn from a batch after `done` steps; its loss."""
         epoch, step = divmod(done, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = _rate(self.recipe, epoch + step / self.steps)
-        loss = self._loss(inputs, labels)
+        loss = self._loss(inputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.team.average_gradients(self.model)
@@ -264,20 +242,20 @@ class _Training:
         self._follow(done)
         return float(value)
 
-    def _loss(self, inputs: NDArray[np.float32], labels: NDArray[np.int64]) -> torch.Tensor:
-        rows, weight = self.team.share(len(labels))
-        inputs_nchw, labels_n = (torch.from_numpy(part[rows]).to(self.team.device) for part in (inputs, labels))
+    def _loss(self, inputs: NDArray[np.float32], targets: Targets) -> torch.Tensor:
+        rows, weight = self.team.share(len(targets))
+        inputs_nchw, targets_n = (torch.from_numpy(part[rows]).to(self.team.device) for part in (inputs, targets))
         self.inside.find(inputs_nchw)
         dtype = _AUTOCAST.get(self.recipe.precision)
         with torch.autocast(self.team.device.type, dtype, enabled=dtype is not None):
-            outputs_nk = self.model(inputs_nchw)
+            outputs = said(self.model, inputs_nchw)
             with torch.no_grad():
-                taught_nk = self.teacher(inputs_nchw).float() if self.teacher else None
+                taught = said(self.teacher, inputs_nchw) if self.teacher else None
         recipe = self.recipe
-        loss_n = losses(
-            outputs_nk.float(),
-            labels_n,
-            taught_nk,
+        loss_n = self.task.losses(
+            tuple(each.float() for each in outputs),
+            targets_n,
+            taught and tuple(each.float() for each in taught),
             share=recipe.distill,
             temperature=recipe.temperature,
             smoothing=recipe.label_smoothing,

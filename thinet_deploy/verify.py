@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from .engines import open_engine
 from .export import INPUT, OUTPUT, run_onnx
 from .interfaces import Precision
 from .pruning.proof import Proof
-from .training import Accuracy
+from .tasks.base import Accuracy, said
 
 Floats = NDArray[np.float32]
+Said = Mapping[str, Floats]  # what a network says: output → values, batch first
 
 UNIT_ROUNDOFF: dict[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 # Engines reorder sums and transform small convolutions (Winograd): measured up to 4 × the noise in fp32. The shorter
@@ -45,7 +47,7 @@ class Hop:
         passed: the verdict.
         error: largest difference, relative to the largest output; None where outputs are meant to change.
         tolerance: for the error.
-        agreement: share of images with the same top-1 class, in percent; None where not compared.
+        agreement: share of images with the same top-1 class, in percent; None where images have no one class.
         images: how many were compared.
         detail: what else there is to say.
     """
@@ -61,13 +63,21 @@ class Hop:
 
 
 def rounding_noise(model: nn.Module, inputs: Floats) -> float:
-    """Largest difference between the float32 and the float64 run of a network, relative to the largest output."""
+    """Largest difference between the float32 and the float64 run of a network, relative to the largest output.
+
+    Of several outputs each has its own largest value, and the worst one counts.
+    """
     images = torch.from_numpy(inputs)
     with torch.inference_mode():
-        single = model.eval()(images).double()
-        double = copy.deepcopy(model).double()(images.double())
-    scale = float(double.abs().max())
-    return max(float((single - double).abs().max()) / scale if scale else 0.0, UNIT_ROUNDOFF["fp32"])
+        single = said(model.eval(), images)
+        double = said(copy.deepcopy(model).double(), images.double())
+    errors = [_apart(ours.double(), exact) for ours, exact in zip(single, double, strict=True)]
+    return max(*errors, UNIT_ROUNDOFF["fp32"])
+
+
+def _apart(got: torch.Tensor, expected: torch.Tensor) -> float:
+    scale = float(expected.abs().max())
+    return float((got - expected).abs().max()) / scale if scale else 0.0
 
 
 def tolerance(noise: float, precision: Precision) -> float:
@@ -80,20 +90,31 @@ def engine_tolerance(precision: Precision, noise: float, moved: float) -> float:
     return max(INT8_ALLOWANCE * moved, tolerance(noise, "fp32")) if precision == "int8" else tolerance(noise, precision)
 
 
-def compare(expected: Floats, got: Floats, allowed: float) -> tuple[bool, float, float]:
-    """Compare outputs (n, classes): (passed, relative error, top-1 agreement in percent).
+def compare(expected: Floats, got: Floats, allowed: float) -> tuple[bool, float, float | None]:
+    """Compare outputs: (passed, relative error, top-1 agreement in percent).
 
-    Images whose two best classes are closer than twice the allowed error may swap them.
+    Scores (n, classes) have to rank the same class first; images whose two best classes are closer than twice the
+    allowed error may swap them. Outputs of more dimensions, as of detectors, have no agreement.
     """
     if expected.shape != got.shape or not (np.isfinite(expected).all() and np.isfinite(got).all()):
         return False, math.inf, 0.0
     exact = expected.astype(np.float64)  # float32 could overflow in a difference
     scale = max(float(np.abs(exact).max()), float(np.finfo(np.float32).tiny))
     error = float(np.abs(exact - got).max()) / scale
+    if expected.ndim != 2:
+        return error <= allowed, error, None
     same = expected.argmax(1) == got.argmax(1)
     best = np.sort(exact, axis=1)[:, -2:]
     undecided = best[:, -1] - best[:, 0] <= 2 * allowed * scale
     return error <= allowed and bool((same | undecided).all()), error, float(same.mean() * 100)
+
+
+def compare_all(expected: Said, got: Said, allowed: float) -> tuple[bool, float, float | None]:
+    """Compare outputs by name, each to its own scale: whether all pass, the worst error, the agreement of the first."""
+    if expected.keys() != got.keys():
+        return False, math.inf, 0.0
+    rows = [compare(value, got[name], allowed) for name, value in expected.items()]
+    return all(passed for passed, _, _ in rows), max(error for _, error, _ in rows), rows[0][2]
 
 
 def pruning_hop(model: str, proof: Proof) -> Hop:
@@ -109,8 +130,8 @@ def grouping_hop(model: str, masked: nn.Module, grouped: nn.Module, inputs: Floa
     """Masked → grouped (gcos): the dense network with zeros between groups says the same, in float64."""
     images = torch.from_numpy(inputs).double()
     with torch.inference_mode():
-        expected, got = (copy.deepcopy(each).double().eval()(images) for each in (masked, grouped))
-    error = float((expected - got).abs().max()) / max(float(expected.abs().max()), float(np.finfo(np.float64).tiny))
+        expected, got = (said(copy.deepcopy(each).double().eval(), images) for each in (masked, grouped))
+    error = max(_apart(ours, exact) for ours, exact in zip(got, expected, strict=True))
     allowed = ALLOWANCE["fp32"] * max(rounding_noise(masked, inputs) * 2.0**-29, 2.0**-53)  # noise of float64
     return Hop(model, "masked → grouped", error <= allowed, error, allowed, images=len(inputs), detail="float64")
 
@@ -118,20 +139,21 @@ def grouping_hop(model: str, masked: nn.Module, grouped: nn.Module, inputs: Floa
 def tuning_hop(model: str, hop: str, before: Accuracy, after: Accuracy) -> Hop:
     """Pruned → fine-tuned: the function is meant to change, so accuracy decides; it must not get worse.
 
-    It fails when top-1 falls by more than the test set's own uncertainty (95 %, binomial).
+    It fails when the figure that decides falls by more than the test set's own uncertainty (95 %, binomial: what a
+    share of so many images has; of the figures of other tasks it is the order of magnitude).
     """
-    share = after.top1 / 100
+    share, least = after.main / 100, before.main
     margin = 100 * 1.96 * math.sqrt(max(share * (1 - share), 0.25 / after.images) / after.images)
-    detail = f"top-1 {before.top1:.2f} → {after.top1:.2f} %, allowed from {max(before.top1 - margin, 0):.2f} %"
-    return Hop(model, hop, after.top1 >= before.top1 - margin, images=after.images, detail=detail)
+    detail = f"{after.name} {before.main:.2f} → {after.main:.2f} %, allowed from {max(least - margin, 0):.2f} %"
+    return Hop(model, hop, after.main >= least - margin, images=after.images, detail=detail)
 
 
-def onnx_hop(model: str, path: Path, inputs: Floats, expected: Floats, allowed: float) -> Hop:
+def onnx_hop(model: str, path: Path, inputs: Floats, expected: Said, allowed: float) -> Hop:
     """Torch → ONNX, by the reference implementation, at batch 1 and at the batch of `inputs`."""
     single = run_onnx(path, inputs[:1])
     batch = run_onnx(path, inputs)
-    first = compare(expected[:1], single, allowed)
-    passed, error, agreement = compare(expected, batch, allowed)
+    first = compare_all({name: each[:1] for name, each in expected.items()}, single, allowed)
+    passed, error, agreement = compare_all(expected, batch, allowed)
     return Hop(
         model,
         "torch → ONNX",
@@ -171,23 +193,27 @@ def distance(expected: Floats, got: Floats) -> float:
     return float(np.abs(expected.astype(np.float64) - got).max()) / scale
 
 
-def engine_outputs(runtime: str, path: Path, inputs: Floats, *, threads: int, precision: Precision) -> Floats:
+def engine_outputs(
+    runtime: str, path: Path, inputs: Floats, *, threads: int, precision: Precision, names: Collection[str] = (OUTPUT,)
+) -> Said:
     """Outputs of an engine for all inputs, in batches of 32, and of 1 for the first image."""
     engine = open_engine(runtime, str(path), threads, precision)
     try:
-        parts = [engine.run({INPUT: inputs[:1]})[OUTPUT]]
-        parts += [engine.run({INPUT: inputs[start : start + 32]})[OUTPUT] for start in range(1, len(inputs), 32)]
+        # Copied: an engine may give the same memory again.
+        starts = [slice(1), *(slice(start, start + 32) for start in range(1, len(inputs), 32))]
+        runs = (engine.run({INPUT: inputs[part]}) for part in starts)
+        parts = [{name: np.array(run[name]) for name in names if name in run} for run in runs]
     finally:
         engine.close()
-    return np.concatenate(parts).astype(np.float32)
+    return {name: np.concatenate([part[name] for part in parts]).astype(np.float32) for name in parts[0]}
 
 
 def engine_hop(
-    model: str, runtime: str, path: Path, inputs: Floats, expected: Floats, allowed: float, *, precision: Precision
+    model: str, runtime: str, path: Path, inputs: Floats, expected: Said, allowed: float, *, precision: Precision
 ) -> Hop:
     """ONNX → engine, on all inputs, against torch's outputs."""
-    outputs = engine_outputs(runtime, path, inputs, threads=1, precision=precision)
-    passed, error, agreement = compare(expected, outputs, allowed)
+    outputs = engine_outputs(runtime, path, inputs, threads=1, precision=precision, names=expected)
+    passed, error, agreement = compare_all(expected, outputs, allowed)
     return Hop(
         model, f"ONNX → {runtime}", passed, error, allowed, agreement, len(inputs), f"{precision}, batch 1 and 32"
     )

@@ -17,9 +17,11 @@ from torch import nn
 from ..errors import ModelError, ThinetDeployError, UnknownNameError
 from ..seeds import derive
 from .alexnet import alexnet, alexnet_owt
-from .presets import PRESETS, RESNETS, VGGS, build_preset
+from .fcn import fcn8s
+from .presets import CONV, PRESETS, RESNETS, TINY, VGGS, build_preset
 from .resnet_cifar import resnet_cifar
 from .squeezenet import squeezenet, squeezenet1_0, squeezenet1_1
+from .ssd import ssd300
 from .vgg import vgg_small
 
 InputShape = tuple[int, int, int]
@@ -35,6 +37,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **RESNETS,
     **{f"resnet{depth}": partial(resnet_cifar, depth) for depth in (20, 32, 44, 56, 110)},
     **{preset: partial(build_preset, preset) for preset in PRESETS},
+    # Detectors and segmenters on the papers' backbones; ThiNet-Tiny has no fully connected layers.
+    "ssd300-vgg16": ssd300,
+    "ssd300-vgg16_bn": partial(ssd300, norm=True),
+    "ssd300-thinet-conv": partial(ssd300, stages=CONV),
+    "ssd300-thinet-tiny": partial(ssd300, stages=TINY),
+    "fcn8s-vgg16": fcn8s,
+    "fcn8s-vgg16_bn": partial(fcn8s, norm=True),
+    "fcn8s-thinet-conv": partial(fcn8s, stages=CONV),
+    "fcn8s-thinet-tiny": partial(fcn8s, stages=TINY, hidden=()),
 }
 
 

@@ -54,7 +54,7 @@ class VGG(nn.Module):
         super().__init__()
         pools = len(stages) - gap
         check_input(f"A VGG with {pools} pools", input_shape, 2**pools)
-        layers = _features(stages, input_shape[0], groups or [1] * len(stages), norm=norm)
+        layers = convolutions(stages, input_shape[0], groups or [1] * len(stages), norm=norm)
         self.features = nn.Sequential(*layers[: -1 if gap else None])
         height, width = (1, 1) if gap else (size >> pools for size in input_shape[1:])
         self.avgpool = nn.AdaptiveAvgPool2d((height, width))
@@ -73,7 +73,15 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(x, 1))  # type: ignore[no-any-return]
 
 
-def _features(stages: Stages, channels: int, groups: Sequence[int], *, norm: bool) -> list[nn.Module]:
+def convolutions(stages: Stages, channels: int, groups: Sequence[int], *, norm: bool) -> list[nn.Module]:
+    """VGG's layers in front of the head, a max pool behind every stage.
+
+    Args:
+        stages: conv widths, stage by stage.
+        channels: of the input.
+        groups: of the convolutions, stage by stage.
+        norm: a BatchNorm behind every convolution.
+    """
     layers: list[nn.Module] = []
     before = 1
     for stage, mine in zip(stages, groups, strict=True):

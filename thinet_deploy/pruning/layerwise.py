@@ -44,8 +44,8 @@ class Layer:
         rows: samples behind the decision.
         error: ‖ŷ − Σ kept x̂‖² / ‖ŷ‖² on them, without ŵ.
         error_scaled: the same with ŵ.
-        top1_pruned: on the test images, after ŵ was folded in. Percent.
-        top1_tuned: after fine-tuning. Percent.
+        accuracy_pruned: the task's first figure on the test images, after ŵ was folded in. Percent.
+        accuracy_tuned: after fine-tuning. Percent.
     """
 
     producer: str
@@ -55,8 +55,8 @@ class Layer:
     rows: int
     error: float
     error_scaled: float
-    top1_pruned: float
-    top1_tuned: float
+    accuracy_pruned: float
+    accuracy_tuned: float
 
 
 def prunable(graph: ChannelGraph, *, shortcuts: bool = False) -> tuple[ChannelGroup, ...]:
@@ -190,7 +190,7 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     everywhere = np.ones(len(group.channels))
     everywhere[stays] = weights
     fold_scale(model, group, plan, everywhere)
-    pruned = evaluate(model, data.test).top1
+    pruned = evaluate(model, data.test).main
     schedule.tune(model, group)
     layer = Layer(
         producer=", ".join(group.producers),
@@ -200,8 +200,8 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
         rows=rows,
         error=relative_error(gram, stays, weights * 0 + 1),
         error_scaled=relative_error(gram, stays, weights),
-        top1_pruned=pruned,
-        top1_tuned=evaluate(model, data.test).top1,
+        accuracy_pruned=pruned,
+        accuracy_tuned=evaluate(model, data.test).main,
     )
     return Thin(model, plan, kept), layer
 

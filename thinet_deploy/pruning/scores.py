@@ -6,16 +6,19 @@ Every score is float64, (channels of the group,), and the higher it is the more 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from ..data import ImageSet
 from ..errors import ModelError
 from ..parallel import join
 from ..seeds import generator
+from ..tasks.base import Outputs, said
 from .graph import STAYS, ChannelGraph, ChannelGroup, Consumer
 from .plan import Plan, members
 from .statistics import consumer_calls
@@ -105,7 +108,7 @@ def taylor(
 ) -> Scores:
     """First-order Taylor expansion of the loss (Molchanov et al., ICLR 2017): |mean of activation × gradient|.
 
-    The activation is what really enters the consumers, the loss is cross-entropy with the labels, the mean is over
+    The activation is what really enters the consumers, the loss is that of the images' task, the mean is over
     positions; |…| is averaged over images. Inputs that belong to one channel (49 after a flattened 7×7 map) are
     summed within |…|. A tensor that several consumers read counts once: its gradient sums over all its readers.
     Different tensors (before every block of a residual stream) are added. Not normalised over layers, for each group
@@ -127,8 +130,10 @@ def taylor(
     total = torch.zeros(len(group.channels), dtype=torch.float64)
     team = join()
     for part in _batches(team.mine(chosen), batch):
-        inputs, labels = torch.from_numpy(images.inputs(part)), torch.from_numpy(images.labels[part])
-        for call, place, gradient in _gradients(model, group, places, inputs, labels):
+        inputs, targets = (torch.from_numpy(of(part)) for of in (images.inputs, images.known))
+        for call, place, gradient in _gradients(
+            model, group, places, inputs, partial(images.task.losses, targets=targets)
+        ):
             product = call.given["input"].detach().double() * gradient.double()
             total += _by_channel(_channels_second(call, product).mean(2), place, len(total)).abs().sum(0)
     _check_finite(team.sum_(total), group)
@@ -141,7 +146,11 @@ def random_scores(group: ChannelGroup, seed: int) -> Scores:
 
 
 def _gradients(
-    model: nn.Module, group: ChannelGroup, places: list[torch.Tensor], images: torch.Tensor, labels: torch.Tensor
+    model: nn.Module,
+    group: ChannelGroup,
+    places: list[torch.Tensor],
+    images: torch.Tensor,
+    losses: Callable[[Outputs], torch.Tensor],
 ) -> list[tuple[Call, torch.Tensor, torch.Tensor]]:
     """Every different tensor that consumers read, as a call of one, with its place in the group and ∂loss/∂tensor."""
     wanted = {(each.weight, each.call): place for each, place in zip(group.consumers, places, strict=True)}
@@ -158,7 +167,7 @@ def _gradients(
         given = images.requires_grad_() * 1
         with watch(model, [each.weight for each in group.consumers], see):
             # Summed, so that an image's gradient does not depend on the others of its batch.
-            loss = F.cross_entropy(model(given), labels, reduction="sum")
+            loss = losses(said(model, given)).sum()
         if not seen:
             return []
         try:
