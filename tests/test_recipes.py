@@ -16,6 +16,7 @@ from thinet_deploy.job import load_job
 from thinet_deploy.options import make_options
 from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.pruning.surgery import load_thin
+from thinet_deploy.tasks.classification import Ranked
 
 MakeOptions = Callable[..., Any]
 
@@ -141,9 +142,9 @@ def test_several_methods_get_a_row_each_and_the_first_ships(tiny_options: MakeOp
 def test_the_original_teaches_unless_held_out_images_say_otherwise(
     with_it: bool, teacher: bool, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`hits` is asked first of the network trained with the original as teacher, and of the one without."""
-    answers = chain([np.full(100, with_it), np.full(100, not with_it)], repeat(np.full(100, True)))
-    monkeypatch.setattr("thinet_deploy.stages.hits", lambda *_: next(answers))
+    """`judge` is asked first of the network trained with the original as teacher, and of the one without."""
+    ranks = chain([np.full(100, not with_it), np.full(100, with_it)], repeat(np.zeros(100)))
+    monkeypatch.setattr("thinet_deploy.stages.judge", lambda *_: Ranked(np.asarray(next(ranks), np.int64)))
     done = pipeline.build(tiny_options(tmp_path / "run", finetune_epochs=5, controls="none", target="ios"))
     assert read_json(done.run / "teacher" / "teacher.json")["teacher"] is teacher
     steps = [entry.step for entry in done.table.ledger if entry.step.startswith("fine-tuned")]
