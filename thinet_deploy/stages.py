@@ -73,7 +73,7 @@ def taught(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, f
         tools.train(model, stage, epochs, tools.job.options.finetune_lr, teacher=teacher, images=fit)
         judged.append(judge(model, held_out))
     taught_by, alone = judged
-    gain = alone.behind(taught_by)
+    gain = taught_by.behind(alone)
     figures = {"with": taught_by.accuracy.main, "without": alone.accuracy.main, "gain": asdict(gain)}
     write_json(folder / TEACHER, {"teacher": gain.low <= 0, "images": len(held_out), "epochs": epochs, **figures})
 
