@@ -15,7 +15,6 @@ import pytest
 from thinet_deploy import html_report, report_plots
 from thinet_deploy.deployment import Build
 from thinet_deploy.html_report import Page
-from thinet_deploy.layer_times import OTHERS
 from thinet_deploy.pipeline import build
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -87,7 +86,7 @@ def test_layers_have_times_in_both_networks(built: Build, page: str) -> None:
             assert all(ms > 0 for ms in layers.values())
             convolutions = {layer for layer in layers if layer.startswith("features.")}
             assert convolutions == {"features.0", "features.2", "features.5"}, name
-            assert OTHERS in layers
+            assert layers.keys() - convolutions, "what is not a convolution takes time too"
     assert page.count('<section class="layers">') == 2
 
 
