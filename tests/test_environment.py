@@ -181,6 +181,16 @@ def test_doctor_says_what_a_jetson_without_its_sdk_lacks(machine: Callable[..., 
         assert "apt install nvidia-jetpack" in found(name).advice
 
 
+def test_packages_that_are_not_there_hide_no_others() -> None:
+    """dpkg-query prints what it found and fails, and then nothing of it counts."""
+    facts = environment.jetson_facts(
+        lambda path: ORIN_FILES.get(path, ""),
+        lambda *command: "" if "libnvinfer*" in command else "nvidia-l4t-core 36.4.3-2025",
+    )
+    assert facts is not None
+    assert (facts["nvidia-l4t-core"], facts["tensorrt"]) == ("36.4.3-2025", None)
+
+
 def test_doctor_finds_a_tensorrt_that_cannot_be_right(machine: Callable[..., None]) -> None:
     machine(ORIN_FILES, ORIN_COMMANDS, {"tensorrt": "11.4.1"})
     assert (found("tensorrt").status, found("tensorrt").advice[:13]) == ("missing", "pip uninstall")

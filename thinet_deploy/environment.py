@@ -237,10 +237,9 @@ def _gpus() -> list[dict[str, str]]:
 
 
 JETSON_FILES = ("/proc/device-tree/model", "/etc/nv_tegra_release")
-JETSON_COMMANDS = (
-    ("dpkg-query", "-W", "-f=${Package} ${Version}\n", "libnvinfer*", "nvidia-l4t-core"),
-    ("nvpmodel", "-q"),
-)
+_DPKG = ("dpkg-query", "-W", "-f=${Package} ${Version}\n")
+# One question each: dpkg-query fails as a whole where one of several names fits no package.
+JETSON_COMMANDS = ((*_DPKG, "libnvinfer*"), (*_DPKG, "nvidia-l4t-core"), ("nvpmodel", "-q"))
 
 
 def _jetson() -> dict[str, str | None] | None:
@@ -258,8 +257,8 @@ def jetson_facts(read: Callable[[str], str], run: Callable[..., str]) -> dict[st
     if "Jetson" not in model and not release:
         return None
     l4t = re.search(r"# R(\d+).*?REVISION: ([\d.]+)", release)
-    libraries, modes = (run(*command) for command in JETSON_COMMANDS)
-    versions = dict(re.findall(r"^(\S+) (\S+)$", libraries, re.MULTILINE))
+    *packages, modes = (run(*command) for command in JETSON_COMMANDS)
+    versions = dict(re.findall(r"^(\S+) (\S+)$", "\n".join(packages), re.MULTILINE))
     mode = re.search(r"NV Power Mode: *(\S+)", modes)
     return {
         "model": model or None,
