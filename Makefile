@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $(UNFINISHED)
 	@echo "Installing into $(VENV): some hundred megabytes, once …"
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) "$$(grep '^torch==' $(CONSTRAINTS))"
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[cpu,train,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[cpu,train,tasks,dev]'
 	@rm -f $(UNFINISHED)
 	@touch $(STAMP)
 

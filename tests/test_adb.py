@@ -160,6 +160,11 @@ def test_a_program_that_is_killed_is_known_as_such(phone: Fake) -> None:
         ({}, "", "No Android device is connected"),
         ({"FP5": "unauthorized"}, "FP5", "adb:FP5 has not allowed this computer to debug it"),
         ({"FP5": "offline"}, "FP5", "adb:FP5 is offline"),
+        (
+            {"FP5": "insufficient permissions for device: missing udev rules? user is in the plugdev group"},
+            "FP5",
+            "This user may not use the USB device of adb:FP5",
+        ),
         ({"FP5": "device", "FP4": "device"}, "", "Several Android devices are connected"),
         ({"FP5": "recovering"}, "FP5", "The connection to adb:FP5 was cut: error: device recovering"),
     ],

@@ -84,6 +84,9 @@ def test_a_bundle_classifies_in_python(tmp_path: Path, written: Callable[[Path],
     lines = said(sys.executable, script, folder / "app" / "golden" / "picture.ppm").splitlines()
     assert len(lines) == 3
     assert all(line.split("  ")[-1].startswith("class ") for line in lines)
+    absent = subprocess.run([sys.executable, script, "no.jpg"], capture_output=True, text=True, check=False)
+    assert absent.returncode == 1
+    assert absent.stderr.startswith("no.jpg cannot be read as an image: ")
 
 
 @pytest.fixture

@@ -98,6 +98,18 @@ def test_average_precision_is_what_it_should_be_by_hand() -> None:
     assert average_precisions([found(), right[1]], difficult, group)[0] == pytest.approx([100, 100])
 
 
+def test_what_lies_inside_a_difficult_object_is_no_less_wrong_for_it() -> None:
+    """VOC leaves out what overlaps a difficult object by half, not what is somewhere in it."""
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+    box, whole = [0.6, 0.6, 0.9, 0.9], [0.0, 0.0, 0.5, 0.5]
+    there = [np.array([[1, *box, 0], [1, *whole, 1]], np.float32)]
+    inside = [(1, 0.9 - n / 10, [0.1 + n / 10, 0.1, 0.18 + n / 10, 0.2]) for n in range(3)]
+    group = np.zeros(1, np.int64)
+    assert average_precisions([found((1, 0.5, box), *inside)], there, group)[0][0] == pytest.approx(25)
+    nearly = [0.0, 0.0, 0.5, 0.45]
+    assert average_precisions([found((1, 0.5, box), (1, 0.9, nearly))], there, group)[0][0] == pytest.approx(100)
+
+
 def test_the_jackknife_of_a_mean_is_students_interval() -> None:
     values = np.random.default_rng(0).normal(70, 5, 10)
     without = (values.sum() - values) / 9

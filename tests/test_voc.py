@@ -231,6 +231,9 @@ MISTAKES: dict[str, tuple[Task, Callable[[Path], object], str]] = {
     "colours": (SEGMENTATION, _recolour("RGB"), r"has colours \(RGB\), but class indices were expected"),
     "another size": (SEGMENTATION, _resize, "have different sizes: 20x20 and 48x48 pixels"),
     "damaged mask": (SEGMENTATION, lambda root: (root / "SegmentationClass/val_00000.png").write_bytes(b"x"), "cannot be read as a mask"),  # noqa: E501 - a row of a table
+    "size of another image": (DETECTION, _spoil("Annotations/val_00001.xml", "<object>", "<size><width>96</width><height>48</height></size><object>"), "is of an image of 96x48 pixels, but the file has 48x48"),  # noqa: E501 - a row of a table
+    "no size": (DETECTION, _spoil("Annotations/val_00001.xml", "<object>", "<size><width>wide</width></size><object>"), "its size is wide x 0"),  # noqa: E501 - a row of a table
+    "Latin-1": (DETECTION, lambda root: (root / "ImageSets/Main/train.txt").write_bytes(b"caf\xe9\n"), "cannot be read as text"),  # noqa: E501 - a row of a table
     "damaged image": (SEGMENTATION, lambda root: (root / "JPEGImages/val_00000.jpg").write_bytes(b"x"), "is not an image"),  # noqa: E501 - a row of a table
 }  # fmt: skip
 

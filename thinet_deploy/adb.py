@@ -77,7 +77,7 @@ _REASONS: tuple[tuple[str, type[DeviceError | InputError], str, str], ...] = (
         "Unlock its screen and confirm the question there. If there is none: `adb kill-server`, and connect it again.",
     ),
     (
-        "no permissions",
+        "no permissions|insufficient permissions",
         DeviceError,
         "This user may not use the USB device of {name}: {said}",
         "Install the rules for Android devices (apt install android-sdk-platform-tools-common), and connect it again.",

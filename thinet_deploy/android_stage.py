@@ -17,9 +17,10 @@ from .apps import IMAGES
 from .artifact import write_json
 from .bundle import EngineEntry, Manifest, read_manifest
 from .device import full_disk
+from .errors import BundleError
 from .interfaces import Array, Progress
 from .samples import judged, summarize_rounds
-from .self_test import FAILED, NOT_RUN, PASSED, compare_outputs, load_arrays
+from .self_test import FAILED, NOT_RUN, PASSED, check_files, compare_outputs, load_arrays
 
 ROUNDS = 9
 _OUTPUTS = "outputs.f32"
@@ -27,19 +28,25 @@ _OUTPUTS = "outputs.f32"
 
 def verify(phone: Phone, bundle: Path, progress: Progress) -> dict[str, Any]:
     """Run the golden inputs on every engine of a bundle there; the report of `run.py verify`."""
-    manifest, place = read_manifest(bundle), android_site.send(phone, bundle, progress)
+    manifest = read_manifest(bundle)
+    files = check_files(str(bundle), manifest.files)
+    if damaged := files["missing"] + files["changed"]:
+        raise BundleError(
+            f"{bundle} is damaged: {', '.join(damaged[:3])} is not as the manifest says.",
+            hint="Copy the bundle again from where it was built, or build it again.",
+        )
+    place = android_site.send(phone, bundle, progress)
     rows = []
     for number, engine in enumerate(manifest.engines):
         progress("Verifying on the device", number, len(manifest.engines), engine.runtime)
         rows.append({**_named(engine), **_examined(place, bundle, engine, manifest)})
     progress("Verifying on the device", len(rows), len(rows))
     about = {"model": manifest.model, "target": manifest.target, "created_by": manifest.created_by}
-    files = {"listed": len(manifest.files), "missing": [], "changed": [], "extra": []}
     return {
         "bundle": place.bundle,
         **about,
         "notes": list(manifest.notes),
-        "files": files,
+        "files": {"listed": len(manifest.files), **files},
         "engines": rows,
         "exit_code": _exit_code(rows),
     }

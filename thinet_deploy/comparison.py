@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import read_json
-from .errors import UnknownNameError
+from .errors import InputError, UnknownNameError
 from .intervals import unpaired_difference
 from .report import Row, Table
 from .samples import ratio_interval
@@ -111,6 +111,12 @@ def _against(base_run: Run, base: Row, run: Run, row: Row) -> Against:
 
 def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference:
     """Paired where both are judged against the same original on the same images, else from two intervals."""
+    ours, theirs = (next(iter(each.figures)) for each in (row, base))
+    if ours != theirs:
+        raise InputError(
+            f"{row.label} is judged by {ours}, and the baseline by {theirs}: there is no difference of these.",
+            hint="Compare networks for one task, or leave --baseline out.",
+        )
     if base_run == run and base.name == "original" and row.drop:
         return Difference(-row.drop.value, -row.drop.high, -row.drop.low, 0, in_turn=True)
     found = unpaired_difference(row.main, base.main)

@@ -35,6 +35,8 @@ WIDTHS = {
 }
 # Below so many epochs there is no trial whether the original helps as teacher: the trial is a tenth of them.
 TRIAL_FROM = 5
+# Of report.json, in which later stages look up what earlier ones measured; 2: figures by name.
+_REPORT_LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def original(run: SharedRun, tools: Tools) -> Stage:
     options = tools.job.options
     training = {**training_of(options), "epochs": options.epochs}
     weights = {"weights": sha256_of(options.weights)} if options.weights else training
-    return run.stage("dense", {**tools.job.identity, **weights}, partial(stages.dense, tools))
+    layout = {"report": _REPORT_LAYOUT}
+    return run.stage("dense", {**tools.job.identity, **weights, **layout}, partial(stages.dense, tools))
 
 
 def prune(run: SharedRun, tools: Tools, dense: Stage | None = None, where: str = "") -> Pruning:

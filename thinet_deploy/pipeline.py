@@ -13,7 +13,7 @@ from .deployment import Build, deploy
 from .device_site import Machine
 from .errors import InputError, TargetError, first_line
 from .interfaces import Progress, silent
-from .job import load_job, moved
+from .job import Job, load_job, moved
 from .networks import Pruning
 from .options import Options, make_options
 from .parallel import join
@@ -91,6 +91,7 @@ def build(options: Options, progress: Progress = silent) -> Build:
     _check_contract(options.require, load_profile(options.target))
     machine, target = _device(options)
     job = load_job(options, progress)
+    _check_task(job, machine)
     job = replace(job, target=target or job.target)
     there = moved(job, options.transfer_to, progress) if options.transfer_to else None
     plan = precision_stage.planned(there or job)
@@ -102,6 +103,20 @@ def build(options: Options, progress: Progress = silent) -> Build:
         if there:
             return deploy(run, Tools(there, progress), plan, transfer(run, tools, Tools(there, progress)), machine)
         return deploy(run, tools, plan, networks.finish(run, tools, networks.prune(run, tools)), machine)
+
+
+def _check_task(job: Job, machine: Machine | Phone | None) -> None:
+    """Refuse what only classifiers can have."""
+    task = job.data.task.name
+    if task == "classification":
+        return
+    if isinstance(machine, Phone):
+        raise InputError(
+            f"--device adb: runs classifiers only so far, and this is {task}.",
+            hint="Leave --device out: the bundle with its engines is made all the same.",
+        )
+    if top := [each for each in job.options.require if contract.parse(each).figure.startswith("top1")]:
+        raise InputError(f"--require {top[0]}: there is no top-1 in {task}.", hint="Require accuracy or accuracy-drop.")
 
 
 def _device(options: Options) -> tuple[Machine | Phone | None, TargetProfile | None]:
@@ -176,6 +191,7 @@ def build_from(
     if target:
         shipped = replace(shipped, target=load_profile(target))
     machine, found = _device(shipped.options)
+    _check_task(shipped, machine)
     shipped = replace(shipped, target=found or shipped.target)
     _check_contract(require, shipped.target)
     plan = precision_stage.planned(shipped)

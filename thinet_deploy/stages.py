@@ -22,9 +22,6 @@ from .store import Checkpoint
 from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, write_network
 from .training import judge
 
-# Numbers of all outputs that are compared at most: a class for every pixel of 1,000 images would fill gigabytes.
-_TOLERANCE, _OUTPUT = "tolerance:", "output:"
-
 
 def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
     """The original network: the user's weights, or trained here."""
@@ -114,7 +111,8 @@ def scratch(tools: Tools, thin_folder: Path, epochs: int, folder: Path, checkpoi
         torch.manual_seed(derive(tools.job.options.seed, "from scratch"))
         model = apply(plan, tools.job.fresh())
         for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            # What a network starts at zero (the scores of FCN) stays so.
+            if isinstance(module, nn.Conv2d | nn.Linear) and bool(module.weight.any()):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     tools.train(model, "Training from scratch", epochs, tools.job.options.lr, checkpoint)
     write_network(folder, model, plan)

@@ -87,7 +87,8 @@ def find(name: str, input_shape: InputShape | None, precision: Precision) -> Eng
 
 
 def _model(name: str, input_shape: InputShape | None) -> Model:
-    module = build_model(name, input_shape=input_shape, num_classes=_CLASSES, seed=0)
+    classes = None if name in MODELS else _CLASSES  # our own know how many they have
+    module = build_model(name, input_shape=input_shape, num_classes=classes, seed=0)
     shape = input_shape or input_shape_of(module)
     if shape is None:
         raise InputError(f"{name} does not say which images it takes.", hint="Give --input-shape 3x224x224.")

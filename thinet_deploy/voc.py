@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .artifact import hash_json
 from .data import CutTargets, Dataset, read_files
-from .errors import DataError
+from .errors import DataError, first_line
 from .image_files import IMAGE_SUFFIXES, digest_of, size_of
 from .interfaces import Progress, silent
 from .preprocess import Preprocess
@@ -108,7 +108,7 @@ def _split(root: Path, task: str, *names: str) -> Split:
     if listed is None:
         wanted = " or ".join(f"{name}.txt" for name in names)
         raise DataError(f"{folder} has no {wanted}.", hint="It lists the IDs of the images, one a line.")
-    lines = listed.read_text(encoding="utf-8").splitlines()
+    lines = _lines(listed)
     ids = tuple(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
     if not ids:
         raise DataError(f"{listed} is empty.", hint="It lists the IDs of the images, one a line.")
@@ -120,6 +120,13 @@ def _split(root: Path, task: str, *names: str) -> Split:
             hint=f"Add it, or take {missing[0].stem} out of {listed.name}.",
         )
     return Split(listed, ids, tuple(_image(root, each, listed) for each in ids), known)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {first_line(error)}.", hint="Save it as UTF-8.") from error
 
 
 def _image(root: Path, name: str, listed: Path) -> Path:
@@ -138,7 +145,7 @@ def _given_classes(root: Path) -> tuple[str, ...]:
     path = root / "classes.txt"
     if not path.is_file():
         return ()
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(line.strip() for line in _lines(path) if line.strip())
     if len(set(names)) < len(names) or len(names) < 2 or names[0] != BACKGROUND:
         raise DataError(
             f"{path} has to name {BACKGROUND} and then each class once, but has {', '.join(names[:4]) or 'nothing'}.",

@@ -30,12 +30,14 @@ class Annotation:
         names: class of each.
         boxes: left, top, right, bottom in pixels of the image file, shape (m, 4).
         difficult: whether each need not be found, shape (m,).
+        size: width and height of the image it was made for; zeros where it does not say.
     """
 
     path: Path
     names: tuple[str, ...]
     boxes: NDArray[np.float64]
     difficult: NDArray[np.bool_]
+    size: tuple[int, int]
 
 
 def read_annotation(path: Path) -> Annotation:
@@ -54,7 +56,16 @@ def read_annotation(path: Path) -> Annotation:
         raise DataError(f"{path}: object {names.index('') + 1} has no name.", hint=_EXPECTED)
     boxes = [_box(path, number, each) for number, each in enumerate(objects, 1)]
     difficult = [(each.findtext("difficult") or "0").strip() == "1" for each in objects]
-    return Annotation(path, names, np.array(boxes, np.float64).reshape(-1, 4), np.array(difficult, np.bool_))
+    sides = np.array(boxes, np.float64).reshape(-1, 4)
+    return Annotation(path, names, sides, np.array(difficult, np.bool_), _size(path, root))
+
+
+def _size(path: Path, root: ET.Element) -> tuple[int, int]:
+    width, height = (root.findtext(f"size/{side}") or "0" for side in ("width", "height"))
+    try:
+        return int(float(width)), int(float(height))
+    except ValueError:
+        raise DataError(f"{path}: its size is {width} x {height}.", hint=_EXPECTED) from None
 
 
 def _box(path: Path, number: int, found: ET.Element) -> tuple[float, float, float, float]:
@@ -86,8 +97,14 @@ def place_boxes(
         preprocess: how the image comes onto the canvas.
 
     Raises:
-        DataError: a box lies outside of the image.
+        DataError: a box lies outside of the image, or all were drawn on an image of another size.
     """
+    if all(annotation.size) and annotation.size != size:
+        width, height = annotation.size
+        raise DataError(
+            f"{annotation.path} is of an image of {width}x{height} pixels, but the file has {size[0]}x{size[1]}.",
+            hint="Annotate it again, or give the image it was made for (not one that was resized or turned).",
+        )
     sides = np.clip(annotation.boxes, 0, [*size, *size])
     if (outside := (sides[:, 2:] <= sides[:, :2]).any(1)).any():
         number = int(outside.argmax())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..errors import DataError, ModelError
@@ -44,7 +45,11 @@ def task_of(model: nn.Module, name: str, found: Sequence[str], root: Path) -> Ta
 
 
 def _default_boxes(model: nn.Module, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    given = np.asarray(getattr(model, "default_boxes", ()), np.float32)
+    found = getattr(model, "default_boxes", ())
+    try:
+        given = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found, np.float32)
+    except (TypeError, ValueError):
+        given = np.empty(0, np.float32)
     if given.ndim != 2 or given.shape[1] != 4 or not (given[:, 2:] > 0).all():
         raise ModelError(
             f"{name} has no default boxes that its outputs are relative to: an attribute default_boxes of shape (k, 4) "

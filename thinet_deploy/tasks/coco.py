@@ -17,6 +17,9 @@ from ..detections import Found
 from ..errors import MissingError
 
 _EVERY_SIZE = (0.0, 1e10)
+# An area out of range: such an object counts neither way, and is overlapped like any other. pycocotools' crowds would
+# take in whatever lies inside them.
+_IGNORED = 2 * _EVERY_SIZE[1]
 _MOST = 100  # of the surest objects of an image and class, as COCO has it
 
 
@@ -36,7 +39,9 @@ def average_precisions(
         each group, shape (groups, 2).
     """
     known = [
-        _entry(number, row[1:5], int(row[0]), iscrowd=int(row[5])) for number, rows in enumerate(there) for row in rows
+        _entry(number, row[1:5], int(row[0]), iscrowd=0, **({"area": _IGNORED} if row[5] else {}))
+        for number, rows in enumerate(there)
+        for row in rows
     ]
     seen = [
         _entry(number, box, int(label), score=float(score), iscrowd=0)

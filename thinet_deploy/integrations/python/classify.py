@@ -47,7 +47,7 @@ class Classifier:
                 path = str(self.bundle / entry["path"])
                 try:
                     return engines.open_engine(entry["runtime"], path, threads, entry["precision"])
-                except errors.MissingRuntimeError as error:
+                except errors.RunnerError as error:
                     reasons.append(str(error))
         raise SystemExit(" ".join(["No engine of this bundle can run here.", *reasons]))
 
@@ -124,9 +124,14 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print(__doc__, file=sys.stderr)
         return 2
-    with Image.open(arguments[0]) as image:
-        for label, share in Classifier(str(bundle)).classify(image)[:3]:
-            print(f"{100 * share:6.2f} %  {label}")
+    classifier = Classifier(str(bundle))
+    try:
+        with Image.open(arguments[0]) as image:
+            found = classifier.classify(image)[:3]
+    except OSError as error:
+        raise SystemExit(f"{arguments[0]} cannot be read as an image: {error}") from error
+    for label, share in found:
+        print(f"{100 * share:6.2f} %  {label}")
     return 0
 
 

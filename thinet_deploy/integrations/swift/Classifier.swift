@@ -1,7 +1,7 @@
 // A network of this bundle in an app for iOS or macOS, by Core ML.
 //
 // Add Classifier.swift and Preprocess.swift to the app (Check.swift to its tests), and the bundle's folder as a folder
-// reference. The .mlpackage is compiled on the device, at the first start of the app.
+// reference. The .mlpackage is compiled on the device, each time that a Classifier is made.
 //
 //     let classifier = try Classifier(bundle: Bundle.main.url(forResource: "bundle", withExtension: nil)!)
 //     print(try classifier.classify(image).first!)
@@ -25,7 +25,9 @@ public final class Classifier {
         let package = bundle.appendingPathComponent(try properties.text(name))
         let configuration = MLModelConfiguration()
         configuration.computeUnits = units
-        model = try MLModel(contentsOf: try MLModel.compileModel(at: package), configuration: configuration)
+        let compiled = try MLModel.compileModel(at: package)
+        defer { try? FileManager.default.removeItem(at: compiled) }
+        model = try MLModel(contentsOf: compiled, configuration: configuration)
     }
 
     /// The classes of an image with their probabilities, the likeliest first.
