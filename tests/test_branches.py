@@ -15,7 +15,7 @@ from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
 from thinet_deploy.counting import count
 from thinet_deploy.data import UNLABELLED, ImageSet
-from thinet_deploy.errors import ModelError
+from thinet_deploy.errors import InputError, ModelError
 from thinet_deploy.export import OUTPUT, export_onnx, run_onnx
 from thinet_deploy.models.resnet_cifar import resnet_cifar
 from thinet_deploy.models.vanished import Constant
@@ -34,6 +34,7 @@ from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply, load_thin
 from thinet_deploy.pruning.trace import named_tensors
 
+MakeOptions = Callable[..., Options]
 SHAPE = (3, 8, 8)
 INPUTS = (torch.zeros(2, *SHAPE),)
 
@@ -105,6 +106,31 @@ def test_branches_are_found_with_all_that_belongs_to_them(graph: ChannelGraph) -
         "narrow": ("nn", ("wide", "deep", "gate.down", "gate.up"), ("gate.down", "wide")),
         "e": ("", ("d",), ("d",)),
     }, "nothing can be added to a constant in place, so g stays"
+
+
+class Two(nn.Module):
+    """Two branches of one addition, and no shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x))) + self.d(torch.relu(self.c(x)))  # type: ignore[no-any-return]
+
+
+def test_of_two_branches_that_are_added_one_can_vanish() -> None:
+    """Without both there would be no map left, nor the number of images."""
+    net = Two().eval()
+    graph = channel_graph(net, INPUTS)
+    assert [branch.end for branch in graph.branches] == ["b"]
+    assert prove(net, graph, plan_of(net, graph, "b"), (torch.randn(3, *SHAPE),), seed=0).passed
+
+
+def test_without_the_elimination_no_branch_can_vanish(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    for given in ({"recipe": "iccv2017"}, {"recipe": "best", "method": "elimination,thinet"}):
+        with pytest.raises(InputError, match="--drop-branches asks the error curves"):
+            pipeline.prune(tiny_options(tmp_path / "run", drop_branches=True, **given))
 
 
 @pytest.mark.parametrize("ends", [("c",), ("narrow",), ("e",), ("c", "narrow", "e")])
@@ -231,7 +257,7 @@ def test_every_block_of_a_resnet_can_vanish(depth: int) -> None:
     assert all(branch.end.endswith("conv2") and len(branch.groups) == 1 for branch in found)
 
 
-def test_the_whole_way(tiny: Path, tiny_options: Callable[..., Options], tmp_path: Path) -> None:
+def test_the_whole_way(tiny: Path, tiny_options: MakeOptions, tmp_path: Path) -> None:
     """Pruned, trained, exported, verified, continued."""
     how = {"model": f"{tiny / 'net.py'}:residual", "macs": "12x", "drop_branches": True, "round_to": 1}
     options = tiny_options(tmp_path / "run", **how)

@@ -36,6 +36,22 @@ def ncnn(folder: Path, kinds: tuple[str, ...], param: str = PARAM) -> Path:
     return path
 
 
+PLAIN = """BatchNorm        bn     1 1 a0 a1 0=7
+PReLU            prelu  1 1 a1 a2 0=7
+GroupNorm        group  1 1 a2 a3 0=2 1=8 2=1e-5 3=1
+LayerNorm        layer  1 1 a3 a4 0=16 1=1e-5 2=1
+MemoryData       mean   0 1 a5 0=1 1=1 2=6
+"""
+
+
+def test_layers_whose_numbers_have_no_flag_are_walked_over(tmp_path: Path) -> None:
+    """Normalisations that no convolution takes up, and the constants that vanished branches leave."""
+    path = ncnn(tmp_path, ("fp16",) * 3, PARAM + PLAIN)
+    data = path.with_suffix(".bin")
+    data.write_bytes(data.read_bytes() + bytes(4 * (4 * 7 + 7 + 2 * 8 + 2 * 16 + 6)))
+    assert [each.kind for each in held("ncnn", path, ["a", "b", "c"])] == ["fp16"] * 3
+
+
 @pytest.mark.parametrize("kinds", [("fp32",) * 3, ("fp16",) * 3, ("fp16", "fp32", "int8")], ids="-".join)
 def test_the_flags_of_an_ncnn_file_are_read_layer_by_layer(kinds: tuple[str, ...], tmp_path: Path) -> None:
     found = held("ncnn", ncnn(tmp_path, kinds), ["a", "b", "c"])
@@ -51,8 +67,8 @@ def test_a_cut_or_a_strange_file_is_no_proof(tmp_path: Path) -> None:
     path.with_suffix(".bin").write_bytes(whole[:40])
     with pytest.raises(ThinetDeployError, match="cannot be read back"):
         held("ncnn", path, ["a", "b", "c"])
-    with pytest.raises(ThinetDeployError, match=r"Whether relu \(PReLU\) has weights in net\.param is not known"):
-        held("ncnn", ncnn(tmp_path, ("fp16",) * 3, PARAM.replace("ReLU ", "PReLU")), ["a", "b", "c"])
+    with pytest.raises(ThinetDeployError, match=r"Whether relu \(Novel\) has weights in net\.param is not known"):
+        held("ncnn", ncnn(tmp_path, ("fp16",) * 3, PARAM.replace("ReLU ", "Novel")), ["a", "b", "c"])
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,15 @@ def test_what_int8_leaves_out_is_named() -> None:
     assert quantisable(net) == []
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 4), (5,)])
+def test_a_stored_factor_that_is_no_matrix_stays_in_float32(shape: tuple[int, ...]) -> None:
+    nodes = [make_node("MatMul", ["x", "factor"], ["y"], name="product")]
+    shapes = {"x": ["n", 2, 3, 5], "y": ["n", 2, 3, 4] if len(shape) > 1 else ["n", 2, 3]}
+    net = small(nodes, {"factor": np.ones(shape, np.float32)}, shapes)
+    assert left_out(net) == {"product": "MatMul without INT8 here"}
+    assert quantisable(net) == []
+
+
 # ---------------------------------------------------------------------------------------------- half precision
 
 

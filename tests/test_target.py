@@ -123,6 +123,8 @@ def test_an_old_jetpack_lowers_the_opset() -> None:
 def test_an_unknown_stack_is_refused_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"jetpack-6\.2"):
         load_profile("jetson").on_stack("jetpack-6.3")
+    with pytest.raises(UnknownNameError):
+        load_profile("jetson@")
 
 
 def test_cpu_runs_here_with_openvino_first() -> None:

@@ -12,7 +12,7 @@ from .artifact import read_json, write_json
 from .errors import InputError
 from .options import Options
 from .plots import feasibility_plot
-from .prune_stage import calibration, graph_of, groups_of, wish_of
+from .prune_stage import branches_of, calibration, graph_of, groups_of, wish_of
 from .pruning.allocation import Costs, Curve, allocate, with_budget
 from .pruning.oneshot import Method, weigh
 from .pruning.sweep import FACTORS, point, sweep
@@ -69,12 +69,12 @@ def solved(tools: Tools, dense_folder: Path, curves_folder: Path, folder: Path) 
     wish = wish_of(tools, original, graph, groups)
     costs, stored = Costs(dict(named_tensors(original)), graph, groups), read_json(curves_folder / CURVES)
     curves = {name: Curve(np.array(each["widths"]), np.array(each["error"])) for name, each in stored["groups"].items()}
-    asked = None
+    asked, branches = None, branches_of(tools, graph, groups, wish)
     if asks(options):
-        widths = allocate(costs, groups, curves, with_budget(costs, groups, wish))
+        widths = allocate(costs, groups, curves, with_budget(costs, groups, wish), branches)
         asked = point(options.widths, costs, groups, curves, widths)
     # Each budget would get a grid of its own, as coarse as it allows: the sweep shows what a fine one gives.
-    points = sweep(costs, groups, curves, replace(wish, grid=1) if wish.soft else wish)
+    points = sweep(costs, groups, curves, replace(wish, grid=1) if wish.soft else wish, branches)
     # The narrowest widths are often so far off that the rest of a picture would be squashed.
     drawn = len(points) - (points[-1].fewer > FACTORS[-1] and len(points) > 3)
     feasibility_plot(folder / PLOT, points[:drawn], asked, job.model_name)

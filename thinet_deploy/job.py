@@ -104,6 +104,11 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
     _check_timed(options)
     options = _named_weights(_named_model(options), progress)
     _check_preset(options)
+    if options.drop_branches and (options.layerwise or set(options.methods) != {"elimination"}):
+        raise InputError(
+            "--drop-branches asks the error curves of the elimination which branches may go, and here there are none.",
+            hint="Leave out --recipe and --method, or --drop-branches.",
+        )
     if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
         raise InputError(
             f"--recipe {options.recipe} goes layer by layer, where there is neither --method elimination nor "

@@ -303,9 +303,9 @@ def load_profile(name_or_path: str) -> TargetProfile:
         UnknownNameError: no built-in target has that id or alias, or the target no such stack.
         TargetError: a file that cannot be read, is not TOML or does not hold; names file and field.
     """
-    name, _, stack = (name_or_path, "", "") if name_or_path.endswith(".toml") else name_or_path.partition("@")
+    name, at, stack = (name_or_path, "", "") if name_or_path.endswith(".toml") else name_or_path.partition("@")
     profile, _ = _load(_find(name, Path()), ())
-    return profile.on_stack(stack) if stack else profile
+    return profile.on_stack(stack) if at else profile
 
 
 def _builtin() -> dict[str, Traversable]:

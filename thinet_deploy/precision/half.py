@@ -42,7 +42,7 @@ PRONE = frozenset(
 )
 # Inputs that are float32 whatever the data is: Resize's regions and scales.
 _ALWAYS_SINGLE = {"Resize": (1, 2)}
-_BF16_OPSET = 22  # the first in which convolutions take it
+BF16_OPSET = 22  # the first in which convolutions take it
 
 
 def overflowing(model: ModelProto, values: Mapping[str, Values]) -> dict[str, str]:
@@ -82,9 +82,9 @@ def to_half(model: ModelProto, kind: Half, *, keep: Collection[str] = (), keep_i
         ModelError: the network has control flow.
         TargetError: the opset has no convolutions in that type.
     """
-    if kind == "bf16" and opset_of(model) < _BF16_OPSET:
+    if kind == "bf16" and opset_of(model) < BF16_OPSET:
         raise TargetError(
-            f"ONNX has convolutions in bf16 from opset {_BF16_OPSET} on, but this file has opset {opset_of(model)}.",
+            f"ONNX has convolutions in bf16 from opset {BF16_OPSET} on, but this file has opset {opset_of(model)}.",
             hint="Choose a target whose stack reads it, or --precision fp16.",
         )
     for node in model.graph.node:

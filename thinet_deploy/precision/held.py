@@ -11,8 +11,9 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ _NCNN_WEIGHTLESS = {
     *("Input", "Split", "ReLU", "Pooling", "BinaryOp", "Reshape", "Permute", "Concat", "ShuffleChannel", "Flatten"),
     *("Reduction", "Clip", "Crop", "Padding", "Sigmoid", "HardSwish", "HardSigmoid", "Softmax", "Slice", "Interp"),
     *("UnaryOp", "Dropout", "Noop", "ExpandDims", "Squeeze", "Swish", "TanH", "ELU", "GELU", "LRN", "PixelShuffle"),
+    *("Mish", "SELU", "CELU", "MatMul", "Tile", "Softplus"),
+}
+# Layers whose numbers stand in the .bin as float32, without a flag → how many.
+_NCNN_PLAIN: dict[str, Callable[[Mapping[str, str]], int]] = {
+    "BatchNorm": lambda values: 4 * int(values["0"]),
+    "PReLU": lambda values: int(values["0"]),
+    "GroupNorm": lambda values: 2 * int(values["1"]) * int(values.get("3", 1)),
+    "LayerNorm": lambda values: 2 * int(values["0"]) * int(values.get("2", 1)),
+    "InstanceNorm": lambda values: 2 * int(values["0"]) * int(values.get("2", 1)),
+    "MemoryData": lambda values: prod(int(values[key]) for key in ("0", "1", "11", "2") if int(values.get(key, 0))),
 }
 
 
@@ -76,6 +87,9 @@ def _ncnn(path: Path) -> Iterator[str]:
     for line in path.read_text(encoding="utf-8").splitlines()[2:]:
         op, name, inputs, outputs, *rest = line.split()
         values = dict(each.split("=", 1) for each in rest[int(inputs) + int(outputs) :])
+        if op in _NCNN_PLAIN:
+            at += 4 * _NCNN_PLAIN[op](values)
+            continue
         if op not in _NCNN_LAYERS:
             if op in _NCNN_WEIGHTLESS:
                 continue

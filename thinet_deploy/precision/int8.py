@@ -26,13 +26,14 @@ QUANTISED = ("Conv", "Gemm", "MatMul", "Add")
 
 def quantisable(model: ModelProto) -> list[str]:
     """Names of the nodes that INT8 takes, in the network's order: all of `QUANTISED` that work on activations."""
-    stored = {each.name for each in model.graph.initializer}
+    ranks = {each.name: len(each.dims) for each in model.graph.initializer}
     made = {name for node in model.graph.node for name in node.output} | {each.name for each in model.graph.input}
 
     def fits(node: NodeProto) -> bool:
         if node.op_type == "Add":
             return all(name in made for name in node.input)
-        return node.input[0] in made and node.input[1] in stored  # runtimes fuse attention's products, in fp32
+        rank = ranks.get(node.input[1], 0)  # 0: runtimes fuse attention's products, in fp32
+        return node.input[0] in made and (rank == 2 or (node.op_type == "Conv" and rank > 2))
 
     return [node.name for node in model.graph.node if node.op_type in QUANTISED and fits(node)]
 

@@ -11,6 +11,7 @@ from ..errors import MissingError, TargetError
 from ..interfaces import Precision
 from ..registry import CONVERTERS, converter, host_runtimes, runs_here
 from ..target import TargetProfile
+from .half import BF16_OPSET
 from .weights import S8S8, U8S7, U8S8, Layout
 
 # What these compute in on the CPU here, so that an engine can be checked; all others, in what their converters can be
@@ -61,7 +62,12 @@ def plan_precision(target: TargetProfile, asked: Precision | None, cpu_flags: Co
     if runs_here(target):
         plan = _here(target, asked or "fp32", runtimes, cpu_flags)
     elif target.builds_on_device:
-        short: tuple[Precision, ...] = ("fp16", "bf16", "int8")
+        if asked == "bf16" and target.opset < BF16_OPSET:
+            raise TargetError(
+                f"ONNX files in bf16 take opset {BF16_OPSET}, and those for {target.id} have {target.opset}.",
+                hint="Use --precision fp16.",
+            )
+        short: tuple[Precision, ...] = ("fp16", "bf16", "int8") if target.opset >= BF16_OPSET else ("fp16", "int8")
         usual = short if "tensorrt" in target.runtimes else ()
         wanted = (asked,) if asked else tuple(each for each in usual if each in target.precisions.supported)
         plan = PrecisionPlan("fp32", runtimes, tuple(each for each in wanted if each != "fp32"), _layout(target, ()))

@@ -94,8 +94,9 @@ def _enough(model: ModelProto, batches: Batches) -> list[Floats]:
     largest = 4 * max(prod(shape) for shape in shapes(model).values())
     most, taken = max(_FEWEST_IMAGES, _BETWEEN // (_TENSORS * largest)), list[Floats]()
     for batch in batches():
-        if sum(map(len, taken)) < most:
-            taken.append(batch)
+        taken.append(batch)
+        if sum(map(len, taken)) >= most:
+            break
     return taken
 
 

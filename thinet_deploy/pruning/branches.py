@@ -30,8 +30,11 @@ def branches(model: nn.Module, trace: Trace, groups: Sequence[ChannelGroup]) -> 
         trace: of it.
         groups: its channel groups.
     """
-    ends = (reader for reader in readers(trace) if _ends_a_branch(trace, reader))
-    return tuple(branch for end in ends if (branch := _branch(model, trace, groups, end)))
+    found: dict[int, Branch] = {}  # one at each addition: two constants have no map to be spread over
+    for end in readers(trace):
+        if _ends_a_branch(trace, end) and (branch := _branch(model, trace, groups, end)):
+            found.setdefault(end.uses[0].ends, branch)
+    return tuple(found.values())
 
 
 def _ends_a_branch(trace: Trace, reader: Reader) -> bool:

@@ -164,7 +164,7 @@ def unreachable(least: Cost, whole: Cost) -> GateError:
         f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.1f} M multiply-accumulates "
         f"({whole.macs / least.macs:.2f}x fewer) and {least.size / 2**20:.2f} MB are left.",
         hint="Ask for less (`thinet-deploy prune --feasibility` shows what can be had), lower --round-to, prune the "
-        "shortcuts too (--prune-shortcuts), or ignore fewer layers.",
+        "shortcuts too (--prune-shortcuts), let branches vanish (--drop-branches), or ignore fewer layers.",
     )
 
 

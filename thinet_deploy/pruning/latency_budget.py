@@ -184,6 +184,7 @@ def _out_of_reach(goal: Goal, best: Trial, least: Trial) -> GateError:
     return GateError(
         f"The budget of {goal} cannot be reached: the fastest network that could be had takes {found.ms:.4g} ms, "
         f"{found.speedup:.3g}x faster than the original with {found.original_ms:.4g} ms.",
-        hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), or ignore fewer layers. "
+        hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), let branches vanish "
+        "(--drop-branches), or ignore fewer layers. "
         "`thinet-deploy staircase` shows what widths bring on this engine.",
     )

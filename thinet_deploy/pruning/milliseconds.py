@@ -120,7 +120,8 @@ class Milliseconds:
         return GateError(
             f"The budget cannot be reached: layers are predicted to take {left[0]:.3g} ms with the narrowest widths, "
             f"{whole[0] / left[0]:.2f}x less than now.",
-            hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), or ignore fewer layers.",
+            hint="Ask for less, lower --round-to, prune the shortcuts too (--prune-shortcuts), let branches vanish "
+            "(--drop-branches), or ignore fewer layers.",
         )
 
     def _column(self, widths: Widths) -> Times:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .allocation import Costs, Curve, Descent
 from .budget import Widths, Wish, uniform
-from .graph import ChannelGroup
+from .graph import Branch, ChannelGroup
 
 # Times fewer multiply-accumulates; as far as they can be reached.
 FACTORS = (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
@@ -40,11 +40,17 @@ def point(
     """What widths cost, and what they lose."""
     whole, _ = costs({group.name: len(group.channels) for group in groups})
     macs, size = costs(widths)
-    error = sum(float(each.error[each.widths.tolist().index(widths[name])]) for name, each in curves.items())
+    error = sum(each.at(widths[name]) for name, each in curves.items())
     return Point(budget, int(macs), whole / macs, int(size), error, widths)
 
 
-def sweep(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], wish: Wish) -> list[Point]:
+def sweep(
+    costs: Costs,
+    groups: Sequence[ChannelGroup],
+    curves: Mapping[str, Curve],
+    wish: Wish,
+    branches: Sequence[Branch] = (),
+) -> list[Point]:
     """The original, some budgets below it, and the least that can be reached; the most multiply-accumulates first.
 
     Args:
@@ -52,10 +58,12 @@ def sweep(costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Cur
         groups: to prune.
         curves: group's name → its curve, as shares of all of them (see `oneshot.weigh`).
         wish: the grid, and keep ratios of some layers; its budget is not looked at.
+        branches: that may vanish.
     """
     original = {group.name: len(group.channels) for group in groups}
-    whole, descent = costs(original)[0], Descent(costs, groups, curves, wish)
-    most, narrowest = costs(uniform(groups, 1.0, wish))[0], uniform(groups, 0.0, wish)
+    whole, descent = costs(original)[0], Descent(costs, groups, curves, wish, branches)
+    most = costs(uniform(groups, 1.0, wish))[0]
+    narrowest = {**uniform(groups, 0.0, wish), **{name: 0 for branch in branches for name in branch.groups}}
     found = {"original": original}
     for factor in FACTORS:
         if costs(narrowest)[0] < whole / factor <= most:
