@@ -25,7 +25,6 @@ arch = "aarch64"
 runtimes = ["ncnn"]
 precisions = { supported = ["fp32", "fp16"], recommended = "fp16" }
 build = { where = "host" }
-measure = { clock_policy = "as-found" }
 sources = [{ facts = ["runtimes", "precisions"], source = "tried", as_of = 2026-01-02, confidence = "check" }]
 """
 

@@ -118,13 +118,6 @@ class Build(_Table):
     ram_guard_mb: Annotated[int, Field(gt=0)] | None = None
 
 
-class Measure(_Table):
-    """How clocks are held while timing, and where power is read (absent: it cannot be)."""
-
-    clock_policy: Literal["jetson_clocks", "nvml-lock", "performance-governor", "as-found"]
-    power_source: Literal["ina3221", "nvml", "rapl"] | None = None
-
-
 class Probe(_Table):
     """A file to read or a command to run, whose text `pattern` (a regular expression) must match somewhere."""
 
@@ -158,7 +151,7 @@ class Source(_Table):
 
 
 class TargetProfile(_Table):
-    """One target: its facts, their sources, and our policy for building and measuring on it.
+    """One target: its facts, their sources, and our policy for building for it.
 
     Attributes:
         id: the name given to --target; `aliases` work as well.
@@ -187,7 +180,6 @@ class TargetProfile(_Table):
     precisions: Precisions
     channel_grid: Annotated[int, Field(ge=1)] = 1
     build: Build
-    measure: Measure
     connect: Literal["ssh", "adb", "local"] | None = None
     detect: tuple[Probe, ...] = ()
     sources: tuple[Source, ...]
