@@ -7,8 +7,7 @@ which share of the multiply-accumulates saved arrives as time, and the predicted
 noise, on which times do not depend.
 
 Rows are kept as they come, with all samples; what is there is not measured again. Layer times stay in the user's cache
-and error curves in the results, so that only the first case of a network and engine times layers. No case of full size
-has been run so far.
+and error curves in the results, so that only the first case of a network and engine times layers.
 """
 
 from __future__ import annotations
