@@ -14,12 +14,11 @@ from app_builds import SOURCES, build, preprocessor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_onnx import scored_onnx
+from tiny_onnx import scored_spec
 
 from thinet_deploy import apps, bundle
 from thinet_deploy.apps import App, Ends
-from thinet_deploy.bundle import BundleSpec, EngineFile, TypedFile, verify_bundle
-from thinet_deploy.interfaces import TensorSpec
+from thinet_deploy.bundle import BundleSpec, TypedFile, verify_bundle
 from thinet_deploy.preprocess import Preprocess
 
 HOW = Preprocess(resize=14, crop=(12, 12), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -106,28 +105,9 @@ def test_photos_and_very_long_images_too(in_cpp: Callable[..., np.ndarray], size
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> BundleSpec:
     """A tiny network with engines of OpenVINO and ONNX Runtime."""
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from onnx.reference import ReferenceEvaluator
-
-    folder = tmp_path_factory.mktemp("engines")
-    source = scored_onnx(folder / "tiny.onnx")
-    openvino.save_model(openvino.convert_model(source), folder / "tiny.xml", compress_to_fp16=False)
-    x = np.random.default_rng(1).standard_normal((3, 3, 12, 12)).astype("float32")
     picture = np.random.default_rng(2).integers(0, 256, (25, 17, 3)).astype(np.uint8)
-    return BundleSpec(
-        model="tiny",
-        target="cpu",
-        onnx=source,
-        engines=(
-            EngineFile("openvino", folder / "tiny.xml", "fp32", 1e-4),
-            EngineFile("onnxruntime", source, "fp32", 1e-4),
-        ),
-        inputs=(TensorSpec("x", ("batch", 3, 12, 12), "float32"),),
-        outputs=(TensorSpec("y", ("batch", 5), "float32"),),
-        golden_inputs={"x": x},
-        golden_outputs={"y": np.asarray(next(iter(ReferenceEvaluator(str(source)).run(None, {"x": x}))))},
-        tolerance=1e-4,
+    return replace(
+        scored_spec(tmp_path_factory.mktemp("engines"), 3),
         labels=tuple(f"class {number}" for number in range(5)),
         app=App(HOW, picture, ("openvino", "onnxruntime"), "linux"),
     )

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_onnx import scored_onnx
+from tiny_onnx import scored_spec
 
 from thinet_deploy import bundle, runner, runner_text, self_test
 from thinet_deploy.artifact import sha256_of
 from thinet_deploy.bundle import BundleSpec, EngineFile
 from thinet_deploy.engine import RunnerError
 from thinet_deploy.errors import BundleError, OutputError
-from thinet_deploy.interfaces import TensorSpec
 
 FORBIDDEN = ("torch", "onnx", "pydantic", "thinet_deploy")
 
@@ -28,27 +28,8 @@ FORBIDDEN = ("torch", "onnx", "pydantic", "thinet_deploy")
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> BundleSpec:
     """A tiny network with an engine for each of both runtimes."""
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from onnx.reference import ReferenceEvaluator
-
-    folder = tmp_path_factory.mktemp("engines")
-    source = scored_onnx(folder / "tiny.onnx")
-    openvino.save_model(openvino.convert_model(source), folder / "tiny.xml", compress_to_fp16=False)
-    x = np.random.default_rng(1).standard_normal((2, 3, 12, 12)).astype("float32")
-    return BundleSpec(
-        model="tiny",
-        target="cpu",
-        onnx=source,
-        engines=(
-            EngineFile("openvino", folder / "tiny.xml", "fp32", 1e-4),
-            EngineFile("onnxruntime", source, "fp32", 1e-4),
-        ),
-        inputs=(TensorSpec("x", ("batch", 3, 12, 12), "float32"),),
-        outputs=(TensorSpec("y", ("batch", 5), "float32"),),
-        golden_inputs={"x": x},
-        golden_outputs={"y": np.asarray(next(iter(ReferenceEvaluator(str(source)).run(None, {"x": x}))))},
-        tolerance=1e-4,
+    return replace(
+        scored_spec(tmp_path_factory.mktemp("engines"), 2),
         labels=("cat", "big\ndog"),
         preprocess={"mean": [0.5, 0.5, 0.5]},
         notes=("build the TensorRT engine on the device",),

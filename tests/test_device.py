@@ -9,17 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ssh_server import Server, serving
-from tiny_onnx import scored_onnx
+from tiny_onnx import scored_spec
 
 from thinet_deploy import bundle, device_site, device_stage
 from thinet_deploy.artifact import hash_json, read_json, sha256_of, write_json
-from thinet_deploy.bundle import BundleSpec, EngineFile, TypedFile
+from thinet_deploy.bundle import BundleSpec, TypedFile
 from thinet_deploy.devices import find_device
 from thinet_deploy.errors import (
     BundleError,
@@ -29,7 +30,7 @@ from thinet_deploy.errors import (
     MissingError,
     ThinetDeployError,
 )
-from thinet_deploy.interfaces import TensorSpec, silent
+from thinet_deploy.interfaces import silent
 from thinet_deploy.shared_run import SharedRun
 from thinet_deploy.ssh import Ssh
 from thinet_deploy.store import Stage
@@ -75,29 +76,8 @@ def _on_path(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> BundleSpec:
     """A tiny network with an engine for each of both runtimes, and an ONNX file that the device is to build from."""
-    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    folder = tmp_path_factory.mktemp("engines")
-    source = scored_onnx(folder / "tiny.onnx")
-    openvino.save_model(openvino.convert_model(source), folder / "tiny.xml", compress_to_fp16=False)
-    x = np.random.default_rng(1).standard_normal((2, 3, 12, 12)).astype("float32")
-    y = reference.ReferenceEvaluator(str(source)).run(None, {"x": x})
-    return BundleSpec(
-        model="tiny",
-        target="cpu",
-        onnx=source,
-        engines=(
-            EngineFile("openvino", folder / "tiny.xml", "fp32", 1e-4),
-            EngineFile("onnxruntime", source, "fp32", 1e-4),
-        ),
-        inputs=(TensorSpec("x", ("batch", 3, 12, 12), "float32"),),
-        outputs=(TensorSpec("y", ("batch", 5), "float32"),),
-        golden_inputs={"x": x},
-        golden_outputs={"y": np.asarray(next(iter(y)))},
-        tolerance=1e-4,
-        typed=(TypedFile(source, "fp16", "", 1e-2),),
-    )
+    found = scored_spec(tmp_path_factory.mktemp("engines"), 2)
+    return replace(found, typed=(TypedFile(found.onnx, "fp16", "", 1e-2),))
 
 
 Make = Callable[..., Stage]

@@ -18,6 +18,7 @@ from voc_shapes import NETWORKS
 
 from thinet_deploy import detections
 from thinet_deploy.detections import Found
+from thinet_deploy.distillation import Mix
 from thinet_deploy.export import export_onnx, export_program
 from thinet_deploy.interfaces import INPUT, Conversion
 from thinet_deploy.intervals import accuracy_interval
@@ -152,7 +153,7 @@ def test_pixels_that_do_not_count_cost_nothing() -> None:
     assert losses[1] == 0
     expected = nn.functional.cross_entropy(outputs[:1, :, 1:], known[:1, 1:])
     assert float(losses[0]) == pytest.approx(float(expected))
-    alone = task.losses((outputs,), known, (outputs,), share=1)
+    alone = task.losses((outputs,), known, (outputs,), Mix(1))
     assert alone.abs().max() < 1e-6, "a teacher who knows no more"
 
 

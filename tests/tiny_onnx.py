@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from thinet_deploy.bundle import BundleSpec, EngineFile
+from thinet_deploy.interfaces import TensorSpec
+
 
 def pooled_onnx(path: Path, width: int = 8) -> Path:
     """One convolution of `width` filters and a global pool."""
@@ -30,3 +33,27 @@ def scored_onnx(path: Path) -> Path:
     graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
     return path
+
+
+def scored_spec(folder: Path, images: int) -> BundleSpec:
+    """A bundle of the network of `scored_onnx`, with an engine of OpenVINO and one of ONNX Runtime."""
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    source = scored_onnx(folder / "tiny.onnx")
+    openvino.save_model(openvino.convert_model(source), folder / "tiny.xml", compress_to_fp16=False)
+    x = np.random.default_rng(1).standard_normal((images, 3, 12, 12)).astype("float32")
+    return BundleSpec(
+        model="tiny",
+        target="cpu",
+        onnx=source,
+        engines=(
+            EngineFile("openvino", folder / "tiny.xml", "fp32", 1e-4),
+            EngineFile("onnxruntime", source, "fp32", 1e-4),
+        ),
+        inputs=(TensorSpec("x", ("batch", 3, 12, 12), "float32"),),
+        outputs=(TensorSpec("y", ("batch", 5), "float32"),),
+        golden_inputs={"x": x},
+        golden_outputs={"y": np.asarray(next(iter(reference.ReferenceEvaluator(str(source)).run(None, {"x": x}))))},
+        tolerance=1e-4,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,14 +12,26 @@ from torch import nn
 from torch.nn import functional as F
 
 
+@dataclass(frozen=True)
+class Mix:
+    """What counts how much in a loss.
+
+    Attributes:
+        share: the teacher's part where there is a label too, from 0 to 1.
+        temperature: by which both sides' class scores are divided for the teacher's part.
+        smoothing: share of each label that is spread evenly over all classes.
+    """
+
+    share: float = 0.9
+    temperature: float = 4.0
+    smoothing: float = 0.0
+
+
+USUAL = Mix()
+
+
 def losses(
-    outputs_nk: torch.Tensor,
-    labels_n: torch.Tensor,
-    taught_nk: torch.Tensor | None = None,
-    *,
-    share: float = 0.9,
-    temperature: float = 4.0,
-    smoothing: float = 0.0,
+    outputs_nk: torch.Tensor, labels_n: torch.Tensor, taught_nk: torch.Tensor | None = None, mix: Mix = USUAL
 ) -> torch.Tensor:
     """Loss of each image, shape (n,): cross-entropy with its label, mixed with the divergence from the teacher.
 
@@ -30,16 +43,14 @@ def losses(
         outputs_nk: the network's outputs before softmax.
         labels_n: class indices; -1 for an image without a label, whose loss is the teacher's alone.
         taught_nk: the teacher's outputs; None without one.
-        share: the teacher's part of the loss of an image with a label, from 0 to 1.
-        temperature: by which both sides' outputs are divided.
-        smoothing: share of each label that is spread evenly over all classes.
+        mix: of labels and teacher.
     """
-    hard_n = F.cross_entropy(outputs_nk, labels_n, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+    hard_n = F.cross_entropy(outputs_nk, labels_n, ignore_index=-1, reduction="none", label_smoothing=mix.smoothing)
     if taught_nk is None:
         return hard_n
-    softened_nk, target_nk = (F.log_softmax(part / temperature, 1) for part in (outputs_nk, taught_nk))
-    soft_n = temperature**2 * F.kl_div(softened_nk, target_nk, reduction="none", log_target=True).sum(1)
-    share_n = torch.where(labels_n < 0, 1.0, share)
+    softened_nk, target_nk = (F.log_softmax(part / mix.temperature, 1) for part in (outputs_nk, taught_nk))
+    soft_n = mix.temperature**2 * F.kl_div(softened_nk, target_nk, reduction="none", log_target=True).sum(1)
+    share_n = torch.where(labels_n < 0, 1.0, mix.share)
     return share_n * soft_n + (1 - share_n) * hard_n
 
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from .data import ImageSet
-from .distillation import Inside
+from .distillation import Inside, Mix
 from .errors import InputError, ThinetDeployError, UnknownNameError
 from .interfaces import Progress, silent
 from .parallel import Team, join
@@ -256,9 +256,7 @@ class _Training:
             tuple(each.float() for each in outputs),
             targets_n,
             taught and tuple(each.float() for each in taught),
-            share=recipe.distill,
-            temperature=recipe.temperature,
-            smoothing=recipe.label_smoothing,
+            Mix(recipe.distill, recipe.temperature, recipe.label_smoothing),
         )
         if (differences_n := self.inside.differences()) is not None:
             loss_n = loss_n + recipe.inside * differences_n

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..distillation import USUAL, Mix
 from ..interfaces import OUTPUTS
 from ..intervals import Interval
 
@@ -85,14 +86,7 @@ class Task(Protocol):
         """Output → its shape without the batch, for this number of classes and input height and width."""
 
     def losses(
-        self,
-        outputs: Outputs,
-        targets: torch.Tensor,
-        taught: Outputs | None = None,
-        *,
-        share: float = 0.9,
-        temperature: float = 4.0,
-        smoothing: float = 0.0,
+        self, outputs: Outputs, targets: torch.Tensor, taught: Outputs | None = None, mix: Mix = USUAL
     ) -> torch.Tensor:
         """Loss of each image, shape (n,).
 
@@ -100,9 +94,7 @@ class Task(Protocol):
             outputs: of the network.
             targets: what is known of the images.
             taught: the teacher's outputs; None without one.
-            share: the teacher's part of the loss, from 0 to 1.
-            temperature: by which class scores of both sides are divided for the teacher's part.
-            smoothing: share of each label that is spread evenly over all classes.
+            mix: of labels and teacher.
         """
 
     def meter(self) -> Meter:

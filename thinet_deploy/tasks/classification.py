@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..distillation import losses
+from ..distillation import USUAL, Mix, losses
 from ..interfaces import OUTPUT
 from ..intervals import Interval, accuracy_interval, difference_interval
 from .base import Accuracy, Arrays, Outputs, Targets
@@ -28,18 +28,11 @@ class Classification:
         return {OUTPUT: (classes,)}
 
     def losses(
-        self,
-        outputs: Outputs,
-        targets: torch.Tensor,
-        taught: Outputs | None = None,
-        *,
-        share: float = 0.9,
-        temperature: float = 4.0,
-        smoothing: float = 0.0,
+        self, outputs: Outputs, targets: torch.Tensor, taught: Outputs | None = None, mix: Mix = USUAL
     ) -> torch.Tensor:
         """Cross-entropy and the divergence from the teacher: see `distillation.losses`."""
         theirs = taught[0] if taught else None
-        return losses(outputs[0], targets, theirs, share=share, temperature=temperature, smoothing=smoothing)
+        return losses(outputs[0], targets, theirs, mix)
 
     def meter(self) -> Ranking:
         """Counts ranks."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from .. import detections
-from ..distillation import losses
+from ..distillation import USUAL, Mix, losses
 from ..interfaces import OUTPUTS
 from .base import Arrays, Outputs, Targets
 from .coco import average_precisions, check_installed
@@ -47,14 +47,7 @@ class Detection:
         return {logits: (classes, len(self.default_boxes)), boxes: (4, len(self.default_boxes))}
 
     def losses(
-        self,
-        outputs: Outputs,
-        targets: torch.Tensor,
-        taught: Outputs | None = None,
-        *,
-        share: float = 0.9,
-        temperature: float = 4.0,
-        smoothing: float = 0.0,
+        self, outputs: Outputs, targets: torch.Tensor, taught: Outputs | None = None, mix: Mix = USUAL
     ) -> torch.Tensor:
         """Multibox loss (the paper's section 2.2), with the teacher's classes and boxes where there is one.
 
@@ -67,14 +60,14 @@ class Detection:
         known_nk6 = targets.gather(1, object_nk.clamp_min(0)[..., None].expand(-1, -1, targets.shape[2]))
         label_nk = torch.where(positive_nk, known_nk6[..., CLASS], 0).long()
         theirs = taught[0] if taught else None
-        how = {"share": share, "temperature": temperature, "smoothing": smoothing}
-        class_nk = losses(logits_nck, label_nk, theirs, **how)
+        class_nk = losses(logits_nck, label_nk, theirs, mix)
         learnt_nk = positive_nk | _hardest(class_nk, positive_nk)
         # A default box without an object gets itself as its object, whose code is finite.
         corners_nk4 = known_nk6[..., BOX].where(positive_nk[..., None], _corners(default_k4))
         box_nk = F.smooth_l1_loss(boxes_n4k, encoded(corners_nk4, default_k4), reduction="none").sum(1)
         if taught:
-            box_nk = (1 - share) * box_nk + share * F.smooth_l1_loss(boxes_n4k, taught[1], reduction="none").sum(1)
+            aim_nk = F.smooth_l1_loss(boxes_n4k, taught[1], reduction="none").sum(1)
+            box_nk = (1 - mix.share) * box_nk + mix.share * aim_nk
         total_n = (class_nk * learnt_nk + box_nk * positive_nk).sum(1)
         return total_n / positive_nk.sum(1).clamp_min(1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..distillation import losses
+from ..distillation import USUAL, Mix, losses
 from ..errors import MissingError, first_line
 from ..interfaces import OUTPUT
 from .base import Arrays, Outputs, Targets
@@ -30,18 +30,11 @@ class Segmentation:
         return {OUTPUT: (classes, *image)}
 
     def losses(
-        self,
-        outputs: Outputs,
-        targets: torch.Tensor,
-        taught: Outputs | None = None,
-        *,
-        share: float = 0.9,
-        temperature: float = 4.0,
-        smoothing: float = 0.0,
+        self, outputs: Outputs, targets: torch.Tensor, taught: Outputs | None = None, mix: Mix = USUAL
     ) -> torch.Tensor:
         """Mean over the pixels that count; see `distillation.losses`."""
         theirs = taught[0] if taught else None
-        loss_nhw = losses(outputs[0], targets, theirs, share=share, temperature=temperature, smoothing=smoothing)
+        loss_nhw = losses(outputs[0], targets, theirs, mix)
         counts_nhw = targets != NOWHERE
         return (loss_nhw * counts_nhw).sum((1, 2)) / counts_nhw.sum((1, 2)).clamp_min(1)
 
