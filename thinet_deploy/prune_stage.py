@@ -261,41 +261,15 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     sample, held_out = calibration(tools)
     held_out = labelled_by(original, held_out)
     method = Method(options.selection, options.rebuilding)
-    done = prune_once(
-        original,
-        graph,
-        groups,
-        widths,
-        sample,
-        job.input_shape,
-        method,
-        tools.progress,
-    )
-    if not graph.leaves_filters(done.kept):
-        raise ModelError(
-            "With these widths a layer would lose all of its filters or inputs.",
-            hint="Ask for less, or keep more of the narrow layers: --keep-layer PATTERN=R.",
-        )
-    try:
-        plan = settled_plan(original, graph, done.kept, example_inputs(original, job.input_shape))
-    except RetraceError as error:
-        raise ModelError(
-            f"Without the filters chosen the network is another one: {error.what} "
-            f"({error.modules[0] or 'the network'} {error.line}).",
-            hint=f'Leave this part whole: --ignore "{error.modules[0] or "*"}*".',
-        ) from error
+    done = prune_once(original, graph, groups, widths, sample, job.input_shape, method, tools.progress)
+    plan = _plan_of(tools, original, graph, done)
     thin = apply(plan, done.model)
     ledger = [_entry(tools, "pruned", apply(plan, original))]
     if method.reconstruction != "none":
         ledger.append(_entry(tools, "reconstructed", thin))
     if any(isinstance(module, _BatchNorm) for module in thin.modules()):
-        with_norms = copy.deepcopy(thin)
-        reestimate_norms(with_norms, sample.images, seed=options.seed, stage="norms", progress=tools.progress)
-        # Chosen on images that took no part in the calibration, and are no test images.
-        better = evaluate(with_norms, held_out).main > evaluate(thin, held_out).main
-        verdict = "" if better else " (not kept: held-out images gain nothing)"
-        ledger.append(_entry(tools, f"BatchNorm statistics re-estimated{verdict}", with_norms))
-        thin = with_norms if better else thin
+        thin, entry = _with_norms(tools, thin, sample, held_out)
+        ledger.append(entry)
     layers = [_row(group, done) for group in groups if done.widths[group.name] < len(group.channels)]
     whole = _left_whole(graph, groups, done.widths, allocated=bool(done.curves))
     for group in _candidates(tools, graph):
@@ -304,6 +278,34 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
             whole.update(dict.fromkeys(group.producers, why))
     whole |= {each: why for of in found for name, why in of.unpaid.items() for each in graph.group(name).producers}
     return _Done(thin, plan, layers, ledger, 0, whole, told(found[0], job) if found else {})
+
+
+def _plan_of(tools: Tools, original: nn.Module, graph: ChannelGraph, done: Pruned) -> Plan:
+    """The plan of what stays; the user is told where the network without the rest would be another one."""
+    if not graph.leaves_filters(done.kept):
+        raise ModelError(
+            "With these widths a layer would lose all of its filters or inputs.",
+            hint="Ask for less, or keep more of the narrow layers: --keep-layer PATTERN=R.",
+        )
+    try:
+        return settled_plan(original, graph, done.kept, example_inputs(original, tools.job.input_shape))
+    except RetraceError as error:
+        raise ModelError(
+            f"Without the filters chosen the network is another one: {error.what} "
+            f"({error.modules[0] or 'the network'} {error.line}).",
+            hint=f'Leave this part whole: --ignore "{error.modules[0] or "*"}*".',
+        ) from error
+
+
+def _with_norms(tools: Tools, thin: nn.Module, sample: Sample, held_out: ImageSet) -> tuple[nn.Module, Entry]:
+    """The network with BatchNorm statistics of its own, if held-out images gain by that; what the test images say."""
+    again = copy.deepcopy(thin)
+    seed = tools.job.options.seed
+    reestimate_norms(again, sample.images, seed=seed, stage="norms", progress=tools.progress)
+    # Chosen on images that took no part in the calibration, and are no test images.
+    better = evaluate(again, held_out).main > evaluate(thin, held_out).main
+    verdict = "" if better else " (not kept: held-out images gain nothing)"
+    return again if better else thin, _entry(tools, f"BatchNorm statistics re-estimated{verdict}", again)
 
 
 def _entry(tools: Tools, step: str, model: nn.Module) -> Entry:
