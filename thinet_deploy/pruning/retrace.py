@@ -130,18 +130,20 @@ def _same_parts(graph: ChannelGraph, book: Check, pruned: Trace, after: dict[str
     ours, theirs = ([node for node in each.nodes if operation(node) in _TAKING] for each in (graph.trace, pruned))
     if not ours or [operation(node) for node in ours] != [operation(node) for node in theirs]:
         return  # the proof will tell
-    before, left = run(graph.trace, Check(graph.draft, {})), book.left()
+    before, left = run(graph.trace, Check(graph.draft, {})), {graph.draft.find(label) for label in book.left()}
     for one, other in zip(ours, theirs, strict=True):
-        if [part & left for part in _channels(before[one.name])] != _channels(after[other.name]):
+        parts = [part & left for part in _channels(graph.draft, before[one.name])]
+        if parts != _channels(graph.draft, after[other.name]):
             error = MismatchError(f"{place(other)} takes other channels than before")
             error.node = other  # type: ignore[attr-defined]
             raise error
 
 
-def _channels(labels: Labels) -> list[set[int]]:
+def _channels(draft: Draft, labels: Labels) -> list[set[int]]:
+    """Of each part, by their roots: which of the filters that are added up gives a sum its label is no matter."""
     parts = labels if isinstance(labels, list) else [labels]
     found = [set(lean(part).unique().tolist()) if part is not None else set() for part in parts]
-    return [{label for label in part if FIXED < label < PARAMETER} for part in found]
+    return [{draft.find(label) for label in part if FIXED < label < PARAMETER} for part in found]
 
 
 def _mismatch(model: nn.Module, error: MismatchError) -> RetraceError:
