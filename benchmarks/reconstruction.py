@@ -98,23 +98,30 @@ def show(rows: dict[str, Any]) -> None:
 def plot(rows: dict[str, Any], path: Path) -> None:
     """Accuracy against the share of FLOPs left, as in the papers' figure 3, without training."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(7, 5))
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for style, reconstruction in zip(("-", "--", ":"), ("full", "scale", "none"), strict=True):
-        axes.set_prop_cycle(None)
-        for selection in SELECTIONS:
-            names = [f"r={ratio}, {selection}, {reconstruction}" for ratio in sorted(RATIOS)]
-            if all(name in rows for name in names):
-                left = [100 * rows[name]["macs"] / rows["unpruned"]["macs"] for name in names]
-                top1 = [rows[name]["top1"]["value"] for name in names]
-                axes.plot(left, top1, style, marker="o", markersize=3, label=f"{selection}, {reconstruction}")
-    names = [f"r={ratio}, elimination, full, allocated" for ratio in sorted(RATIOS)]
-    left = [100 * rows[name]["macs"] / rows["unpruned"]["macs"] for name in names]
-    axes.plot(left, [rows[name]["top1"]["value"] for name in names], "k-", marker="s", label="elimination, allocated")
+    styles = {"full": "-", "scale": "--", "none": ":"}
+
+    def line(*how: str) -> tuple[list[float], list[float]]:
+        mine = [rows[", ".join((f"r={ratio}", *how))] for ratio in sorted(RATIOS)]
+        left = [100 * row["macs"] / rows["unpruned"]["macs"] for row in mine]
+        return left, [row["top1"]["value"] for row in mine]
+
+    for number, selection in enumerate(SELECTIONS):
+        for reconstruction, style in styles.items():
+            axes.plot(*line(selection, reconstruction), style, color=f"C{number}", marker="o", markersize=3)
+    axes.plot(*line("elimination", "full", "allocated"), "k-", marker="s")
     axes.axhline(rows["unpruned"]["top1"]["value"], color="0.6", linewidth=0.8)
-    axes.set(xlabel="FLOPs left (%)", ylabel="top-1 (%)", title="ResNet-20 on CIFAR-10 (JPEG), no training")
-    axes.legend(fontsize=6, ncols=2)
+    axes.set(xlabel="FLOPs left (%)", ylabel="top-1 (%)", title="ResNet-20 on CIFAR-10 (JPEG), without training")
+    names = {f"C{number}": selection for number, selection in enumerate(SELECTIONS)}
+    names["k"] = "elimination, full, widths allocated"
+    chosen = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
+    mended = [Line2D([], [], color="0.4", linestyle=style, label=name) for name, style in styles.items()]
+    first = axes.legend(handles=chosen, title="filters chosen by", fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.7))
+    axes.add_artist(first)
+    axes.legend(handles=mended, title="weights refitted", fontsize=8, loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
 
