@@ -119,8 +119,9 @@ def plot(rows: dict[str, Any], path: Path) -> None:
     names["k"] = "elimination, full, widths allocated"
     chosen = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
     mended = [Line2D([], [], color="0.4", linestyle=style, label=name) for name, style in styles.items()]
-    corner = {"loc": "upper left", "bbox_to_anchor": (0, 0.7)}
-    axes.add_artist(axes.legend(handles=chosen, title="filters chosen by", fontsize=8, **corner))
+    between = (0.0, 0.7)  # of the lines
+    by = axes.legend(handles=chosen, title="filters chosen by", fontsize=8, loc="upper left", bbox_to_anchor=between)
+    axes.add_artist(by)
     axes.legend(handles=mended, title="weights refitted", fontsize=8, loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
