@@ -14,7 +14,7 @@ import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from _judge import judged, percent
@@ -30,6 +30,9 @@ from thinet_deploy.data import Dataset
 from thinet_deploy.interfaces import Reconstruction, Selection
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method, Targets
+
+if TYPE_CHECKING:
+    from matplotlib.typing import LineStyleType
 
 RATIOS = (0.5, 0.3, 0.7)
 SELECTIONS: tuple[Selection, ...] = ("elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random")
@@ -102,7 +105,7 @@ def plot(rows: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    styles = {"full": "-", "scale": "--", "none": ":"}
+    styles: dict[Reconstruction, LineStyleType] = {"full": "-", "scale": "--", "none": ":"}
 
     def line(*how: str) -> tuple[list[float], list[float]]:
         mine = [rows[", ".join((f"r={ratio}", *how))] for ratio in sorted(RATIOS)]
@@ -115,9 +118,8 @@ def plot(rows: dict[str, Any], path: Path) -> None:
     axes.plot(*line("elimination", "full", "allocated"), "k-", marker="s")
     axes.axhline(rows["unpruned"]["top1"]["value"], color="0.6", linewidth=0.8)
     axes.set(xlabel="FLOPs left (%)", ylabel="top-1 (%)", title="ResNet-20 on CIFAR-10 (JPEG), without training")
-    names = {f"C{number}": selection for number, selection in enumerate(SELECTIONS)}
-    names["k"] = "elimination, full, widths allocated"
-    chosen = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
+    names = [*((f"C{number}", name) for number, name in enumerate(SELECTIONS)), ("k", "elimination, widths allocated")]
+    chosen = [Line2D([], [], color=colour, label=name) for colour, name in names]
     mended = [Line2D([], [], color="0.4", linestyle=style, label=name) for name, style in styles.items()]
     between = (0.0, 0.7)  # of the lines
     by = axes.legend(handles=chosen, title="filters chosen by", fontsize=8, loc="upper left", bbox_to_anchor=between)
