@@ -3,8 +3,9 @@
 On the trained ResNet-20 and on the CIFAR VGG with and without BatchNorm, 10,000 test images. A contender is a function
 (network, images, most multiply-accumulates) → thinner network; a new one is one more entry of `contenders`. All are
 counted by the same rule (thinet_deploy.counting), tested on the same images without any training, and once more after
-one epoch of the same fine-tuning (`_ours.tuned`: same images in the same order, same rate, the unpruned network as
-teacher), which the unpruned network gets too. Rows are kept as they come, so a run that was stopped goes on.
+one epoch of the same fine-tuning (`_ours.tuned`: same images in the same order, the unpruned network as teacher), which
+the unpruned network gets too. Where there are several `RATES` everybody gets an epoch at each, and the table shows the
+one that suited a contender best. Rows are kept as they come, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from _judge import judged, percent
-from _ours import TUNING, pruned, tuned
+from _ours import RATES, TUNING, pruned, tuned
 from _record import keep, kept
 from _torch_pruning import CRITERIA, Contender, fault, torch_pruning, with_convolutions
 from _trained import NETWORKS, cifar10, few, missing
@@ -65,8 +66,16 @@ def measure(contender: Contender, model: nn.Module, data: Dataset, macs: int, de
     row: dict[str, Any] = {"seconds": time.perf_counter() - start, **counted(thin, data)}
     row["widths"] = {name: each.out_channels for name, each in thin.named_modules() if isinstance(each, nn.Conv2d)}
     row["untuned"] = judged(thin, data, dense["untuned"])
-    row["tuned"] = judged(tuned(thin, data, model, EPOCHS), data, dense["tuned"])
+    row["tuned"] = {
+        rate: judged(tuned(copy.deepcopy(thin), data, model, EPOCHS, rate=float(rate)), data, other)
+        for rate, other in dense["tuned"].items()
+    }
     return row
+
+
+def best(row: dict[str, Any]) -> dict[str, Any]:
+    """After the epoch at the rate that suited it."""
+    return max(row["tuned"].values(), key=lambda each: float(each["top1"]["value"]))
 
 
 def counted(model: nn.Module, data: Dataset) -> dict[str, int]:
@@ -78,8 +87,8 @@ def counted(model: nn.Module, data: Dataset) -> dict[str, int]:
 def show(network: str, rows: dict[str, Any]) -> None:
     """A table, best first."""
     table = Table(network, "MMAC", "parameters", "top-1, untrained (95 %)", f"top-1, {EPOCHS} epoch (95 %)")
-    for name, row in sorted(rows.items(), key=lambda item: -item[1]["tuned"]["top1"]["value"]):
-        figures = (percent(row[state]) for state in ("untuned", "tuned"))
+    for name, row in sorted(rows.items(), key=lambda item: -best(item[1])["top1"]["value"]):
+        figures = (percent(row["untuned"]), percent(best(row)))
         table.add_row(name, f"{row['macs'] / 1e6:.2f}", f"{row['parameters']:,}", *figures)
     Console(width=140).print(table)
 
@@ -95,14 +104,17 @@ def run(network: str, data: Dataset, only: str, *, quick: bool) -> None:
         forms = {"padding": model, "1×1 convolutions": with_convolutions(model)}
         facts["fault_of_shortcuts"] = {form: fault(each) for form, each in forms.items()}
     if "unpruned" not in rows:
-        longer = tuned(copy.deepcopy(model), data, model, EPOCHS)
-        rows["unpruned"] = counted(model, data) | {"untuned": judged(model, data), "tuned": judged(longer, data)}
+        longer = {
+            f"{rate:g}": judged(tuned(copy.deepcopy(model), data, model, EPOCHS, rate=rate), data)
+            for rate in RATES[network]
+        }
+        rows["unpruned"] = counted(model, data) | {"untuned": judged(model, data), "tuned": longer}
     for title, contender in contenders(network).items():
         if title in rows or only not in title:
             continue
         rows[title] = measure(contender, model, data, facts["budget_macs"], rows["unpruned"])
         keep(name, {**facts, "rows": rows}, quick=quick)
-        print(f"{title}: {percent(rows[title]['untuned'])}, then {percent(rows[title]['tuned'])}", flush=True)
+        print(f"{title}: {percent(rows[title]['untuned'])}, then {percent(best(rows[title]))}", flush=True)
     show(network, rows)
 
 

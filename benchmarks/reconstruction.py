@@ -3,8 +3,8 @@
 On the trained ResNet-20 the first convolution of every block keeps r = 0.3, 0.5, 0.7 of its filters; then the
 elimination once more with widths allocated for the same multiply-accumulates, and at 2x fewer with several calibration
 samples. On the CIFAR VGG with and without BatchNorm all is done at 2x fewer multiply-accumulates. 2,000 calibration
-images. Telling rows are fine-tuned for an epoch (`_ours.tuned`), each with several seeds of the order and augmentation.
-Rows are kept as they come, so a run that was stopped goes on.
+images. Telling rows are fine-tuned for an epoch (`_ours.tuned`) at each of `RATES`, with several
+seeds of the order. Rows are kept as they come, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _judge import judged, percent
-from _ours import TUNING, pruned, tuned
+from _ours import RATES, TUNING, pruned, tuned
 from _record import RESULTS, keep, kept
 from _trained import NETWORKS, cifar10, few, missing
 from rich.console import Console
@@ -76,24 +76,27 @@ def _table(name: str, wish: Wish) -> Iterator[Case]:
             yield f"{name}, {selection}, {reconstruction}", wish, Method(selection, reconstruction), False, 0
 
 
-def measure(model: nn.Module, data: Dataset, case: Case, unpruned: dict[str, Any], *, telling: bool) -> dict[str, Any]:
-    """A row."""
+def measure(model: nn.Module, data: Dataset, case: Case, row: dict[str, Any], unpruned: dict[str, Any]) -> None:
+    """What a row lacks, added to it."""
     _, wish, method, allocated, seed = case
     start = time.perf_counter()
     thin = pruned(model, data, wish, method, allocated=allocated, seed=seed)
-    seconds = time.perf_counter() - start
-    counted = count(thin, data.preprocess.input_shape)
-    row = {"macs": counted.macs, "parameters": counted.parameters, "seconds": seconds, **judged(thin, data, unpruned)}
-    if telling:
-        row["tuned"] = [judged(tuned(copy.deepcopy(thin), data, model, 1, each), data) for each in SEEDS]
-    return row
+    if "macs" not in row:
+        row["seconds"], counted = time.perf_counter() - start, count(thin, data.preprocess.input_shape)
+        row |= {"macs": counted.macs, "parameters": counted.parameters, **judged(thin, data, unpruned)}
+    for rate, rows in row.get("tuned", {}).items():
+        for each in SEEDS[len(rows) :]:
+            rows.append(judged(tuned(copy.deepcopy(thin), data, model, 1, each, float(rate)), data))
 
 
 def show(rows: dict[str, Any]) -> None:
     """A table in the order of the measurement."""
-    table = Table("what", "MMAC", "top-1 (95 %)", "after an epoch, each seed", "s")
+    table = Table("what", "MMAC", "top-1 (95 %)", "after an epoch at a rate, each seed", "s")
     for name, row in rows.items():
-        after = ", ".join(f"{each['top1']['value']:.2f}" for each in row.get("tuned", ()))
+        after = "; ".join(
+            f"{rate}: " + ", ".join(f"{each['top1']['value']:.2f}" for each in seeds)
+            for rate, seeds in row.get("tuned", {}).items()
+        )
         table.add_row(name, f"{row['macs'] / 1e6:.2f}", percent(row), after, f"{row.get('seconds', 0):.0f}")
     Console(width=140).print(table)
 
@@ -136,13 +139,15 @@ def run(network: str, data: Dataset, *, quick: bool) -> None:
     if "unpruned" not in rows:
         rows["unpruned"] = {"macs": macs, **judged(model, data)}
     for case in list(cases(network, macs))[: 2 if quick else None]:
-        telling = case[0] in TELLING[network]
-        if case[0] in rows and (not telling or "tuned" in rows[case[0]]):
+        row = rows.setdefault(case[0], {})
+        if case[0] in TELLING[network] and not quick:
+            row["tuned"] = {f"{rate:g}": row.get("tuned", {}).get(f"{rate:g}", []) for rate in RATES[network]}
+        if "macs" in row and all(len(seeds) == len(SEEDS) for seeds in row.get("tuned", {}).values()):
             continue
-        rows[case[0]] = measure(model, data, case, rows["unpruned"], telling=telling and not quick)
+        measure(model, data, case, row, rows["unpruned"])
         facts = {"network": network, "calibration_images": 2000, "threads": torch.get_num_threads()}
         keep(name, {**facts, "tuning": repr(TUNING), "rows": rows}, quick=quick)
-        print(f"{case[0]}: {percent(rows[case[0]])}, {rows[case[0]]['macs'] / 1e6:.2f} M", flush=True)
+        print(f"{case[0]}: {percent(row)}, {row['macs'] / 1e6:.2f} M", flush=True)
     show(rows)
     if network == "resnet20" and not quick:
         plot(rows, RESULTS / f"{name}.svg")

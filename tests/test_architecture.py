@@ -50,6 +50,7 @@ LEVELS = {
         "gcos_stage",
         "transfer",
         "transfer_stage",
+        "trial",
         "precision_stage",
         "feasibility_stage",
         "latency_stage",

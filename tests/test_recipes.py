@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,6 @@ from thinet_deploy.job import load_job
 from thinet_deploy.options import make_options
 from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.pruning.surgery import load_thin
-from thinet_deploy.tasks.classification import Ranked
 
 MakeOptions = Callable[..., Any]
 
@@ -135,20 +133,6 @@ def test_several_methods_get_a_row_each_and_the_first_ships(tiny_options: MakeOp
     report = read_json(pipeline.prune(options) / "report.json")
     assert list(report["methods"]) == ["elimination", "random"]
     assert report["methods"]["elimination"]["accuracy"] == report["accuracy"]
-
-
-@pytest.mark.parametrize(("with_it", "teacher"), [(True, True), (False, False)])
-def test_the_original_teaches_unless_held_out_images_say_otherwise(
-    with_it: bool, teacher: bool, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`judge` is asked first of the network trained with the original as teacher, and of the one without."""
-    answers = iter([Ranked(np.full(100, 0 if right else 9)) for right in (with_it, not with_it)])
-    monkeypatch.setattr("thinet_deploy.stages.judge", lambda *_: next(answers))
-    done = pipeline.build(tiny_options(tmp_path / "run", finetune_epochs=5, controls="none", target="ios"))
-    assert read_json(done.run / "teacher" / "teacher.json")["teacher"] is teacher
-    steps = [entry.step for entry in done.table.ledger if entry.step.startswith("fine-tuned")]
-    assert all(("as teacher" in step) is teacher for step in steps)
-    assert steps
 
 
 def test_the_papers_train_an_epoch_per_layer_and_two_in_front_of_a_pool(

@@ -86,9 +86,9 @@ def test_the_ledger_says_where_each_was_measured(done: Build, there: Path) -> No
     assert any(network.endswith(", data") for network in networks)
     assert {f"Original, fine-tuned to {there.name}", "FT & prune", "Train from scratch"} < set(networks)
     steps = {(entry.network, entry.step) for entry in done.table.ledger}
-    assert (f"Original, fine-tuned to {there.name}", "fine-tuned, 2 epochs") in steps
-    assert ("ThiNet-Conv (r=0.5), data", "fine-tuned, 1 epoch, the original as teacher") in steps
-    assert ("FT & prune", "fine-tuned, 2 epochs, the original as teacher") in steps
+    assert (f"Original, fine-tuned to {there.name}", "fine-tuned, 2 epochs at 0.01") in steps
+    assert ("ThiNet-Conv (r=0.5), data", "fine-tuned, 1 epoch at 0.01, the original as teacher") in steps
+    assert ("FT & prune", "fine-tuned, 2 epochs at 0.01, the original as teacher") in steps
     assert ("Train from scratch", "5 epochs") in steps
 
 

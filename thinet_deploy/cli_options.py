@@ -164,7 +164,10 @@ LearningRate = Annotated[
 ]
 FinetuneRate = Annotated[
     float | None,
-    typer.Option("--finetune-lr", help="Learning rate of fine-tuning.  \\[default: 0.01; the papers': 0.001]"),
+    typer.Option(
+        "--finetune-lr",
+        help="Learning rate of fine-tuning.  \\[default: tried on a tenth of the training; the papers': 0.001]",
+    ),
 ]
 Train = Annotated[
     list[str] | None,

@@ -98,6 +98,10 @@ class UnknownNameError(InputError):
         )
 
 
+class DivergedError(ThinetDeployError):
+    """Training that left the finite numbers; the last checkpoint is not touched."""
+
+
 class GateError(ThinetDeployError):
     """A parity, precision or budget gate failed; the results are kept, the build is not passed."""
 

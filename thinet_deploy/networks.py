@@ -19,7 +19,8 @@ from .shared_run import SharedRun
 from .stages import FineTuning
 from .store import Stage
 from .tasks.base import Accuracy
-from .tools import PLAN, REPORT, TEACHER, Tools, read_accuracy
+from .tools import PLAN, REPORT, Tools, read_accuracy
+from .trial import TRIAL, tried
 
 # Options that decide which filters stay.
 WIDTHS = {
@@ -33,8 +34,6 @@ WIDTHS = {
     "drop_branches",
     "calibration_images",
 }
-# Below so many epochs there is no trial whether the original helps as teacher: the trial is a tenth of them.
-TRIAL_FROM = 5
 # Of report.json, in which later stages look up what earlier ones measured; 2: figures by name.
 _REPORT_LAYOUT = 2
 
@@ -158,12 +157,13 @@ def _group(run: SharedRun, tools: Tools, pruned: Stage, name: str) -> Stage:
 def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> Networks:
     """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls; `where` as for `prune`."""
     options, dense, report = tools.job.options, pruning.original, pruning.first.json(REPORT)
-    how = FineTuning(last_epochs(options, pruning), _teacher(run, tools, pruning, where))
+    how = _fine_tuning(run, tools, pruning, where)
     after = {
         **training_of(options),
         "seed": options.seed,
         "recipe": options.recipe,
         "epochs": how.epochs,
+        "rate": how.lr,
         "data": tools.job.data.digest,
         "dense": dense.digest,
         "taught": bool(how.teacher),
@@ -223,7 +223,7 @@ def _trained_on(
     run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int
 ) -> None:
     """The control: the original with `extra` epochs more."""
-    label, longer = f"Original, {_epochs(extra)} more", FineTuning(extra, how.teacher)
+    label, longer = f"Original, {_epochs(extra)} more", replace(how, epochs=extra)
     work = partial(stages.tuned, tools, label, longer, networks.stages["original"].folder)
     stage = run.stage("longer", {**after, "epochs": extra}, work)
     note = "the original, trained on like the thin networks and for as long; same architecture, so same times"
@@ -244,25 +244,24 @@ def from_scratch(run: SharedRun, tools: Tools, networks: Networks, epochs: int, 
     networks.ledger.append(Entry.of(_epochs(epochs), accuracy_of(stage), "Train from scratch"))
 
 
-def _teacher(run: SharedRun, tools: Tools, pruning: Pruning, where: str) -> Path | None:
-    """The folder of the original if fine-tuning is to learn from it."""
+def _fine_tuning(run: SharedRun, tools: Tools, pruning: Pruning, where: str) -> FineTuning:
+    """How to train at the end: as the recipe says, or what a trial says."""
     options, epochs = tools.job.options, last_epochs(tools.job.options, pruning)
     if not options.distils:
-        return None
-    if epochs < TRIAL_FROM or options.trainer or not tools.job.data.train.labelled:
-        return pruning.original.folder
-    trial = max(1, epochs // 10)
+        return FineTuning(epochs, options.rate, None)
+    if not epochs or options.trainer:
+        return FineTuning(epochs, options.rate, pruning.original.folder)
     inputs = {
         **training_of(options),
         "seed": options.seed,
         "data": tools.job.data.digest,
         "dense": pruning.original.digest,
         "prune": pruning.first.digest,
-        "epochs": trial,
+        "epochs": epochs,
     }
     folders = pruning.original.folder, pruning.first.folder
-    stage = run.stage(f"teacher{where}", inputs, lambda f, _: stages.taught(tools, *folders, trial, f))
-    return pruning.original.folder if stage.json(TEACHER)["teacher"] else None
+    found = run.stage(f"trial{where}", inputs, lambda f, _: tried(tools, *folders, epochs, f)).json(TRIAL)
+    return FineTuning(epochs, found["lr"], pruning.original.folder if found["teacher"] else None)
 
 
 def last_epochs(options: Options, pruning: Pruning) -> int:
@@ -296,7 +295,8 @@ def _named(stage: str, method: str, options: Options) -> str:
 
 def tuned(how: FineTuning) -> str:
     """What the ledger calls a fine-tuning."""
-    return f"fine-tuned, {_epochs(how.epochs)}" + (", the original as teacher" if how.teacher else "")
+    teacher = ", the original as teacher" if how.teacher else ""
+    return f"fine-tuned, {_epochs(how.epochs)} at {how.lr:g}{teacher}"
 
 
 def _epochs(number: int) -> str:

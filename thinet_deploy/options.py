@@ -18,6 +18,7 @@ Preset = Literal["thinet-conv", "thinet-gap", FixedPreset]
 HEAD_REPLACED = ("thinet-gap", "thinet-tiny")
 # --weights of that name: torchvision's for this network.
 DEFAULT = "default"
+USUAL_RATE = 0.01  # of fine-tuning, for a batch of 32
 RecipeName = Literal["iccv2017", "tpami2019", "best"]
 Controls = Literal["none", "unpruned", "all"]
 
@@ -70,7 +71,7 @@ class Options(BaseModel):
         controls: what the thin networks are compared with: "unpruned": the original, trained for as many epochs more
             as they were; "all": also their architecture from scratch, for as many epochs as all training together.
         lr: learning rate of training from fresh weights: of the original and of the control from scratch.
-        finetune_lr: learning rate of fine-tuning; if not given, the recipe's.
+        finetune_lr: learning rate of fine-tuning; if not given, the papers' in their recipes, else see `trial`.
         train: settings of all training by name, such as {"precision": "bf16"}: see `training.Recipe`.
         batch_size: images per training step; if not given, the recipe's.
         trainer: "file.py:fit", the user's own training instead of ours.
@@ -118,7 +119,7 @@ class Options(BaseModel):
     transfer_epochs: int | None = Field(default=None, ge=0)
     controls: Controls = "unpruned"
     lr: float = Field(default=0.03, gt=0)
-    finetune_lr: float = Field(default=0.01, gt=0)
+    finetune_lr: float | None = Field(default=None, gt=0)
     train: dict[str, str | float] = Field(default_factory=dict)
     batch_size: int = Field(default=32, ge=1)
     trainer: str | None = None
@@ -146,6 +147,11 @@ class Options(BaseModel):
     def distils(self) -> bool:
         """Whether fine-tuning learns from the original."""
         return self.recipe == "best"
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of fine-tuning where none is tried."""
+        return self.finetune_lr or USUAL_RATE
 
     @property
     def methods(self) -> tuple[Selection, ...]:

@@ -218,7 +218,7 @@ def _between(
     tenth of the rate; in others one epoch at a tenth of the rate for each block. What follows the last group is the
     fine-tuning at the end (thinet.md, section 1).
     """
-    rate, trainings = options.finetune_lr, dict[str, tuple[tuple[int, float], ...]]()
+    rate, trainings = options.rate, dict[str, tuple[tuple[int, float], ...]]()
     sizes = [group.map_size for group in graph.groups]
     for group, after in zip(groups, [*groups[1:], None], strict=True):
         following = sizes[graph.groups.index(group) + 1 :][:1]

@@ -13,14 +13,13 @@ from .artifact import read_json, write_json
 from .export import export_program
 from .gcos_stage import check_layout
 from .models.weights import load_weights
-from .prune_stage import HELD_OUT, calibration, check_way
+from .prune_stage import calibration, check_way
 from .pruning.head import fit_head
 from .pruning.plan import Plan, empty_plan, load_plan
 from .pruning.surgery import apply, gap_head, load_thin
 from .seeds import derive
 from .store import Checkpoint
-from .tools import PLAN, PROGRAM, REPORT, TEACHER, Tools, fine_tuning, write_network
-from .training import judge
+from .tools import PLAN, PROGRAM, REPORT, Tools, fine_tuning, write_network
 
 
 def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
@@ -36,42 +35,30 @@ def dense(tools: Tools, folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, "the original"))})
 
 
-def taught(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, folder: Path) -> None:
-    """Whether fine-tuning learns from the original: it does, unless held-out training images say otherwise.
-
-    A tenth of the epochs with it and without, on the same nine tenths of the training images.
-    """
-    fit, held_out = tools.job.data.train.split(HELD_OUT, tools.job.options.seed)
-    original, judged = tools.load(dense_folder), []
-    for name, teacher in {"with": original, "without": None}.items():
-        model = tools.load(pruned_folder)
-        stage = f"Fine-tuning for a trial, {name} the original as teacher"
-        tools.train(model, stage, epochs, tools.job.options.finetune_lr, teacher=teacher, images=fit)
-        judged.append(judge(model, held_out))
-    taught_by, alone = judged
-    gain = taught_by.behind(alone)
-    figures = {"with": taught_by.accuracy.main, "without": alone.accuracy.main, "gain": asdict(gain)}
-    write_json(folder / TEACHER, {"teacher": gain.low <= 0, "images": len(held_out), "epochs": epochs, **figures})
-
-
 @dataclass(frozen=True)
 class FineTuning:
-    """How long to train at the end, and the folder of the network to learn from, if there is one."""
+    """How to train at the end.
+
+    Attributes:
+        epochs: passes over the training images.
+        lr: learning rate at the start.
+        teacher: folder of the network to learn from, if there is one.
+    """
 
     epochs: int
+    lr: float
     teacher: Path | None
 
 
 def tuned(tools: Tools, name: str, how: FineTuning, start_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """A network of an earlier stage, trained for longer: ThiNet-Conv from the pruned network; the control."""
-    options, model = tools.job.options, tools.load(start_folder)
+    model = tools.load(start_folder)
     plan = load_plan(start_folder / PLAN) if (start_folder / PLAN).exists() else None
     teacher = tools.load(how.teacher) if how.teacher else None
-    schedule = fine_tuning(options)
-    stage = f"Fine-tuning {name}"
-    tools.train(model, stage, how.epochs, options.finetune_lr, checkpoint, teacher=teacher, schedule=schedule)
+    schedule = fine_tuning(tools.job.options)
+    tools.train(model, f"Fine-tuning {name}", how.epochs, how.lr, checkpoint, teacher=teacher, schedule=schedule)
     write_network(folder, model, plan)
-    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, name)), "epochs": how.epochs})
+    write_json(folder / REPORT, {"accuracy": asdict(tools.test(model, name)), "epochs": how.epochs, "lr": how.lr})
 
 
 def with_gap(tools: Tools, dense_folder: Path, folder: Path) -> tuple[nn.Module, Plan]:
@@ -95,13 +82,15 @@ def gap(
     tools: Tools, how: FineTuning, dense_folder: Path, conv_folder: Path, folder: Path, checkpoint: Checkpoint
 ) -> None:
     """ThiNet-GAP: the head replaced, trained again."""
-    options, (model, plan) = tools.job.options, with_gap(tools, dense_folder, conv_folder)
+    model, plan = with_gap(tools, dense_folder, conv_folder)
     before, teacher = tools.test(model, "the new head"), tools.load(how.teacher) if how.teacher else None
-    lr, schedule = options.finetune_lr, fine_tuning(options)
-    tools.train(model, "Fine-tuning ThiNet-GAP", how.epochs, lr, checkpoint, teacher=teacher, schedule=schedule)
+    schedule = fine_tuning(tools.job.options)
+    tools.train(model, "Fine-tuning ThiNet-GAP", how.epochs, how.lr, checkpoint, teacher=teacher, schedule=schedule)
     write_network(folder, model, plan)
     after = tools.test(model, "ThiNet-GAP")
-    write_json(folder / REPORT, {"accuracy": asdict(after), "before": asdict(before), "epochs": how.epochs})
+    write_json(
+        folder / REPORT, {"accuracy": asdict(after), "before": asdict(before), "epochs": how.epochs, "lr": how.lr}
+    )
 
 
 def scratch(tools: Tools, thin_folder: Path, epochs: int, folder: Path, checkpoint: Checkpoint) -> None:

@@ -29,7 +29,6 @@ from .tasks.base import Accuracy
 from .training import Recipe, Schedule, changed, evaluate, logits, train
 
 PLAN, WEIGHTS, REPORT, PROGRAM = "plan.json", "model.safetensors", "report.json", "model.pt2"
-TEACHER = "teacher.json"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from .data import ImageSet
 from .distillation import Inside, Mix
-from .errors import InputError, ThinetDeployError, UnknownNameError
+from .errors import DivergedError, InputError, UnknownNameError
 from .interfaces import Progress, silent
 from .parallel import Team, join
 from .seeds import derive
@@ -163,7 +163,7 @@ def train(
     Raises:
         InputError: images without a label, but no teacher.
         MissingError: there are several processes, but accelerate is not installed.
-        ThinetDeployError: loss, gradient or weights are no longer finite; the last checkpoint is not touched.
+        DivergedError: loss, gradient or weights are no longer finite; the last checkpoint is not touched.
     """
     unlabelled = int((images.labels < 0).sum())
     if unlabelled and teacher is None:
@@ -317,13 +317,17 @@ class _Training:
         self.scaler.load_state_dict(state["scaler"])
         return int(state["epochs"])
 
-    def _diverged(self, what: str, done: int) -> ThinetDeployError:
+    def _diverged(self, what: str, done: int) -> DivergedError:
         epoch, step = divmod(done, self.steps)
         rate = self.optimizer.param_groups[0]["lr"]
-        hint = "Lower the learning rate with --lr." if done else "Nothing was learnt yet: check weights and images."
+        hint = (
+            "Lower the learning rate: --lr, or --finetune-lr."
+            if done
+            else "Nothing was learnt yet: check weights and images."
+        )
         if self.recipe.precision == "fp16":
             hint += " Or train in bf16, whose range is that of fp32."
-        return ThinetDeployError(
+        return DivergedError(
             f"Training diverged: {what} in epoch {epoch + 1} of {self.recipe.epochs}, step {step + 1} of {self.steps}, "
             f"at a learning rate of {rate:g}.",
             hint=hint,

@@ -31,12 +31,12 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
     pruning = prune(run, source)
     here, asked = finish(run, _with(source, controls="none"), pruning), target.job.options.transfer_epochs
     epochs = last_epochs(source.job.options, pruning) if asked is None else asked
-    target = _with(target, finetune_epochs=epochs)
+    target, rate = _with(target, finetune_epochs=epochs), target.job.options.rate
     where = target.job.data.name
     given = {**training_of(target.job.options), "epochs": epochs, **target.job.identity, "from": source.job.identity}
 
     def carry(name: str, stage: Stage, label: str, teacher: Stage | None) -> Stage:
-        how = FineTuning(epochs, teacher.folder if teacher else None)
+        how = FineTuning(epochs, rate, teacher.folder if teacher else None)
         inputs = {**given, "start": stage.digest, "teacher": teacher.digest if teacher else None}
         return run.stage(name, inputs, partial(carried, source, target, label, how, stage.folder))
 
@@ -53,9 +53,11 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
         + [replace(hop, model="pruned-there") for hop in there.hops],
         [replace(entry, network=f"{entry.network}, {source.job.data.name}") for entry in here.ledger],
     )
-    networks.ledger += [Entry.of(tuned(FineTuning(epochs, None)), accuracy_of(original), networks.labels["original"])]
+    networks.ledger += [
+        Entry.of(tuned(FineTuning(epochs, rate, None)), accuracy_of(original), networks.labels["original"])
+    ]
     networks.ledger += [replace(each, network="FT & prune") for each in there.ledger if each.network != "Original"]
-    how = tuned(FineTuning(epochs, teacher.folder if teacher else None))
+    how = tuned(FineTuning(epochs, rate, teacher.folder if teacher else None))
     networks.ledger.append(Entry.of(how, accuracy_of(thin), label))
     if target.job.options.controls == "all":
         from_scratch(run, target, networks, target.job.options.epochs + epochs, given)

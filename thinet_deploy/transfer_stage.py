@@ -33,7 +33,7 @@ def carried(
     teacher = target.load(how.teacher) if how.teacher else None
     stage = f"Fine-tuning {label} to {target.job.data.name}"
     schedule = fine_tuning(options)
-    target.train(model, stage, how.epochs, options.finetune_lr, checkpoint, teacher=teacher, schedule=schedule)
+    target.train(model, stage, how.epochs, how.lr, checkpoint, teacher=teacher, schedule=schedule)
     write_network(folder, model.eval(), plan)
     write_json(folder / REPORT, {"accuracy": asdict(target.test(model, label)), "epochs": how.epochs})
 

@@ -1,0 +1,99 @@
+"""What fine-tuning is done with, by short trials on held-out training images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thinet_deploy import pipeline
+from thinet_deploy.artifact import read_json
+from thinet_deploy.errors import DivergedError
+from thinet_deploy.options import Options
+from thinet_deploy.tasks.classification import Ranked
+from thinet_deploy.tools import Tools
+from thinet_deploy.training import train
+
+MakeOptions = Callable[..., Options]
+Attempt = tuple[float, bool]  # learning rate, and whether the original teaches
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[Attempt, int]], list[Attempt]]:
+    """Held-out images find so many of a hundred right after each attempt (-1: it diverged); gives those made."""
+
+    def watch(right: dict[Attempt, int]) -> list[Attempt]:
+        made: list[Attempt] = []
+        ours = Tools.train
+
+        def short(tools: Tools, model: Any, stage: str, epochs: int, lr: float, *more: Any, **how: Any) -> None:
+            if not stage.startswith("Trying"):
+                ours(tools, model, stage, epochs, lr, *more, **how)
+                return
+            made.append((lr, how["teacher"] is not None))
+            if right[made[-1]] < 0:
+                raise DivergedError("The loss is nan.")
+
+        def judge(*_: Any) -> Ranked:
+            return Ranked(np.where(np.arange(100) < right[made[-1]], 0, 9))
+
+        monkeypatch.setattr(Tools, "train", short)
+        monkeypatch.setattr("thinet_deploy.trial.judge", judge)
+        return made
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("right", "taken"),
+    [
+        ({(0.01, True): 80, (0.003, True): 81, (0.03, True): 79, (0.01, False): 81}, (0.01, True)),
+        ({(0.01, True): 80, (0.003, True): 95, (0.001, True): 95, (0.003, False): 95}, (0.003, True)),
+        ({(0.01, True): 60, (0.003, True): 80, (0.001, True): 95, (0.001, False): 20}, (0.001, True)),
+        ({(0.01, True): 60, (0.003, True): 50, (0.03, True): 90, (0.03, False): 99}, (0.03, False)),
+        ({(0.01, True): -1, (0.003, True): 60, (0.001, True): 50, (0.003, False): -1}, (0.003, True)),
+    ],
+)
+def test_the_usual_is_taken_unless_another_is_clearly_better(
+    right: dict[Attempt, int], taken: Attempt, attempts: Any, tiny_options: MakeOptions, tmp_path: Any
+) -> None:
+    made = attempts(right)
+    done = pipeline.build(tiny_options(tmp_path / "run", finetune_epochs=2, controls="none", target="ios"))
+    assert made == list(right)
+    told = read_json(done.run / "trial" / "trial.json")
+    assert (told["lr"], told["teacher"]) == taken
+    assert [(each["lr"], each["teacher"]) for each in told["tried"]] == made
+    steps = [entry.step for entry in done.table.ledger if entry.step.startswith("fine-tuned")]
+    assert steps
+    teacher = ", the original as teacher" if taken[1] else ""
+    assert set(steps) == {f"fine-tuned, 2 epochs at {taken[0]:g}{teacher}"}
+    assert read_json(done.run / "conv" / "report.json")["lr"] == taken[0]
+
+
+def test_a_rate_that_is_given_is_not_tried(attempts: Any, tiny_options: MakeOptions, tmp_path: Any) -> None:
+    made = attempts({(0.02, True): 80, (0.02, False): 80})
+    pipeline.build(tiny_options(tmp_path / "run", finetune_lr=0.02, controls="none", target="ios"))
+    assert made == [(0.02, True), (0.02, False)]
+
+
+def test_an_attempt_is_a_tenth_of_the_work(
+    tiny_options: MakeOptions, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[int, int]] = set()
+
+    def watch(model: Any, images: Any, recipe: Any, **given: Any) -> None:
+        if given["stage"].startswith("Trying"):
+            seen.add((recipe.epochs, len(images)))
+        train(model, images, recipe, **given)
+
+    monkeypatch.setattr("thinet_deploy.tools.train", watch)
+    options = tiny_options(tmp_path / "run", finetune_epochs=2, controls="none", target="ios")
+    pipeline.build(options)
+    fit = read_json(tmp_path / "run" / "trial" / "trial.json")
+    assert seen == {(1, fit["images"])}
+    pipeline.build(options.model_copy(update={"finetune_epochs": 20}))
+    longer = read_json(tmp_path / "run" / "trial" / "trial.json")
+    assert seen == {(1, fit["images"]), (2, longer["images"])}
+    assert fit["images"] == longer["images"] // 5
