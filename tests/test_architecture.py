@@ -85,6 +85,8 @@ LEVELS = {
         "layer_networks",
         "layer_times",
         "staircase",
+        "timers",
+        "device_timer",
     },
     1: {
         "artifact",
@@ -125,6 +127,7 @@ LEVELS = {
         "sensors",
         "serving",
         "tensorrt_engine",
+        "turns",
         "options",
         "shared_run",
     },

@@ -4,8 +4,8 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from thinet_deploy import latency_stage, pipeline, runner, staircase, staircase_stage
+from thinet_deploy import latency_stage, pipeline, runner, staircase, staircase_stage, timers
 from thinet_deploy.artifact import read_json
 from thinet_deploy.counting import count
 from thinet_deploy.engines import open_engine
@@ -162,7 +162,7 @@ def test_points_belong_to_machine_runtime_and_threads(monkeypatch: pytest.Monkey
     points.save()
     assert Points.on(Engine("openvino")).of[shape]
     assert not Points.on(Engine("openvino", threads=2)).of
-    monkeypatch.setattr(staircase, "made_by", lambda runtime: f"{runtime} 99.9")
+    monkeypatch.setattr(timers, "made_by", lambda runtime: f"{runtime} 99.9")
     assert not Points.on(Engine("openvino")).of
 
 
@@ -230,12 +230,13 @@ def test_where_time_is_work_a_budget_of_time_is_met(
         work = (math.prod((*shape.kernel, *shape.map_size, i, o)) / shape.groups for shape, i, o in tasks)
         return [Timing(each / 1000, 0.0) for each in work]
 
-    def meter(self: Bench, original: nn.Module, folder: Path) -> Callable[[nn.Module], Measured]:
+    @contextmanager
+    def meter(self: Bench, original: nn.Module) -> Iterator[Callable[[nn.Module], Measured]]:
         def measure(thin: nn.Module) -> Measured:
             before, after = (count(model, self.input_shape).macs / 1000 for model in (original, thin))
             return Measured(after, before, before / after, before / after, before / after)
 
-        return measure
+        yield measure
 
     monkeypatch.setattr(Engine, "time", layers)
     monkeypatch.setattr(Bench, "meter", meter)
