@@ -360,9 +360,10 @@ def _show_error(error: ThinetDeployError) -> int:
     """What happened and what to do on stderr, and with --json also as the one document on stdout; the exit code."""
     if "--json" in sys.argv:
         print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
-    _ERR.print(f"[bold red]Error:[/bold red] {escape(error.what)}", soft_wrap=True, highlight=False)
+    # Without emoji: rich would read "adb:X:" as a cross.
+    _ERR.print(f"[bold red]Error:[/bold red] {escape(error.what)}", soft_wrap=True, highlight=False, emoji=False)
     if error.hint:
-        _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False)
+        _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False, emoji=False)
     return error.exit_code
 
 
