@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -93,6 +94,16 @@ def test_networks_of_layers_are_sound_and_hold_the_layer(layer: Any) -> None:
     sizes = [tuple(each.dims) for each in inside.graph.initializer if len(each.dims) > 1]
     weight = Mixed().get_parameter(f"{layer.name}.weight")
     assert sizes[-1] == tuple(weight.shape)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_network_of_a_layer_is_small_on_its_way_to_a_device(precision: Precision) -> None:
+    shape = LayerShape("conv", (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), 1, (8, 8))
+    made = framed(shape, 256, 256)
+    weights = [onnx.numpy_helper.to_array(each) for each in made.graph.initializer if len(each.dims) == 4][-1]
+    assert len(np.unique(weights.reshape(256, -1), axis=0)) == 256, "no two filters are one"
+    whole = Engine("openvino", precision=precision).typed(made).SerializeToString()
+    assert len(zlib.compress(whole, 1)) < len(whole) / 20
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
