@@ -111,7 +111,7 @@ def kept(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "precision"), [("openvino", "fp32"), pytest.param("onnxruntime", "int8", marks=pytest.mark.slow)]
+    ("runtime", "precision"), [("onnxruntime", "fp32"), pytest.param("openvino", "int8", marks=pytest.mark.slow)]
 )
 def test_a_budget_of_time_is_met_on_the_device(
     runtime: str,
