@@ -86,6 +86,8 @@ LEVELS = {
         "layer_networks",
         "layer_times",
         "staircase",
+        "timers",
+        "device_timer",
     },
     1: {
         "artifact",
@@ -126,6 +128,7 @@ LEVELS = {
         "sensors",
         "serving",
         "tensorrt_engine",
+        "turns",
         "options",
         "shared_run",
     },

@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+from boards import a_machine
 
 from thinet_deploy import device_site
 from thinet_deploy.device_site import Machine
-from thinet_deploy.environment import JETSON_COMMANDS
 from thinet_deploy.errors import MissingError, TargetError, UnknownNameError
 from thinet_deploy.pipeline import _check_stack
-from thinet_deploy.ssh import Ssh
 from thinet_deploy.target import load_profile
-
-
-def a_machine(**facts: Any) -> Machine:
-    """An Orin Nano with JetPack 6.2, and what is different about it."""
-    files = {
-        "/proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit",
-        "/etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081",
-        "/proc/cpuinfo": "",
-        "/proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005",
-    }
-    modules = {"numpy": "1.26", "tensorrt": "10.3.0", "onnxruntime": "1.19.2"}
-    usual: dict[str, Any] = {
-        "machine": "aarch64",
-        "kernel": "5.15",
-        "python": "3.10.12",
-        "cores": 6,
-        "memory_bytes": 8 << 30,
-        "files": {**files, **facts.pop("files", {})},
-        "modules": {**modules, **facts.pop("modules", {})},
-        "commands": {" ".join(command): "" for command in JETSON_COMMANDS},
-    }
-    return Machine(Ssh("orin"), "python3", {**usual, **facts})
 
 
 def checked(machine: Machine, target: str = "jetson") -> str:

@@ -3,9 +3,10 @@
 import json
 import math
 import random
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from thinet_deploy import latency_stage, pipeline, runner, staircase, staircase_stage
+from thinet_deploy import latency_stage, pipeline, runner, staircase, staircase_stage, timers
 from thinet_deploy.artifact import read_json
 from thinet_deploy.counting import count
 from thinet_deploy.engines import open_engine
@@ -96,6 +97,16 @@ def test_networks_of_layers_are_sound_and_hold_the_layer(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_network_of_a_layer_is_small_on_its_way_to_a_device(precision: Precision) -> None:
+    shape = LayerShape("conv", (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), 1, (8, 8))
+    made = framed(shape, 256, 256)
+    weights = [onnx.numpy_helper.to_array(each) for each in made.graph.initializer if len(each.dims) == 4][-1]
+    assert len(np.unique(weights.reshape(256, -1), axis=0)) == 256, "no two filters are one"
+    whole = Engine("openvino", precision=precision).typed(made).SerializeToString()
+    assert len(zlib.compress(whole, 1)) < len(whole) / 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("runtime", staircase.RUNTIMES)
 def test_a_real_engine_times_layers(runtime: str, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(runtime, reason=f"{runtime} is not installed")
@@ -162,7 +173,7 @@ def test_points_belong_to_machine_runtime_and_threads(monkeypatch: pytest.Monkey
     points.save()
     assert Points.on(Engine("openvino")).of[shape]
     assert not Points.on(Engine("openvino", threads=2)).of
-    monkeypatch.setattr(staircase, "made_by", lambda runtime: f"{runtime} 99.9")
+    monkeypatch.setattr(timers, "made_by", lambda runtime: f"{runtime} 99.9")
     assert not Points.on(Engine("openvino")).of
 
 
@@ -230,12 +241,13 @@ def test_where_time_is_work_a_budget_of_time_is_met(
         work = (math.prod((*shape.kernel, *shape.map_size, i, o)) / shape.groups for shape, i, o in tasks)
         return [Timing(each / 1000, 0.0) for each in work]
 
-    def meter(self: Bench, original: nn.Module, folder: Path) -> Callable[[nn.Module], Measured]:
+    @contextmanager
+    def meter(self: Bench, original: nn.Module) -> Iterator[Callable[[nn.Module], Measured]]:
         def measure(thin: nn.Module) -> Measured:
             before, after = (count(model, self.input_shape).macs / 1000 for model in (original, thin))
             return Measured(after, before, before / after, before / after, before / after)
 
-        return measure
+        yield measure
 
     monkeypatch.setattr(Engine, "time", layers)
     monkeypatch.setattr(Bench, "meter", meter)

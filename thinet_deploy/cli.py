@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from .cli_compare import compare, exit_on_broken, show_verdicts
 from .cli_count import count
-from .cli_device import ask_device, show_device, without_samples
+from .cli_device import show_device, verify, without_samples
 from .cli_latency import latency as latency_command
 from .cli_options import (
     BatchSize,
@@ -54,6 +54,7 @@ from .cli_options import (
     SpeedUp,
     Target,
     Threads,
+    TimedOn,
     Train,
     Trainer,
     TransferEpochs,
@@ -223,6 +224,8 @@ def prune(  # noqa: PLR0917 - one argument per option
     train: Train = None,
     batch_size: BatchSize = None,
     trainer: Trainer = None,
+    device: TimedOn = None,
+    device_python: DevicePython = None,
     seed: Seed = None,
     feasibility: Annotated[
         bool,
@@ -268,30 +271,7 @@ def prune(  # noqa: PLR0917 - one argument per option
 app.command("latency")(latency_command)
 app.command()(staircase)
 app.command()(compare)
-
-
-@app.command()
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    device: Device = None,
-    device_python: DevicePython = None,
-    as_json: Json = False,
-) -> None:
-    """Check a bundle: every file's checksum, and the golden inputs and outputs on every engine.
-
-    [bold]thinet-deploy verify RUN/bundle[/bold], or on the device, where only numpy and a runtime are needed:
-    [bold]python RUN/bundle/run.py[/bold]
-    [bold]thinet-deploy verify RUN/bundle --device ssh://user@host[/bold]   (copies it there and checks it there)
-    """
-    from .bundle import verify_bundle
-    from .runner_text import verify_text
-
-    result = ask_device(bundle, device, device_python, "verify") if device else verify_bundle(bundle)
-    if as_json:
-        print_json(result)
-    else:
-        typer.echo(verify_text(result))
-    raise typer.Exit(result["exit_code"])
+app.command()(verify)
 
 
 @app.command()
@@ -380,9 +360,10 @@ def _show_error(error: ThinetDeployError) -> int:
     """What happened and what to do on stderr, and with --json also as the one document on stdout; the exit code."""
     if "--json" in sys.argv:
         print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
-    _ERR.print(f"[bold red]Error:[/bold red] {escape(error.what)}", soft_wrap=True, highlight=False)
+    # Without emoji: rich would read "adb:X:" as a cross.
+    _ERR.print(f"[bold red]Error:[/bold red] {escape(error.what)}", soft_wrap=True, highlight=False, emoji=False)
     if error.hint:
-        _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False)
+        _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False, emoji=False)
     return error.exit_code
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from .cli_options import Device as DeviceOption
+from .cli_options import DevicePython, Json
 from .cli_progress import bars
 from .cli_tables import print_json
 
@@ -63,6 +65,29 @@ def _ask_phone(
         how = {name: value for name, value in pace.items() if name != "batch"}
         report = android_stage.latency(phone, bundle, progress, **how)
     return {**report, "environment": phone.fingerprint}
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    device: DeviceOption = None,
+    device_python: DevicePython = None,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle: every file's checksum, and the golden inputs and outputs on every engine.
+
+    [bold]thinet-deploy verify RUN/bundle[/bold], or on the device, where only numpy and a runtime are needed:
+    [bold]python RUN/bundle/run.py[/bold]
+    [bold]thinet-deploy verify RUN/bundle --device ssh://user@host[/bold]   (copies it there and checks it there)
+    """
+    from .bundle import verify_bundle
+    from .runner_text import verify_text
+
+    result = ask_device(bundle, device, device_python, "verify") if device else verify_bundle(bundle)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(verify_text(result))
+    raise typer.Exit(result["exit_code"])
 
 
 def remote_latency(

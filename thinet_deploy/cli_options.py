@@ -92,8 +92,9 @@ Size = Annotated[str | None, typer.Option(help="Budget instead of --keep: of the
 Latency = Annotated[
     str | None,
     typer.Option(
-        help="Budget instead of --keep: milliseconds for one image on the target's first engine that runs here, such "
-        "as 8ms. Layers are timed there, widths chosen by error per millisecond, and the result is measured."
+        help="Budget instead of --keep: milliseconds for one image on the target's first engine that runs here, or on "
+        "--device, such as 8ms. Layers are timed there, widths chosen by error per millisecond, and the result is "
+        "measured."
     ),
 ]
 SpeedUp = Annotated[
@@ -201,6 +202,15 @@ Device = Annotated[
     typer.Option(
         help="ssh://user@host:port (user and port may be left out) or, for Android, adb:SERIAL: copy the bundle there, "
         "build its engines there, verify and measure them there, and bring all that back into RUN/device.",
+        show_default=False,
+    ),
+]
+TimedOn = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="ssh://user@host:port (user and port may be left out): layers and networks are timed there instead of on "
+        "this machine. It needs Python 3.8 or later with numpy and OpenVINO or ONNX Runtime.",
         show_default=False,
     ),
 ]

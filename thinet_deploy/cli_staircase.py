@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .cli_options import InputShape, Json
+from .cli_device import DEFAULT_PYTHON
+from .cli_options import DevicePython, InputShape, Json, TimedOn
 from .cli_progress import bars
 from .cli_scatter import scatter
 from .cli_tables import grid, print_json, stdout, to_the_right
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _WIDEST, _HEIGHT = 96, 12  # of the picture, in characters
 
 
-def staircase(
+def staircase(  # noqa: PLR0913, PLR0917 - one argument per option
     model: Annotated[str, typer.Option(help="vgg16, resnet50, … or your own file.py:factory.")],
     target: Annotated[str, typer.Option("--target", "-t", help="Whose engine is timed: see `targets`.")] = "cpu",
     input_shape: InputShape = None,
@@ -31,6 +32,8 @@ def staircase(
         int, typer.Option(min=1, help="Look at multiples of this number only: fewer points, and no odd widths.")
     ] = 1,
     precision: Annotated[Literal["fp32", "bf16", "int8"], typer.Option(help="That the engine computes in.")] = "fp32",
+    device: TimedOn = None,
+    device_python: DevicePython = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write staircase.json and staircase.svg into this folder.")
     ] = None,
@@ -39,34 +42,41 @@ def staircase(
     """Does pruning pay here? Times every layer of a network at the widths it could have, on the engine itself.
 
     Layers are measured in turn, at few points, more where the time is not a straight line; what was measured is kept
-    for this machine and version of the runtime.
+    for this machine, or for the device, and version of the runtime.
 
     [bold]thinet-deploy staircase --model resnet50[/bold]
     [bold]thinet-deploy staircase --model net.py:make --target cpu --out stairs[/bold]
+    [bold]thinet-deploy staircase --model resnet50 --target raspberry-pi-5 --device ssh://user@host[/bold]
     """
     from .artifact import write_json
+    from .device_stage import reach_to_time
+    from .latency_stage import engine_for
     from .options import parse_shape
     from .plots import staircase_plot
     from .staircase_stage import climb
+    from .target import load_profile
     from .things import Model, find
 
     thing = find(model, parse_shape(input_shape) if input_shape else None, "fp32")
     if not isinstance(thing, Model):
         raise InputError(f"{model} is an engine, but a network was expected.", hint="Give vgg16, or file.py:factory.")
+    profile, machine = load_profile(target), None
+    if device:
+        machine, profile = reach_to_time(device, device_python or DEFAULT_PYTHON, profile)
+    engine = engine_for(profile, threads, precision, machine)
     with bars(Console(stderr=True)) as progress:
         found = climb(
             thing.module,
             thing.name,
             thing.input_shape,
-            target,
-            threads=threads,
+            profile,
+            engine,
             grid=round_to,
-            precision=precision,
             progress=progress,
         )
     if out:
         write_json(out / "staircase.json", asdict(found))
-        staircase_plot(out / "staircase.svg", found.layers, f"{found.model} on {found.engine}")
+        staircase_plot(out / "staircase.svg", found.layers, f"{found.model} on {_engine(found)}")
     if as_json:
         print_json(asdict(found))
         return
@@ -86,13 +96,17 @@ def _show(console: Console, found: Staircase) -> None:
     console.print(table)
     _picture(console, found.layers)
     typer.echo(
-        f"\n{found.engine} in {found.precision}, threads: {found.threads}. All layers together {found.layers_ms:.4g} "
+        f"\n{_engine(found)} in {found.precision}, threads: {found.threads}. All layers together {found.layers_ms:.4g} "
         f"ms, the whole network {found.whole_ms:.4g} ms: budgets multiply layer times by {found.factor:.3g}.\n"
         "Half of them: how many times faster with half of the channels that can go, of as many times fewer "
         "multiply-accumulates."
     )
     for name, why in found.unpaid.items():
         typer.echo(f"Does not pay: {name}: {why}")
+
+
+def _engine(found: Staircase) -> str:
+    return f"{found.engine} on {found.device}" if found.device else found.engine
 
 
 def _fast(side: Side) -> str:

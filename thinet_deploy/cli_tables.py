@@ -75,10 +75,10 @@ def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
 
 def _timing_words(timing: dict[str, Any]) -> str:
     """How a budget of time was met."""
-    best, rounds = timing["best"], len(timing["trials"]) - 1
+    best, rounds, there = timing["best"], len(timing["trials"]) - 1, " on the device" if "device" in timing else ""
     spread = f" [{best['low']:.3g}, {best['high']:.3g}]" if best["low"] is not None else ""
     return (
-        f"Time on {timing['runtime']}: {best['original_ms']:.4g} ms before, {best['ms']:.4g} ms now, "
+        f"Time on {timing['runtime']}{there}: {best['original_ms']:.4g} ms before, {best['ms']:.4g} ms now, "
         f"{best['speedup']:.3g}x faster{spread}; {rounds} network{'s' if rounds > 1 else ''} measured for it"
     )
 

@@ -21,7 +21,7 @@ from .artifact import hash_json, sha256_of
 from .bundle import MANIFEST, read_manifest
 from .device import AGAIN, NOT_THERE, Device, Done, full_disk
 from .engines import ENGINES
-from .environment import JETSON_COMMANDS, JETSON_FILES, jetson_facts
+from .environment import JETSON_COMMANDS, JETSON_FILES, cpu_facts, jetson_facts, ram_class
 from .errors import BundleError, DeviceError, MissingError, TargetError
 from .interfaces import Progress
 from .target import Stack, TargetProfile
@@ -61,13 +61,32 @@ class Machine:
         }
 
     @property
+    def cpu(self) -> dict[str, Any]:
+        """Model and flags of its CPU."""
+        return cpu_facts(self.facts["files"]["/proc/cpuinfo"], self.facts["machine"])
+
+    @property
+    def speed(self) -> str:
+        """12 hex digits over what decides how fast it is, versions of software aside: see `environment.machine_id`."""
+        jetson = self.fingerprint["jetson"] or {}
+        board = self.facts["files"]["/proc/device-tree/model"]
+        found = {key: self.facts[key] for key in ("machine", "cores")}
+        found |= {"cpu": self.cpu, "ram": ram_class(self.facts["memory_bytes"]), "board": board}
+        return hash_json({**found, "jetson": jetson.get("power_mode")})[:12]
+
+    @property
     def identity(self) -> str:
         """Changes when what was built or measured there before no longer holds."""
         return hash_json(self.fingerprint)
 
+    def version(self, runtime: str) -> str | None:
+        """Of a runtime there, "" where it does not tell; None where it is not installed."""
+        found: str | None = self.facts["modules"].get(_MODULES.get(runtime, ""))
+        return found
+
     def has(self, runtime: str) -> bool:
         """Whether a runtime is installed there."""
-        return self.facts["modules"].get(_MODULES.get(runtime, "")) is not None
+        return self.version(runtime) is not None
 
 
 def reach(device: Device, python: str, target: TargetProfile | None = None) -> Machine:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from . import android_site, android_stage, device_site
-from .adb import Adb
+from .adb import PREFIX, Adb
 from .android_site import Phone
 from .artifact import write_bytes, write_json
 from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, built_path, read_manifest
 from .device import Done
 from .device_site import Machine, Site
 from .devices import find_device
-from .errors import ConversionError, DeviceError, GateError, MissingError
+from .errors import ConversionError, DeviceError, GateError, InputError, MissingError
 from .interfaces import Precision, Progress
 from .shared_run import SharedRun
 from .store import Stage
@@ -39,6 +39,22 @@ def reach(address: str, python: str, target: TargetProfile) -> tuple[Machine | P
         return android_site.reach(device, target), target
     machine = device_site.reach(device, python, target)
     return machine, device_site.check_target(machine, target)
+
+
+def reach_to_time(address: str, python: str, target: TargetProfile) -> tuple[Machine, TargetProfile]:
+    """`reach`, where networks are to be timed.
+
+    Raises:
+        InputError: nothing but bundles can be measured there.
+    """
+    if address.startswith(PREFIX):
+        raise InputError(
+            f"Layers and networks cannot be timed on {address}: Android has no Python.",
+            hint="Give --macs 2x instead of a budget of time: `build --device` measures there what comes of it.",
+        )
+    machine, target = reach(address, python, target)
+    assert isinstance(machine, Machine)
+    return machine, target
 
 
 def on_device(

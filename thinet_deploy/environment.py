@@ -90,7 +90,7 @@ def machine_id(fingerprint: dict[str, Any]) -> str:
             "os": [fingerprint["os"]["name"], (fingerprint["os"]["version"] or "").split(".")[0]],
             "machine": fingerprint["machine"],
             "cpu": {key: cpu[key] for key in ("model", "physical_cores", "usable_cores", "limit_cpus", "flags")},
-            "ram": _ram_class(fingerprint["ram_bytes"]),
+            "ram": ram_class(fingerprint["ram_bytes"]),
             "gpus": [gpu["name"] for gpu in fingerprint["gpus"]],
             "jetson": [jetson.get("model"), jetson.get("power_mode")],
         }
@@ -164,26 +164,34 @@ def _os() -> dict[str, str | None]:
 
 
 def _cpu() -> dict[str, Any]:
-    info = _read("/proc/cpuinfo")
     usable = _usable_cpus()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)
     return {
-        "model": _cpu_model(info),
+        **cpu_facts(_read("/proc/cpuinfo"), platform.processor() or platform.machine()),
         "physical_cores": _physical_cores(usable),
         "logical_cores": os.cpu_count(),
         "usable_cores": len(usable),
         "limit_cpus": _cgroup_cpus(),
-        "flags": sorted(_FLAGS & set(found[1].split())) if found else [],
         "governor": _read(f"/sys/devices/system/cpu/cpu{min(usable)}/cpufreq/scaling_governor") or None,
         "turbo": _turbo(),
     }
 
 
-def _cpu_model(info: str) -> str:
+def cpu_facts(info: str, unnamed: str) -> dict[str, Any]:
+    """Model and flags of a CPU.
+
+    Args:
+        info: the text of /proc/cpuinfo.
+        unnamed: what it is called where that text has no name.
+    """
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)
+    return {"model": _cpu_model(info, unnamed), "flags": sorted(_FLAGS & set(found[1].split())) if found else []}
+
+
+def _cpu_model(info: str, unnamed: str) -> str:
     """Names alone are hidden by hypervisors ("AMD EPYC") and absent on Arm, so the numbers go with them."""
     keys = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
     found = {key: dict.fromkeys(re.findall(rf"^{key}\s*: *(.+?) *$", info, re.MULTILINE)) for key in keys}
-    name = "/".join(found.pop("model name")) or platform.processor() or platform.machine()
+    name = "/".join(found.pop("model name")) or unnamed
     details = ", ".join(f"{key} {'/'.join(values)}" for key, values in found.items() if values)
     return f"{name} ({details})" if details else name
 
@@ -223,7 +231,7 @@ def _ram_bytes() -> int | None:
         return None
 
 
-def _ram_class(ram_bytes: int | None) -> int | None:
+def ram_class(ram_bytes: int | None) -> int | None:
     """Quarters of a doubling: a kernel that keeps some more memory for itself does not make another machine."""
     return round(4 * math.log2(ram_bytes / 2**30)) if ram_bytes else None
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .artifact import sha256_of
 from .data import Dataset, digits_preprocess, load_digits, load_folder
+from .device_site import Machine
 from .errors import InputError, ModelError, first_line
 from .interfaces import Progress, silent
 from .models.loading import InputShape, build_model, input_shape_of, load_function
@@ -37,12 +38,14 @@ class Job:
         target: the profile to build for.
         data: images.
         widths: module name → filters that stay, where the preset says all widths.
+        machine: the device that a budget of time is met on; None for this machine.
     """
 
     options: Options
     target: TargetProfile
     data: Dataset
     widths: Mapping[str, int] = field(default_factory=dict)
+    machine: Machine | None = None
 
     @property
     def input_shape(self) -> InputShape:

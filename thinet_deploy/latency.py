@@ -221,6 +221,20 @@ def _measure_group(
                 opened[f"{index:03}"] = worker, worker.ask("open", **what, **ask)
         with explained(f"Measuring {group[0].runtime}"):
             rows = list(runner.measure(opened, rounds, seconds, on_round, fps).values())
+    return latencies(group, rows, ask["batch"], ask["threads"])
+
+
+def latencies(
+    group: Sequence[EngineRef], rows: Sequence[dict[str, Any]], batch: int, threads: int
+) -> list[EngineLatency]:
+    """What `runner.measure` found of engines that were measured in turn, the speed-ups with it.
+
+    Args:
+        group: the engines, of one runtime.
+        rows: a row for each.
+        batch: images per run.
+        threads: CPU threads that one inference could use.
+    """
     series = [row.pop("rounds_ms") for row in rows]
     return [
         EngineLatency(
@@ -228,8 +242,8 @@ def _measure_group(
             runtime=ref.runtime,
             path=str(ref.path),
             precision=ref.precision,
-            batch=ask["batch"],
-            threads=ask["threads"],
+            batch=batch,
+            threads=threads,
             samples=Samples(tuple(map(tuple, rounds_ms)), row.pop("summary")),
             speedup=_engine_speedup(ref, rounds_ms, group, series),
             **row,

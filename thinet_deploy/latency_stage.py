@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 from torch import nn
 
 from .artifact import write_bytes
+from .device_site import Machine, check_runtimes
+from .device_timer import DeviceTimer
 from .environment import fingerprint
-from .errors import InputError
+from .errors import GateError, InputError
 from .export import INPUT, export_onnx
 from .interfaces import Array, Conversion, Precision, Progress, silent
 from .job import Job
-from .latency import EngineLatency, EngineRef, measure_engines
+from .latency import EngineLatency, EngineRef
 from .layer_networks import layers_of
 from .models.loading import InputShape
 from .precision.graph import read_onnx
@@ -35,6 +38,7 @@ from .pruning.trace import named_tensors
 from .registry import check, convert, runs_here
 from .staircase import RUNTIMES, Engine, Points, Stopwatch, survey
 from .target import TargetProfile
+from .timers import HERE
 
 # Points of one line of a surface: the grid leaves few widths, and the whole network has the last word.
 POINTS = 12
@@ -42,24 +46,58 @@ ROUNDS, SECONDS = 11, 4.0  # of the original and of a thin network, in turn
 Meter = Callable[[nn.Module], Measured]
 
 
-def engine_for(target: TargetProfile, threads: int, precision: Precision | None = None) -> Engine:
-    """The first of a target's engines in a precision whose layers can be timed on this machine.
+def engine_for(
+    target: TargetProfile, threads: int, precision: Precision | None = None, machine: Machine | None = None
+) -> Engine:
+    """The first of a target's engines in a precision whose layers can be timed.
+
+    Args:
+        target: the target.
+        threads: CPU threads.
+        precision: that the engine is to compute in.
+        machine: the device that they are to be timed on; None for this machine.
 
     Raises:
         InputError: there is none.
         TargetError: the target cannot compute in that precision.
         MissingError: its runtime is not installed.
     """
-    plan = plan_precision(target, precision, fingerprint()["cpu"]["flags"])
-    here = [runtime for runtime in plan.runtimes if runtime in RUNTIMES] if runs_here(target) else []
-    if not here:
-        typed = f" in {precision}" if precision else ""
+    flags = machine.cpu["flags"] if machine else fingerprint()["cpu"]["flags"]
+    plan = plan_precision(target, precision, flags)
+    able = [runtime for runtime in plan.runtimes if runtime in RUNTIMES]
+    runtime = _there(target, able, machine) if machine else _here(target, able, precision)
+    check(runtime)
+    return Engine(runtime, threads, plan.engines, plan.layout, DeviceTimer(machine) if machine else HERE)
+
+
+def _here(target: TargetProfile, able: Sequence[str], precision: Precision | None) -> str:
+    """The first runtime, if the target's engines run on this machine."""
+    if able and runs_here(target):
+        return able[0]
+    typed = f" in {precision}" if precision else ""
+    there = "" if target.builds_on_device else "; or name the device that has one: --device ssh://user@host"
+    raise InputError(
+        f"Layers for {target.id} cannot be timed here: no engine of it{typed} runs on this machine.",
+        hint=f"Choose a target that runs here with {' or '.join(RUNTIMES)}, such as cpu{there}.",
+    )
+
+
+def _there(target: TargetProfile, able: Sequence[str], machine: Machine) -> str:
+    """The first runtime that the device has."""
+    if target.builds_on_device:
         raise InputError(
-            f"Layers for {target.id} cannot be timed here: no engine of it{typed} runs on this machine.",
-            hint=f"Choose a target that runs here with {' or '.join(RUNTIMES)}, such as cpu.",
+            f"Layers for {target.id} cannot be timed on {machine.device.name}: TensorRT opens no ONNX files, and would "
+            "have to build each of some hundred networks first.",
+            hint="Give --macs 2x instead of a budget of time: `build --device` measures there what comes of it.",
         )
-    check(here[0])
-    return Engine(here[0], threads, plan.engines, plan.layout)
+    if not able:
+        raise InputError(
+            f"Layers for {target.id} cannot be timed on {machine.device.name}: it has no engine for "
+            f"{' or '.join(RUNTIMES)}, which open ONNX files.",
+            hint="Give --macs 2x instead of a budget of time.",
+        )
+    check_runtimes(machine, able)
+    return next(runtime for runtime in able if machine.has(runtime))
 
 
 def identity(job: Job) -> dict[str, Any]:
@@ -67,12 +105,13 @@ def identity(job: Job) -> dict[str, Any]:
     options = job.options
     if not options.timed:
         return {}
-    engine = _engine_of(job)
+    engine = engine_of(job)
     return {"timed": {"latency": options.latency, "speedup": options.speedup, **engine.identity}}
 
 
-def _engine_of(job: Job) -> Engine:
-    return engine_for(job.target, job.options.threads, job.options.precision)
+def engine_of(job: Job) -> Engine:
+    """What a job's budget of time is met on; see `engine_for` for errors."""
+    return engine_for(job.target, job.options.threads, job.options.precision, job.machine)
 
 
 @dataclass(frozen=True)
@@ -104,19 +143,23 @@ class Bench:
         """Measures layers."""
         return partial(self.engine.time, progress=self.progress)
 
-    def meter(self, original: nn.Module, folder: Path) -> Meter:
-        """Measures networks beside the original, as engines of the target.
+    @contextmanager
+    def meter(self, original: nn.Module) -> Iterator[Meter]:
+        """Measures networks beside the original, as engines of the target."""
+        with tempfile.TemporaryDirectory() as name:
+            folder, numbers = Path(name), itertools.count(1)
+            base = self.made(original, "original", folder)
 
-        Args:
-            original: made once.
-            folder: takes the engines; it has to last as long as the meter.
-        """
-        base, numbers = self.made(original, "original", folder), itertools.count(1)
+            def measure(thin: nn.Module) -> Measured:
+                other = base if thin is original else self.made(thin, f"thin{next(numbers)}", folder)
+                return self.compared(base, other)
 
-        def measure(thin: nn.Module) -> Measured:
-            return self.compared(base, base if thin is original else self.made(thin, f"thin{next(numbers)}", folder))
-
-        return measure
+            try:
+                yield measure
+            except (GateError, InputError):  # after others, such as a cut connection, the same is asked for again
+                self.engine.timer.forget(base)
+                raise
+            self.engine.timer.forget(base)
 
     def compared(self, base: EngineRef, thin: EngineRef) -> Measured:
         """The original's engine and another one in turn; the original's alone, if that is the other one."""
@@ -131,7 +174,7 @@ class Bench:
     def timed(self, refs: Sequence[EngineRef]) -> list[EngineLatency]:
         """Engines in turn."""
         how = {"threads": self.engine.threads, "rounds": self.rounds, "seconds": self.seconds}
-        return measure_engines(refs, {INPUT: self.image}, **how, progress=self.progress)  # type: ignore[arg-type]  # as named
+        return self.engine.timer.engines(refs, {INPUT: self.image}, how, self.progress)
 
     def made(self, model: nn.Module, name: str, folder: Path) -> EngineRef:
         """A network as an engine."""
@@ -152,8 +195,8 @@ def as_engine(
 
 
 def bench_of(job: Job, progress: Progress) -> Bench:
-    """The job's own: the target's engine on this machine."""
-    return Bench(_engine_of(job), job.target, job.data.test.inputs(np.arange(1)), progress)
+    """The job's own: the target's engine, on this machine or on the device."""
+    return Bench(engine_of(job), job.target, job.data.test.inputs(np.arange(1)), progress)
 
 
 def fitting(
@@ -175,8 +218,7 @@ def fitting(
     goal, head = Goal(job.options.most_ms, job.options.times_faster), job.replaces_head
     wish = with_room(original, graph, groups, wish, goal)
     costs = layer_costs(bench, original, graph, groups, wish, ignore="classifier." if head else None)
-    with tempfile.TemporaryDirectory() as folder:
-        measure = bench.meter(original, Path(folder))
+    with bench.meter(original) as measure:
         make = partial(shaped, original, graph, groups, new_head=head)
         return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)), branches)
 
@@ -234,12 +276,14 @@ def shaped(
 
 def told(found: Found, job: Job) -> dict[str, Any]:
     """For the report: what was asked, predicted and measured."""
-    options, engine = job.options, _engine_of(job)
+    options, engine = job.options, engine_of(job)
     trials = [
         {"predicted_ms": found.factor * each.layers_ms, **asdict(each.measured), "widths": each.widths}
         for each in found.trials
     ]
     best = trials[found.trials.index(found.best)]
     asked = {"latency": options.latency, "speedup": options.speedup}
-    where = {"runtime": engine.runtime, "threads": engine.threads, "precision": engine.precision}
+    where: dict[str, Any] = {"runtime": engine.runtime, "threads": engine.threads, "precision": engine.precision}
+    if job.machine:
+        where["device"] = job.machine.fingerprint
     return {**asked, **where, "factor": found.factor, "trials": trials, "best": best}

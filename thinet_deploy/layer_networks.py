@@ -19,6 +19,7 @@ from torch import nn
 
 INPUT = "x"
 _OPSET, _IR = 17, 8
+_DIFFERENT = 509  # weights; the same ones again take as long, and a file with them is small on its way to a device
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def frame(shape: LayerShape, ins: int) -> onnx.ModelProto:
 
 def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
     """Small random weights: zeros and denormal numbers would take other times."""
-    random, constants = np.random.default_rng(0), list[onnx.TensorProto]()
+    weights, constants = np.random.default_rng(0).normal(0, 0.1, _DIFFERENT), list[onnx.TensorProto]()
     nodes: list[onnx.NodeProto] = []
 
     def add(operator: str, inputs: Sequence[str], **attributes: Any) -> str:
@@ -154,7 +155,7 @@ def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
 
     def weigh(operator: str, source: str, *size: int, **attributes: Any) -> str:
         name = f"w{len(constants)}"
-        for suffix, values in (("", random.normal(0, 0.1, size)), ("b", np.full(size[0], 0.1))):
+        for suffix, values in (("", np.resize(weights, size)), ("b", np.full(size[0], 0.1))):
             constants.append(numpy_helper.from_array(values.astype(np.float32), name + suffix))
         return add("Relu", [add(operator, [source, name, f"{name}b"], **attributes)])
 

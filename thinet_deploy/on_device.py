@@ -5,6 +5,8 @@
     python3 on_device.py folder FOLDER         make it
     python3 on_device.py job PLACE COMMAND…    run a command that outlives the connection, and follow its output
     python3 on_device.py forget PLACE          the job's results have been fetched
+    python3 on_device.py unpack FILE FOLDER    what a .zip file holds, and no longer the file
+    python3 on_device.py remove PATH…          files, and folders with all that is in them
 
 A job has a session of its own and a lock, which the kernel lets go when it ends in whatever way. So the same call
 starts it, follows one that was started before the connection was cut, or shows the output of one that is finished.
@@ -28,6 +30,7 @@ import platform
 import shutil
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -118,6 +121,21 @@ def make_folder(folder: str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
 
 
+def unpack(file: str, folder: str) -> None:
+    """Take the files out of an archive, which goes; what was cut off in between has another checksum."""
+    with zipfile.ZipFile(file) as packed:
+        packed.extractall(folder)
+    Path(file).unlink()
+
+
+def remove(*paths: str) -> None:
+    """Remove files, and folders with all that is in them; what is not there is gone already."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+
+
 # ----------------------------------------------------------------------------------------------- jobs
 
 
@@ -204,7 +222,8 @@ def main(arguments: Sequence[str]) -> int:
         elif name == "job":
             answer = job(Path(rest[0]), rest[1:])
         else:
-            answer = {"sums": sums, "forget": forget, "folder": make_folder}[name](rest[0]) or {}
+            work: dict[str, Any] = {"sums": sums, "folder": make_folder, "unpack": unpack}
+            answer = {**work, "forget": forget, "remove": remove}[name](*rest) or {}
     except OSError as error:
         answer = {"error": str(error), "errno": error.errno}
     sys.stdout.write(f"\n{json.dumps(answer)}\n")

@@ -81,7 +81,8 @@ class Options(BaseModel):
         threads: CPU threads of an engine while its latency is measured.
         require: what the network that ships has to reach, such as "latency<=8ms": see `contract`.
         seed: same seed, same widths and same kept filters.
-        device: where the bundle is to be built, verified and measured too: "ssh://user@host:port" or "adb:SERIAL".
+        device: where the bundle is to be built, verified and measured too: "ssh://user@host:port" or "adb:SERIAL";
+            a budget of time is met there, over ssh only.
         device_python: the Python there.
         out: the run directory.
     """

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import contract, device_stage, feasibility_stage, networks, precision_stage, registry, stages
+from . import contract, device_stage, feasibility_stage, latency_stage, networks, precision_stage, registry, stages
 from .android_site import Phone
 from .artifact import read_json, sha256_of, write_json
 from .deployment import Build, deploy
@@ -33,7 +33,8 @@ def prune(options: Options, progress: Progress = silent) -> Path:
         The folder with the thin network.
     """
     progress = join().speaking(progress)
-    job = load_job(options, progress)
+    machine, target = _device(options) if options.timed else (None, None)
+    job = _placed(load_job(options, progress), machine, target)
     run = SharedRun(options.out)
     with run.locked():
         run.team.once(partial(_remember, job.options, run.root))
@@ -90,9 +91,8 @@ def build(options: Options, progress: Progress = silent) -> Build:
     progress = join().speaking(progress)
     _check_contract(options.require, load_profile(options.target))
     machine, target = _device(options)
-    job = load_job(options, progress)
+    job = _placed(load_job(options, progress), machine, target)
     _check_task(job, machine)
-    job = replace(job, target=target or job.target)
     there = moved(job, options.transfer_to, progress) if options.transfer_to else None
     plan = precision_stage.planned(there or job)
     _check_runtimes(plan)
@@ -119,14 +119,29 @@ def _check_task(job: Job, machine: Machine | Phone | None) -> None:
         raise InputError(f"--require {top[0]}: there is no top-1 in {task}.", hint="Require accuracy or accuracy-drop.")
 
 
-def _device(options: Options) -> tuple[Machine | Phone | None, TargetProfile | None]:
-    """The device, looked at before any work starts, and the target on the stack that it has."""
+def _device(options: Options, *, shipping: bool = False) -> tuple[Machine | Phone | None, TargetProfile | None]:
+    """The device, looked at before any work starts, and the target on the stack that it has.
+
+    Args:
+        options: name it.
+        shipping: whether no budget of time is to be met there any more.
+    """
     if options.device is None:
         return None, None
     profile = load_profile(options.target)
-    machine, target = device_stage.reach(options.device, options.device_python, profile)
+    reach = device_stage.reach_to_time if options.timed and not shipping else device_stage.reach
+    machine, target = reach(options.device, options.device_python, profile)
     _check_stack(machine, target, options.target.rpartition("@")[2])
     return machine, target
+
+
+def _placed(job: Job, machine: Machine | Phone | None, target: TargetProfile | None) -> Job:
+    """The job for what its device is; whether a budget of time can be met there, or here, shows before any work."""
+    job = replace(job, target=target or job.target)
+    if job.options.timed:
+        job = replace(job, machine=machine if isinstance(machine, Machine) else None)
+        latency_stage.engine_of(job)
+    return job
 
 
 def _check_stack(machine: Machine | Phone, target: TargetProfile, asked: str) -> None:
@@ -176,21 +191,22 @@ def build_from(
     if not stored.exists():
         raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
     try:
-        given = {"out": root, "require": require, "device": device, "device_python": device_python}
-        options = make_options({**read_json(stored), **given})
+        options = make_options({**read_json(stored), "out": root, "require": require})
     except (OSError, ValueError, TypeError, InputError) as error:
         raise InputError(
             f"{stored} is damaged, or of another version: {first_line(error)}",
             hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
         ) from error
     progress = join().speaking(progress)
-    job = load_job(options, progress)
+    # Where a budget of time was met, that device is asked what it is: whether the widths still hold there.
+    job = _placed(load_job(options, progress), *(_device(options) if options.timed else (None, None)))
     # The network was pruned for the target of `prune`, whose grid its widths follow; it may be shipped to another.
-    changes = {name: value for name, value in {"target": target, "precision": precision}.items() if value}
+    changes: dict[str, str | None] = {"device": device, "device_python": device_python}
+    changes |= {name: value for name, value in {"target": target, "precision": precision}.items() if value}
     shipped = replace(job, options=make_options({**options.model_dump(), **changes}))
     if target:
         shipped = replace(shipped, target=load_profile(target))
-    machine, found = _device(shipped.options)
+    machine, found = _device(shipped.options, shipping=True)
     _check_task(shipped, machine)
     shipped = replace(shipped, target=found or shipped.target)
     _check_contract(require, shipped.target)

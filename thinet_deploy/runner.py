@@ -6,6 +6,7 @@ while building and what is measured on the device went through the same code.
     python run.py                verify: checksums, then the golden inputs and outputs on every engine
     python run.py latency        milliseconds per engine, with intervals and raw samples (--json)
     python run.py serve          one engine in a process of its own, JSON lines (used by `latency`)
+    python run.py trial FILE     networks for a budget of time, in turn (used by `--device`)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 # The files beside this one that it needs; they are in every bundle too.
 COMPANIONS = (
     *("cuda", "engine", "engines", "runner_text", "samples", "self_test", "sensors", "serving", "tensorrt_engine"),
+    "turns",
 )
 
 if __name__ == "__main__":
@@ -48,7 +50,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, Callable, Mapping, NoReturn, Sequence
+from typing import IO, Any, Callable, Mapping, NoReturn, Sequence
 
 from . import samples, sensors
 from .engine import MissingRuntimeError, RunnerError
@@ -56,6 +58,9 @@ from .engines import ENGINES
 from .runner_text import latency_text, verify_text
 from .self_test import PASSED, check_files, each_engine, load_manifest, verify
 from .serving import clean_stdout, serve
+from .turns import OnTurn, turns
+
+TOLD = 20  # every so manieth turn of a trial is told of
 
 
 class Worker:
@@ -212,6 +217,33 @@ def latency(folder: str, batch: int, threads: int, seconds: float, rounds: int =
     return {"bundle": folder, "model": manifest["model"], **how, **where, "engines": rows, "exit_code": code}
 
 
+def trial(file: str, on_turn: OnTurn) -> dict[str, Any]:
+    """Time what a budget of time asks a device for, by the code that times it where thinet-deploy runs.
+
+    Args:
+        file: JSON with `layers`, see `turns`, or with `engines`, see `measure`; their paths are relative to it.
+        on_turn: told before every turn of a layer, and after every round of engines.
+
+    Returns:
+        JSON-ready: found, which is per layer's network the medians of its turns, or a row for each engine.
+    """
+    folder, asked = Path(file).resolve().parent, json.loads(Path(file).read_text(encoding="utf-8"))
+    with contextlib.ExitStack() as children:
+        if "layers" in asked:
+            for network in asked["layers"]["networks"].values():
+                network["path"] = str(folder / network["path"])
+            worker = children.enter_context(Worker())
+            return {"found": turns(worker.ask, asked["layers"], on_turn), "exit_code": 0}
+        opened: dict[str, tuple[Worker, Mapping[str, Any]]] = {}
+        for number, engine in enumerate(asked["engines"]):
+            files = {name: str(folder / engine[name]) for name in ("path", "inputs")}
+            worker = children.enter_context(Worker())
+            opened[f"{number:03}"] = worker, worker.ask("open", **{**engine, **files})
+        rounds, seconds = asked["rounds"], asked["seconds"]
+        rows = measure(opened, rounds, seconds, lambda done: on_turn(done, rounds, asked["engines"][0]["runtime"]))
+        return {"found": list(rows.values()), "exit_code": 0}
+
+
 def processor() -> str:
     """The board or the processor, in the system's words."""
     for path, key in (("/proc/device-tree/model", ""), ("/proc/cpuinfo", "model name")):
@@ -239,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
     verifying = commands.add_parser("verify", help="checksums, then golden inputs and outputs (the default)")
     timing = commands.add_parser("latency", help="milliseconds per engine, with intervals")
     commands.add_parser("serve", help="used by latency: one engine in this process, JSON lines")
+    trying = commands.add_parser("trial", help="used by --device: networks for a budget of time, in turn")
+    trying.add_argument("file", metavar="FILE", help="JSON: what to time")
     for command in (verifying, timing):
         here = str(Path(__file__).resolve().parent)
         command.add_argument("--bundle", default=here, metavar="FOLDER", help="default: where this file lies")
@@ -269,6 +303,8 @@ def main(arguments: Sequence[str]) -> int:
     if asked.command == "serve":
         return serve()
     out = clean_stdout()
+    if asked.command == "trial":
+        return _try(asked.file, out)
     try:
         if asked.command == "verify":
             report = verify(asked.bundle)
@@ -279,6 +315,21 @@ def main(arguments: Sequence[str]) -> int:
     except RunnerError as error:
         report, text = {"error": str(error), "exit_code": 1}, f"error: {error}"
     print(json.dumps(report) if asked.json else text, file=out, flush=True)
+    return int(report["exit_code"])
+
+
+def _try(file: str, out: IO[str]) -> int:
+    """`trial`: JSON lines with its progress, then one with what it found."""
+
+    def on_turn(done: int, total: int, what: str) -> None:
+        if done % TOLD == 0 or done == total or total < TOLD:  # lines take time from what is being timed
+            print(json.dumps({"progress": [done, total, what]}), file=out, flush=True)
+
+    try:
+        report = trial(file, on_turn)
+    except (MissingRuntimeError, RunnerError) as error:
+        report = {"error": str(error), "exit_code": 3 if isinstance(error, MissingRuntimeError) else 1}
+    print(json.dumps(report), file=out, flush=True)
     return int(report["exit_code"])
 
 

@@ -14,8 +14,7 @@ from torch import nn
 from .errors import InputError
 from .export import INPUT
 from .interfaces import Precision, Progress, silent
-from .latency import measure_engines
-from .latency_stage import as_engine, engine_for
+from .latency_stage import as_engine
 from .layer_networks import layers_of
 from .models.loading import InputShape
 from .pruning.budget import Wish
@@ -25,7 +24,7 @@ from .pruning.milliseconds import Milliseconds, Sized, sized, unpaid
 from .pruning.trace import example_inputs
 from .staircase import Engine, Points, survey
 from .surfaces import Line, Surface, fast_widths, stair
-from .target import load_profile
+from .target import TargetProfile
 
 ROUNDS, SECONDS = 9, 3.0  # of the whole network
 
@@ -95,6 +94,7 @@ class Staircase:
         factor: the second over the first: what layer times are multiplied by.
         layers: the dearest first.
         unpaid: group's name → why narrowing it would not pay.
+        device: board or processor of the one that was measured on; None for this machine.
     """
 
     model: str
@@ -107,17 +107,17 @@ class Staircase:
     factor: float
     layers: tuple[Stairs, ...]
     unpaid: dict[str, str]
+    device: str | None = None
 
 
 def climb(
     model: nn.Module,
     name: str,
     input_shape: InputShape,
-    target: str,
+    target: TargetProfile,
+    engine: Engine,
     *,
-    threads: int = 1,
     grid: int = 1,
-    precision: Precision = "fp32",
     progress: Progress = silent,
 ) -> Staircase:
     """Measure the layers of a network, as far as they are not known from an earlier call, and the whole of it.
@@ -126,17 +126,15 @@ def climb(
         model: its weights do not matter.
         name: for people.
         input_shape: channels, height, width.
-        target: name of a profile whose engines run on this machine.
-        threads: CPU threads.
+        target: whose engine it is.
+        engine: that is timed, see `latency_stage.engine_for`.
         grid: widths are multiples of this number.
-        precision: that the engine computes in.
         progress: to report to.
 
     Raises:
-        InputError: no engine of the target runs here, or the network has no layer to measure.
+        InputError: the network has no layer to measure.
+        DeviceError: the device cannot be reached any more; what was measured is kept.
     """
-    profile = load_profile(target)
-    engine = engine_for(profile, threads, precision)
     graph = channel_graph(model, example_inputs(model, input_shape))
     groups = [group for group in graph.groups if not group.shortcut]
     wish = Wish(grid=grid)
@@ -148,11 +146,12 @@ def climb(
     domains = [(each.layer.shape, each.domain) for each in mine]
     surfaces = survey(domains, Points.on(engine), partial(engine.time, progress=progress))
     with tempfile.TemporaryDirectory() as folder:
-        ref = as_engine(model, input_shape, "original", engine, profile, Path(folder))
+        ref = as_engine(model, input_shape, "original", engine, target, Path(folder))
         image = np.random.default_rng(0).standard_normal((1, *input_shape)).astype(np.float32)
-        how = {"rounds": ROUNDS, "seconds": SECONDS, "progress": progress}
-        (row,) = measure_engines([ref], {INPUT: image}, threads=threads, **how)  # type: ignore[arg-type]  # as named
-    return _summary(name, profile.id, engine, mine, surfaces, groups, wish, row.samples.summary["median_ms"])
+        how = {"threads": engine.threads, "rounds": ROUNDS, "seconds": SECONDS}
+        (row,) = engine.timer.engines([ref], {INPUT: image}, how, progress)
+        engine.timer.forget(ref)
+    return _summary(name, target.id, engine, mine, surfaces, groups, wish, row.samples.summary["median_ms"])
 
 
 def _summary(
@@ -173,8 +172,8 @@ def _summary(
     rows = sorted((_stairs(same, total) for same in alike.values()), key=lambda row: -row.share)
     runtime = engine.identity["runtime"]
     idle = unpaid(costs, groups, wish)
-    how = engine.threads, engine.precision
-    return Staircase(name, target, runtime, *how, total, whole_ms, whole_ms / total, tuple(rows), idle)
+    how, device = (engine.threads, engine.precision), engine.timer.device
+    return Staircase(name, target, runtime, *how, total, whole_ms, whole_ms / total, tuple(rows), idle, device)
 
 
 def _stairs(same: Sequence[tuple[Sized, Surface]], total: float) -> Stairs:

@@ -1,0 +1,81 @@
+"""Small networks timed in turn by one process, until each is known: layers for a budget of time.
+
+Python 3.8 and the standard library only: a copy lies beside run.py, so that layers are timed on a device by the same
+code as here.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from typing import Any, Callable, Mapping, Sequence
+
+_LEAST_SHARE = 0.05  # of a network's time that is its layer's at least, where the frame's noise says otherwise
+
+Ask = Callable[..., Any]  # of the process that holds the network, see runner.Worker
+OnTurn = Callable[[int, int, str], object]  # how many turns are done, of how many at most, and whose it is
+
+
+def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, list[float]]:
+    """Time networks, all in turn, in each round in another order.
+
+    One process has them all, one after the other, so that opening them costs little. A layer that is known well enough
+    has no further turns.
+
+    Args:
+        ask: of the process that opens them.
+        asked: engine: runtime, threads, precision; networks: by name path, batch, shapes, and what it is, for people;
+            pairs: a layer's network, and its frame if it has one; rounds: most turns of each; at_least: turns after
+            which a layer that is known gets no more of them; seconds: of each turn, warm-up included; steady: relative
+            spread of a layer that is known.
+        on_turn: told before every turn, and at the end.
+
+    Returns:
+        Per network the median of each of its turns, in milliseconds.
+    """
+    networks, rounds = asked["networks"], asked["rounds"]
+    found: dict[str, list[float]] = {name: [] for name in networks}
+    for number in range(rounds):
+        early = number < asked["at_least"]
+        unsure = [pair for pair in asked["pairs"] if early or not _known(found, pair, asked["steady"])]
+        order = list(dict.fromkeys(name for pair in unsure for name in pair if name is not None))
+        random.Random(f"staircase:{number}").shuffle(order)
+        for done, name in enumerate(order):
+            on_turn(number * len(networks) + done, rounds * len(networks), networks[name]["what"])
+            found[name].append(_turn(ask, {**asked["engine"], **networks[name]}, asked["seconds"]))
+    on_turn(rounds * len(networks), rounds * len(networks), "")
+    return found
+
+
+def _turn(ask: Ask, network: dict[str, Any], seconds: float) -> float:
+    """The median of some runs."""
+    del network["what"]
+    ask("open", **network)
+    warm = ask("warm", seconds=seconds / 4)
+    count = max(3, math.ceil(seconds * 3 / 4 * warm["calls"] / warm["seconds"]))
+    return float(statistics.median(ask("time", count=count)["samples_ms"]))
+
+
+def _known(found: Mapping[str, Sequence[float]], pair: tuple[str, str | None], steady: float) -> bool:
+    ms, spread_ms = layer_time(found, pair)
+    return spread_ms <= steady * ms
+
+
+def layer_time(found: Mapping[str, Sequence[float]], pair: tuple[str, str | None]) -> tuple[float, float]:
+    """A layer's time, from its network's and the frame's in the same rounds, and how far the true one may be from it.
+
+    A frame that several layers have goes on having turns when one of them has no more.
+
+    Args:
+        found: see `turns`.
+        pair: the layer's network and its frame.
+    """
+    network, frame = pair
+    both = found[network]
+    around = [0.0] * len(both) if frame is None else found[frame][: len(both)]
+    own = [max(one - other, _LEAST_SHARE * one) for one, other in zip(both, around)]
+    middle = statistics.median(own)
+    # Two standard errors of a median, from the median deviation: a round that was disturbed does not count.
+    deviation = statistics.median(abs(each - middle) for each in own)
+    return middle, 2 * 1.253 * 1.483 * deviation / math.sqrt(len(own))
