@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import contract, device_stage, feasibility_stage, networks, precision_stage, registry, stages
 from .android_site import Phone
@@ -147,6 +148,24 @@ def _remember(options: Options, root: Path) -> None:
     write_json(root / "options.json", kept)
 
 
+def _remembered(root: Path, changes: dict[str, Any]) -> Options:
+    """The options that `prune` kept, with some changes.
+
+    Raises:
+        InputError: there are none, or they cannot be read.
+    """
+    stored = open_run(root) / "options.json"
+    if not stored.exists():
+        raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
+    try:
+        return make_options({**read_json(stored), "out": root, **changes})
+    except (OSError, ValueError, TypeError, InputError) as error:
+        raise InputError(
+            f"{stored} is damaged, or of another version: {first_line(error)}",
+            hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
+        ) from error
+
+
 def build_from(
     root: Path,
     weights: Path,
@@ -172,17 +191,7 @@ def build_from(
     """
     if not weights.is_file():
         raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
-    stored = open_run(root) / "options.json"
-    if not stored.exists():
-        raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
-    try:
-        given = {"out": root, "require": require, "device": device, "device_python": device_python}
-        options = make_options({**read_json(stored), **given})
-    except (OSError, ValueError, TypeError, InputError) as error:
-        raise InputError(
-            f"{stored} is damaged, or of another version: {first_line(error)}",
-            hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
-        ) from error
+    options = _remembered(root, {"require": require, "device": device, "device_python": device_python})
     progress = join().speaking(progress)
     job = load_job(options, progress)
     # The network was pruned for the target of `prune`, whose grid its widths follow; it may be shipped to another.
