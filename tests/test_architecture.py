@@ -14,6 +14,9 @@ LEVELS = {
     4: {
         "cli",
         "cli_options",
+        "cli_build",
+        "cli_errors",
+        "cli_targets",
         "cli_processes",
         "cli_progress",
         "cli_tables",
