@@ -9,27 +9,22 @@ from __future__ import annotations
 import argparse
 import fcntl
 import fnmatch
-import functools
-import importlib
 import importlib.util
 import json
 import os
 import re
-import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _record import RESULTS, keep
-from _zoo_heads import HEADS
+from _zoo_nets import FAMILIES, NEEDS, QUICK, make
+from _zoo_page import cells, page, sentence, show
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from torch import fx, nn
 
 from thinet_deploy.artifact import hash_json
@@ -41,140 +36,15 @@ from thinet_deploy.pruning.labels import FIXED, Site
 from thinet_deploy.pruning.proof import prove
 from thinet_deploy.pruning.retrace import RetraceError, settled_plan
 from thinet_deploy.pruning.surgery import apply
-from thinet_deploy.pruning.trace import Inputs, arguments, named_tensors, operation, owner, shape
+from thinet_deploy.pruning.trace import arguments, named_tensors, operation, owner, shape
 
 PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
 OUTPUT = "its filters are outputs of the network"
-_CODE = ("graph", "grouping", "labels", "rules", "discovery", "retrace", "plan", "surgery", "proof", "trace", "watch")
-
-# Family → names; tv: torchvision, timm: timm, own: _zoo_heads.py.
-FAMILIES = {
-    "ResNet": (
-        "tv:resnet18 tv:resnet50 timm:resnet26d timm:resnet33ts timm:resnetblur18 timm:resnetaa34d timm:resnet50_gn"
-    ),
-    "ResNet v2, BiT": "timm:resnetv2_50 timm:resnetv2_50x1_bit",
-    "ResNeXt, Wide": "tv:resnext50_32x4d tv:wide_resnet50_2 timm:resnext26ts",
-    "SE, ECA, GC, SK, attention": (
-        "timm:seresnet18 timm:seresnet50 timm:seresnext26d_32x4d timm:legacy_seresnext26_32x4d "
-        "timm:ecaresnet26t timm:eca_resnext26ts timm:gcresnet33ts timm:bat_resnext26ts timm:skresnet18 "
-        "timm:skresnet50"
-    ),
-    "ResNeSt": "timm:resnest14d timm:resnest50d_4s2x40d",
-    "Res2Net": "timm:res2net50_26w_4s timm:res2net50_14w_8s timm:res2next50 timm:dla60_res2net",
-    "DenseNet": "tv:densenet121 timm:densenetblur121d timm:rdnet_tiny",
-    "Inception, GoogLeNet": "tv:googlenet tv:inception_v3 timm:inception_v4 timm:inception_resnet_v2",
-    "Xception": "timm:legacy_xception timm:xception41 timm:xception41p",
-    "MobileNet v1–v4": (
-        "timm:mobilenetv1_100 timm:mobilenetv1_125 tv:mobilenet_v2 timm:mobilenetv2_110d "
-        "tv:mobilenet_v3_small tv:mobilenet_v3_large timm:mobilenetv3_rw timm:mobilenetv4_conv_small "
-        "timm:mobilenetv4_conv_medium timm:mobilenetv4_hybrid_medium timm:mobilenet_edgetpu_100"
-    ),
-    "EfficientNet": (
-        "tv:efficientnet_b0 timm:efficientnet_b1 timm:efficientnet_es timm:efficientnet_lite0 "
-        "timm:tf_efficientnet_lite0 timm:efficientnet_b0_gn timm:efficientnet_blur_b0 timm:tinynet_a "
-        "timm:tinynet_e"
-    ),
-    "EfficientNet v2": "timm:efficientnetv2_rw_t timm:gc_efficientnetv2_rw_t timm:tf_efficientnetv2_b0",
-    "NAS nets": (
-        "tv:mnasnet0_5 timm:mnasnet_100 timm:semnasnet_075 timm:fbnetc_100 timm:fbnetv3_b timm:spnasnet_100 "
-        "timm:hardcorenas_a timm:mixnet_s timm:tf_mixnet_m timm:pnasnet5large"
-    ),
-    "RegNet x, y, z, v": (
-        "tv:regnet_x_400mf tv:regnet_y_400mf timm:regnetx_002 timm:regnety_008_tv timm:regnetz_005 "
-        "timm:regnetz_b16 timm:regnetv_040"
-    ),
-    "ShuffleNet": (
-        "tv:shufflenet_v2_x0_5 tv:shufflenet_v2_x1_0 tv:shufflenet_v2_x1_5 own:shufflenet_v1_g3 "
-        "own:shufflenet_v1_g4 own:shufflenet_v1_g8"
-    ),
-    "GhostNet": "timm:ghostnet_050 timm:ghostnet_100 timm:ghostnetv2_100 timm:ghostnetv3_050 timm:repghostnet_050",
-    "SqueezeNet, AlexNet, VGG": "tv:squeezenet1_0 tv:squeezenet1_1 tv:alexnet tv:vgg11 tv:vgg11_bn timm:vgg16_bn",
-    "ConvNeXt": (
-        "timm:convnext_atto timm:convnext_tiny timm:convnext_atto_ols timm:convnextv2_atto "
-        "timm:inception_next_atto timm:mambaout_femto"
-    ),
-    "HRNet": "timm:hrnet_w18_small",
-    "DLA": "timm:dla34 timm:dla46_c timm:dla46x_c timm:dla60x_c",
-    "CSP, DarkNet": (
-        "timm:cspresnet50 timm:cspresnext50 timm:cspdarknet53 timm:darknet17 timm:darknet53 timm:darknetaa53 "
-        "timm:sedarknet21 timm:cs3darknet_s timm:cs3darknet_focus_s timm:cs3sedarknet_xdw timm:cspnext_tiny"
-    ),
-    "RepVGG, MobileOne, RepViT": (
-        "timm:repvgg_a0 timm:repvgg_b1g4 timm:mobileone_s0 timm:mobileone_s4 timm:repvit_m0_9"
-    ),
-    "DPN": "timm:dpn68 timm:dpn68b timm:dpn92",
-    "VoVNet": "timm:vovnet39a timm:ese_vovnet19b_dw timm:ese_vovnet19b_slim timm:eca_vovnet39b",
-    "SelecSLS, TResNet, GENet, ReXNet": (
-        "timm:selecsls42 timm:selecsls42b timm:tresnet_m timm:gernet_s timm:gernet_m timm:rexnet_100 timm:rexnetr_100"
-    ),
-    "LCNet, HGNet, StarNet, FasterNet": (
-        "timm:lcnet_050 timm:lcnetv2_small timm:hgnet_tiny timm:hgnetv2_b0 timm:starnet_s1 timm:starnet_s050 "
-        "timm:fasternet_t0"
-    ),
-    "ConvMixer, PoolFormer, mixed": (
-        "timm:convmixer_768_32 timm:poolformer_s12 timm:poolformerv2_s12 timm:convformer_s18 "
-        "timm:edgenext_xx_small timm:focalnet_tiny_srf timm:swiftformer_xs"
-    ),
-    "NFNet (weights computed)": ("timm:nfnet_l0 timm:dm_nfnet_f0 timm:eca_nfnet_l0 timm:nf_regnet_b0 timm:nf_resnet50"),
-    "Segmentation, 3-D": (
-        "tv:lraspp_mobilenet_v3_large tv:deeplabv3_mobilenet_v3_large tv:fcn_resnet50 tv:r3d_18 "
-        "tv:r2plus1d_18 tv:mc3_18"
-    ),
-    "Heads with several outputs": (
-        "own:unet_transposed own:unet_bilinear_3_outputs own:linknet_deep_supervision own:fpn_shared_head "
-        "own:fpn_own_heads own:panet_shared_head own:ssd_heads own:semantic_fpn_and_classes own:deeplab_aspp "
-        "own:hourglass_2_stacks own:super_resolution own:two_streams"
-    ),
-}
-QUICK = ["tv:resnet18", "tv:squeezenet1_1", "timm:lcnet_050", "own:shufflenet_v1_g4", "own:fpn_shared_head"]
-_NEEDS = {"own": (), "tv": ("torchvision",), "timm": ("timm", "torchvision")}
-# Nets that shrink their maps without padding, or have a size in their code, need more than 64 pixels.
-_SIZES = {
-    **dict.fromkeys(
-        ["tv:inception_v3", "timm:inception_v4", "timm:inception_resnet_v2", "timm:pnasnet5large"], (128, 128)
-    ),
-    **dict.fromkeys(["timm:mobilenetv4_hybrid_medium", "tv:alexnet", "timm:legacy_xception"], (96, 96)),
-    "timm:bat_resnext26ts": (256, 256),  # its blocks of eight have to fill the last map
-    **dict.fromkeys(["tv:r3d_18", "tv:r2plus1d_18", "tv:mc3_18"], (8, 32, 32)),
-}
-
-
-def make(name: str) -> tuple[nn.Module, Inputs]:
-    """A network with random weights, and two random inputs for it."""
-    source, _, key = name.partition(":")
-    torch.manual_seed(0)
-    if source != "own":
-        _operators()
-    if source == "own":
-        model = HEADS[key]()
-    elif source == "timm":
-        model = importlib.import_module("timm").create_model(key)
-    else:
-        model = _torchvision(key)
-    size = _SIZES.get(name, (64, 64))
-    return model.eval(), tuple(torch.rand(2, 3, *size) for _ in range(2 if key == "two_streams" else 1))
-
-
-def _torchvision(key: str) -> nn.Module:
-    options: dict[str, Any] = {}
-    if key in {"googlenet", "inception_v3"}:
-        options = {"init_weights": False, "aux_logits": False}
-    if key.startswith(("deeplab", "fcn", "lraspp")):
-        options = {"weights_backbone": None}
-    return importlib.import_module("torchvision.models").get_model(key, weights=None, **options)  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _operators() -> torch.library.Library | None:
-    """Make a torchvision without its C++ operators importable; no classifier needs them."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
-        return library  # cached: the definitions last as long as this
-    return None
+# Modules of the pruning that decide a result.
+_CODE = (
+    *("attributes", "branches", "calls", "discovery", "graph", "grouping", "label_pass", "labels", "layer_rules"),
+    *("plan", "proof", "readers", "retrace", "rules", "shape_rules", "shares", "surgery", "trace", "watch"),
+)
 
 
 def half(graph: ChannelGraph) -> NDArray[np.bool_]:
@@ -282,9 +152,8 @@ def version() -> str:
     folder = Path(__file__).parent.parent / "thinet_deploy" / "pruning"
     installed = fingerprint()["packages"]
     packages = {name: installed.get(name) for name in ("torch", "torchvision", "timm")}
-    return hash_json({"packages": packages, **{name: (folder / f"{name}.py").read_text("utf-8") for name in _CODE}})[
-        :12
-    ]
+    code = {name: (folder / f"{name}.py").read_text("utf-8") for name in _CODE}
+    return hash_json({"packages": packages, **code})[:12]
 
 
 def stored(quick: bool) -> dict[str, Any]:
@@ -305,111 +174,6 @@ def store(name: str, row: dict[str, Any], *, quick: bool) -> None:
         os.close(folder)
 
 
-# --- what it shows -----------------------------------------------------------------------------------------------
-
-
-def sentence(rows: dict[str, Any]) -> str:
-    """The whole in two sentences."""
-    verdicts = Counter(row["verdict"] for row in rows.values())
-    told = sum(row.get("unexplained") == [] for row in rows.values())
-    free = sorted(row["macs_free_share"] for row in rows.values() if "macs_free_share" in row)
-    untouched = sum(row.get("groups") == 0 for row in rows.values())
-    saved = [row["macs_before"] / row["macs_after"] for row in rows.values() if "macs_after" in row]
-    return (
-        f"{len(rows)} architectures at keep 0.5: the proof passed on {verdicts['passed']} ({untouched} of these have "
-        f"nothing that can go), was wrong on {verdicts['wrong']}; {verdicts['refused']} refused. On {told} of them "
-        f"({told / len(rows):.0%}) every layer is free or kept whole for a stated reason. The median share of "
-        f"multiply-accumulates in free groups is {statistics.median(free):.1%} (a tenth of the networks have less than "
-        f"{free[len(free) // 10]:.0%}); multiply-accumulates fell by a median of {statistics.median(saved):.2f}×."
-    )
-
-
-def cells(name: str, row: dict[str, Any]) -> list[str]:
-    """A row of the table as text."""
-    size = "×".join(map(str, row["input"][1:]))
-    seconds = row.get("graph_seconds", 0) + row.get("surgery_seconds", 0)
-    counts = [""] * 3
-    if "filters" in row:
-        after = f"{row['macs_after'] / 1e6:.0f}" if "macs_after" in row else "–"
-        counts = [
-            f"{row['filters_free'] / max(1, row['filters']):.0%}",
-            f"{row['macs_before'] / 1e6:.0f} → {after}",
-            f"{row['macs_free_share']:.0%}",
-        ]
-    error = f"{row['error']:.0e} ≤ {row['tolerance']:.0e}" if "error" in row else "–"
-    if row["verdict"] == "wrong":
-        error = error.replace("≤", ">") + f" at {row['place']}"
-    return [name, size, row["verdict"], *counts, error, f"{seconds:.1f}", why(row)]
-
-
-def why(row: dict[str, Any]) -> str:
-    """The commonest reasons for whole layers, in short."""
-    if "why" in row:
-        return f"{row['why']} {row.get('line', '')}".strip()
-    parts = [f"{count}× {reason}" for reason, count in list(row["reasons"].items())[:3]]
-    return "; ".join(parts) + ("; …" if len(row["reasons"]) > 3 else "")
-
-
-_HEAD = ["network", "input", "proof", "filters free", "MMAC", "MACs in free groups"]
-_HEAD += ["error ≤ tolerance", "s", "layers kept whole"]
-_LEGEND = """
-Random weights; every group keeps half of its filters, chosen at random, residual streams too (a group that can only
-lose certain shares, for instance thirds, keeps the next smaller one).
-
-- *filters free*: of all convolutions and linear layers except the output layers; depthwise ones go with
-  their inputs.
-- *MMAC*: millions of multiply-accumulates before → after.
-- *MACs in free groups*: of weights in the rows and columns of which channels may go.
-- *error*: the pruned network against the original with the removed channels cut at the consumers, in float64, on the
-  weights and on random ones, at two batch sizes; relative to the largest value at the place where it is closest to its
-  tolerance.
-- *s*: finding the graph, pruning, checking the second trace; on a CPU that other work shared.
-
-Inputs are small because channels do not depend on their size and the proof is quicker.
-"""
-
-
-def page(rows: dict[str, Any]) -> str:
-    """docs/zoo.md."""
-    versions = Counter(row["version"] for row in rows.values())
-    lines = [
-        "# What can go, over the model zoos",
-        "",
-        "Made by `python benchmarks/zoo.py` from benchmarks/results/zoo.json; do not edit.",
-        "",
-        sentence(rows),
-        "",
-        _LEGEND.strip(),
-        "",
-        f"Code versions behind the rows: {', '.join(f'{key} ({count})' for key, count in versions.most_common())}.",
-    ]
-    failed = {key: row for key, row in rows.items() if row["verdict"] != "passed" or row.get("unexplained")}
-    if failed:
-        lines += ["", "## Not proved, or not explained", "", *_markdown(failed)]
-    for family, names in FAMILIES.items():
-        mine = {key: rows[key] for key in names.split() if key in rows}
-        if mine:
-            lines += ["", f"## {family}", "", *_markdown(mine)]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown(rows: dict[str, Any]) -> Iterable[str]:
-    yield "| " + " | ".join(_HEAD) + " |"
-    yield "|" + "---|" * len(_HEAD)
-    for name, row in rows.items():
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells(name, row)) + " |"
-
-
-def show(rows: dict[str, Any]) -> None:
-    """A short table on the screen, least free first; docs/zoo.md has the rest."""
-    shown = [0, 2, 3, 4, 5, 7]
-    table = Table(*(_HEAD[index] for index in shown))
-    for name, row in sorted(rows.items(), key=lambda item: item[1].get("macs_free_share", -1)):
-        texts = cells(name, row)
-        table.add_row(*(texts[index] for index in shown), style="" if row["verdict"] == "passed" else "bold red")
-    Console().print(table)
-
-
 def main() -> None:
     """Measure what has no row yet; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -427,7 +191,7 @@ def main() -> None:
         done = row is not None and (given.any_version or row["version"] == code) and not given.again
         if done or not fnmatch.fnmatchcase(name, given.only):
             continue
-        if missing := [each for each in _NEEDS[name.partition(":")[0]] if importlib.util.find_spec(each) is None]:
+        if missing := [each for each in NEEDS[name.partition(":")[0]] if importlib.util.find_spec(each) is None]:
             print(f"{name}: skipped, {missing[0]} is not installed")
             continue
         row = {**measure(name), "version": code}

@@ -236,3 +236,36 @@ def zoo(torchvision_or_none: None) -> ModuleType:
         pytest.skip("torchvision is not installed (pip install --no-deps torchvision, one that fits this torch)")
     models: ModuleType = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
     return models
+
+
+@pytest.fixture(scope="session")
+def mixed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network of mixed_onnx.py as a file."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from mixed_onnx import export_mixed
+
+    return export_mixed(tmp_path_factory.mktemp("mixed") / "mixed.onnx")
+
+
+@pytest.fixture(scope="session")
+def mixed_model(mixed_file: Path) -> Any:
+    """The same, read."""
+    from thinet_deploy.precision.graph import read_onnx
+
+    return read_onnx(mixed_file)
+
+
+@pytest.fixture(scope="session")
+def mixed_images() -> Any:
+    """Inputs of it."""
+    from mixed_onnx import some_images
+
+    return some_images()
+
+
+@pytest.fixture(scope="session")
+def mixed_values(mixed_model: Any, mixed_images: Any) -> Any:
+    """What its tensors are on these."""
+    from thinet_deploy.precision.calibration import observe
+
+    return observe(mixed_model, lambda: [mixed_images[:50], mixed_images[50:]])

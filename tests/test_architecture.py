@@ -1,25 +1,12 @@
-"""What holds the architecture: import direction, cycles, laziness, the public API, file sizes, docstrings.
+"""What holds the architecture: imports run in one direction, without cycles, and what is copied stands alone."""
 
-Everything is read from the installed package, so that the same tests check the checkout and the wheel.
-"""
-
-import ast
-import importlib.util
-import json
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from package_modules import CONVERTERS, CORE, IMPORTS, MODULES, PROFILES, Import
 
-import thinet_deploy
 from thinet_deploy.runner import COMPANIONS
-
-CORE = "thinet_deploy"
-CONVERTERS = f"{CORE}.converters"
-PROFILES = f"{CORE}.profiles"
 
 # A module may import from its own level and from lower ones. Names are relative to thinet_deploy; a sub-package stands
 # for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
@@ -27,6 +14,9 @@ LEVELS = {
     4: {
         "cli",
         "cli_options",
+        "cli_build",
+        "cli_errors",
+        "cli_targets",
         "cli_processes",
         "cli_progress",
         "cli_tables",
@@ -45,6 +35,9 @@ LEVELS = {
         "android_stage",
         "networks",
         "stages",
+        "build_table",
+        "parity_stage",
+        "bundle_stage",
         "deploy_stage",
         "prune_stage",
         "gcos_stage",
@@ -140,114 +133,6 @@ TOP_LEVEL = 5
 FOR_CONVERTERS = {
     f"{CORE}.{name}" for name in ("interfaces", "artifact", "target", "errors", "program", "tensorrt_builder")
 }
-# Neither `import thinet_deploy` nor --help may load one of these.
-HEAVY = {
-    "torch",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt_rtx",
-    "ncnn",
-    "coremltools",
-    "executorch",
-    "litert_torch",
-    "scipy",
-    "sklearn",
-    "torchvision",
-    "timm",
-    "matplotlib",
-    "torchmetrics",
-    "pycocotools",
-}
-MAX_LINES = 400
-# A table of networks with what is expected of each is read row by row.
-MAX_LINES_OF_A_TEST = 550
-
-
-@dataclass(frozen=True)
-class Import:
-    """One import of a module."""
-
-    target: str  # a module of the package, or the first name of a foreign one
-    line: int
-    in_function: bool
-
-
-def _modules() -> dict[str, Path]:
-    """Every module of the package: dotted name → file."""
-    modules = {}
-    for package in (CORE, CONVERTERS, PROFILES):
-        spec = importlib.util.find_spec(package)
-        assert spec is not None, package
-        assert spec.origin is not None, package
-        folder = Path(spec.origin).parent
-        for file in sorted(folder.rglob("*.py")):
-            parts = file.relative_to(folder).with_suffix("").parts
-            if parts[0] in {"assets", "converters", "integrations", "profiles"}:  # data, or with a turn of their own
-                continue
-            modules[".".join((package, *parts)).removesuffix(".__init__")] = file
-    return modules
-
-
-MODULES = _modules()
-TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
-
-
-def _is_type_checking(test: ast.expr) -> bool:
-    return ast.unparse(test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
-
-
-def _statements(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """All import statements that run, and whether they do so only when a function is called."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child, in_function
-        elif isinstance(child, ast.If) and _is_type_checking(child.test):
-            for other in child.orelse:
-                yield from _statements(other, in_function)
-        else:
-            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from _statements(child, in_function or inside)
-
-
-def _targets(module: str, statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
-    """The full dotted names that a statement imports from; of `from a import b` a.b where that is a module."""
-    if isinstance(statement, ast.Import):
-        yield from (alias.name for alias in statement.names)
-        return
-    base = statement.module or ""
-    if statement.level:
-        package = module.split(".") if _is_package(module) else module.split(".")[:-1]
-        parents = package[: len(package) - statement.level + 1]
-        base = ".".join([*parents, base] if base else parents)
-    for alias in statement.names:
-        full = f"{base}.{alias.name}"
-        yield full if full in MODULES else base
-
-
-def _is_package(module: str) -> bool:
-    return MODULES[module].name == "__init__.py"
-
-
-def _imports(module: str) -> list[Import]:
-    """The imports of a module; packages that are run on the way to a target count as imported too."""
-    found = []
-    for statement, in_function in _statements(TREES[module]):
-        for target in _targets(module, statement):
-            if target.split(".")[0] != CORE:
-                found.append(Import(target.split(".")[0], statement.lineno, in_function))
-                continue
-            parts = target.split(".")
-            reached = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-            # A package that holds the importing module is being imported anyway.
-            passed = [name for name in reached[:-1] if not f"{module}.".startswith(f"{name}.")]
-            found += [Import(name, statement.lineno, in_function) for name in [*passed, reached[-1]] if name != module]
-    return found
-
-
-IMPORTS = {module: _imports(module) for module in MODULES}
 
 
 def _level(module: str) -> int | None:
@@ -341,79 +226,3 @@ def test_what_runs_on_devices_stands_alone(name: str) -> None:
     assert not ours - beside
     early = {found.target for found in IMPORTS[f"{CORE}.{name}"] if not found.in_function}
     assert early - beside <= sys.stdlib_module_names | {"numpy"}
-
-
-def _loaded_by(code: str) -> set[str]:
-    """First names of all modules that are loaded when `code` has run in a new interpreter."""
-    report = "\nimport json, sys\nprint('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    # -I: neither the current folder nor PYTHONPATH, so that the installed package is what gets imported.
-    done = subprocess.run([sys.executable, "-I", "-c", code + report], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
-def test_import_loads_nothing_heavy() -> None:
-    loaded = _loaded_by("import thinet_deploy")
-    assert CORE in loaded
-    assert not loaded & HEAVY
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["targets"]], ids=" ".join)
-def test_the_command_line_loads_nothing_heavy(arguments: list[str]) -> None:
-    if f"{CORE}.cli" not in MODULES:
-        pytest.skip("cli.py is not there yet")
-    code = f"""
-import sys
-sys.argv = ["thinet-deploy", *{arguments!r}]
-from thinet_deploy.cli import main
-try:
-    code = main()
-except SystemExit as end:
-    code = end.code
-assert not code, code
-"""
-    loaded = _loaded_by(code)
-    assert f"{CORE}" in loaded
-    assert not loaded & HEAVY
-
-
-def test_public_api_is_pinned() -> None:
-    """A change of the public API is meant: it changes public_api.txt and CHANGELOG.md too."""
-    pinned = (Path(__file__).parent / "public_api.txt").read_text(encoding="utf-8").split()
-    assert pinned == sorted(pinned), "public_api.txt is sorted"
-    assert sorted(thinet_deploy.__all__) == pinned
-    for name in pinned:
-        assert getattr(thinet_deploy, name) is not None, name
-
-
-def _written_files() -> list[Path]:
-    """Modules of the package, and the tests beside this one."""
-    return [*MODULES.values(), *Path(__file__).parent.glob("*.py")]
-
-
-def _most_lines(file: Path) -> int:
-    return MAX_LINES_OF_A_TEST if file.name.startswith("test_") else MAX_LINES
-
-
-def test_files_are_short() -> None:
-    lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in _written_files()}
-    allowed = {file: _most_lines(Path(file)) for file in lengths}
-    assert {file: length for file, length in lengths.items() if length > allowed[file]} == {}
-
-
-def _public_without_docstring(module: str, node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[str]:
-    for child in node.body:
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
-            continue
-        overload = any(ast.unparse(decorator).endswith("overload") for decorator in child.decorator_list)
-        if ast.get_docstring(child) is None and not overload:
-            yield f"{module}.{prefix}{child.name}"
-        if isinstance(child, ast.ClassDef):
-            yield from _public_without_docstring(module, child, f"{prefix}{child.name}.")
-
-
-def test_everything_public_has_a_docstring() -> None:
-    without = [module for module in MODULES if ast.get_docstring(TREES[module]) is None]
-    for module, tree in TREES.items():
-        without += _public_without_docstring(module, tree)
-    assert not without

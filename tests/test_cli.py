@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import thinet_deploy.cli as commands
-from thinet_deploy import environment
+from thinet_deploy import cli_targets, environment
 from thinet_deploy.cli_progress import bars
 from thinet_deploy.options import Options
 
@@ -115,7 +115,7 @@ def test_brackets_are_no_markup(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("command", ["targets", "doctor"])
 def test_a_narrow_terminal_cuts_nothing(command: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "stdout", lambda: Console(width=80))
+    monkeypatch.setattr(cli_targets, "stdout", lambda: Console(width=80))
     text = cli(command).out
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

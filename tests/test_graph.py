@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nets import Forward, Net, conv
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,24 +23,6 @@ from thinet_deploy.pruning.surgery import apply
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
 
 SHAPE = (3, 8, 8)
-Forward = Callable[[Any, torch.Tensor], Any]
-
-
-class Net(nn.Module):
-    """A network from its forward function and its parts."""
-
-    def __init__(self, forward: Forward, **parts: Any) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self._forward(self, x)
-
-
-def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, **{"padding": kernel // 2, **options})
 
 
 def graph_of(model: nn.Module, shape: tuple[int, ...] = SHAPE, **options: Any) -> ChannelGraph:

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from channel_cases import choose
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
 from thinet_deploy.pruning.discovery import channel_graph
-from thinet_deploy.pruning.graph import ChannelGraph
 from thinet_deploy.pruning.proof import cut, prove, randomised
 from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply
@@ -182,22 +181,10 @@ def networks(draw: st.DrawFn) -> nn.Module:
     return Draw(draw).network().eval()
 
 
-def choose(graph: ChannelGraph, data: st.DataObject) -> NDArray[np.bool_]:
-    """Any width of every group, any channels of every cell."""
-    kept = np.zeros(graph.channels, dtype=bool)
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**31), label="choice"))
-    for group in graph.groups:
-        share = int(rng.integers(1, group.steps + 1)) / group.steps
-        for cell in np.unique(group.cells):
-            mine = rng.permutation(group.channels[group.cells == cell])
-            kept[mine[: round(len(mine) * share)]] = True
-    return kept
-
-
 def check(model: nn.Module, data: st.DataObject) -> None:
     inputs = (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),)
     graph = channel_graph(model, inputs)
-    kept = choose(graph, data)
+    kept = choose(graph, data.draw(st.integers(0, 2**31), label="choice"))
     if not graph.leaves_filters(kept):
         return
     plan = settled_plan(model, graph, kept, inputs)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nets import Forward, Net, conv, drawn
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
@@ -26,41 +27,14 @@ from thinet_deploy.pruning.trace import example_inputs
 
 SHAPE = (1, 8, 8)
 CHOSEN = np.arange(7)
-Forward = Callable[[Any, torch.Tensor], Any]
 # The scores of a group, from the network, its graph, the group's name, a plan and images.
 Given = tuple[nn.Module, ChannelGraph, str, Plan, ImageSet]
-
-
-class Net(nn.Module):
-    """A network from its forward function and its parts."""
-
-    def __init__(self, forward: Forward, **parts: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self._forward(self, x)
 
 
 def net(forward: Forward, **parts: nn.Module) -> nn.Module:
     """With random values in all parameters and buffers."""
     torch.manual_seed(3)
-    model = Net(forward, **parts)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
-
-
-def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, **{"padding": kernel // 2, **options})
+    return drawn(Net(forward, **parts), 0.4)
 
 
 def pooled(x: torch.Tensor) -> torch.Tensor:

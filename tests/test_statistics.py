@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import drawn
 from numpy.typing import NDArray
 from torch import nn
 
@@ -122,16 +123,7 @@ def assert_same(gram: NDArray[np.float64], expected: NDArray[np.float64]) -> Non
 
 def build(*layers: nn.Module) -> nn.Module:
     torch.manual_seed(5)
-    net = nn.Sequential(*layers)
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return net.eval()
+    return drawn(nn.Sequential(*layers), 0.5)
 
 
 NETWORKS = {

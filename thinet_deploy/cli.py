@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from .cli_compare import compare, exit_on_broken, show_verdicts
+from .cli_build import show_build
+from .cli_compare import compare
 from .cli_count import count
-from .cli_device import show_device, verify, without_samples
+from .cli_device import verify
+from .cli_errors import show_error, usage_error
 from .cli_latency import latency as latency_command
 from .cli_options import (
     BatchSize,
@@ -65,8 +66,13 @@ from .cli_options import (
 from .cli_processes import INTERRUPTED, one_voice
 from .cli_progress import bars
 from .cli_staircase import staircase
-from .cli_tables import grid, print_json, show_feasibility, show_pruned, stdout
-from .errors import InputError, ThinetDeployError, UnknownNameError
+from .cli_tables import print_json, show_feasibility, show_pruned, stdout
+from .cli_targets import doctor, targets
+from .errors import InputError, ThinetDeployError
+from .interfaces import Progress
+
+if TYPE_CHECKING:
+    from .deployment import Build
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -148,47 +154,14 @@ def build(  # noqa: PLR0917 - one argument per option
     [bold]thinet-deploy build --from RUN --weights mine.safetensors[/bold]   (after prune and your own training)
     """
     given = {key: value for key, value in locals().items() if value not in (None, []) and key not in _NOT_OPTIONS}
-    from . import pipeline, report
-    from .hops import render_hops
-    from .ledger import render_ledger
+    from . import pipeline
 
     with bars(_ERR) as progress:
         if from_run:
-            more = {name: given[name] for name in ("precision", "device", "device_python") if name in given}
-            if weights is None or set(given) - {"weights", "target", "require", *more} or config:
-                raise InputError(
-                    "--from takes --weights, --require, --device and, if they change, --target and --precision.",
-                    hint="thinet-deploy build --from RUN --weights mine.safetensors",
-                )
-            done = pipeline.build_from(from_run, weights, target, progress, require=tuple(require or ()), **more)
+            done = _built_from(from_run, given, config, progress)
         else:
             done = pipeline.build(_options(given, config), progress)
-    if as_json:
-        print_json(
-            {
-                "run": str(done.run),
-                "bundle": str(done.bundle),
-                "table": done.table.to_json(),
-                "parity": [vars(hop) for hop in done.hops],
-                "notes": list(done.notes),
-                "contract": [vars(verdict) for verdict in done.verdicts],
-                **({"device": without_samples(done.device)} if done.device else {}),
-            }
-        )
-        exit_on_broken(done.verdicts)
-        return
-    console = stdout()
-    console.print(report.render([done.table], console.width))
-    console.print(render_ledger(done.table.ledger))
-    console.print(render_hops(done.hops, done.table))
-    typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
-    typer.echo(f"Report: {done.run / 'report' / 'report.html'}")
-    if done.device:
-        show_device(done.device)
-    for note in done.notes:
-        typer.echo(note)
-    show_verdicts([("", verdict) for verdict in done.verdicts])
-    exit_on_broken(done.verdicts)
+    show_build(stdout(), done, as_json=as_json)
 
 
 @app.command()
@@ -274,52 +247,23 @@ app.command()(compare)
 app.command()(verify)
 
 
-@app.command()
-def targets(
-    name: Annotated[str | None, typer.Argument(help="Show everything about one target.")] = None,
-    as_json: Json = False,
-) -> None:
-    """The targets that --target knows, and what is known about them, with sources.
-
-    [bold]thinet-deploy targets jetson[/bold] prints everything about one of them as JSON.
-    """
-    from .target import load_profile, profile_names
-
-    if name:
-        print_json(load_profile(name).model_dump(mode="json", exclude_none=True))
-        return
-    profiles = [load_profile(each) for each in profile_names()]
-    if as_json:
-        print_json([profile.model_dump(mode="json", exclude_none=True) for profile in profiles])
-        return
-    table = grid("target", "also called", "engines", "runtimes, in order", "precision", wrap=("runtimes, in order",))
-    for profile in profiles:
-        where = "on device" if profile.builds_on_device else "made here"
-        runtimes, precision = ", ".join(profile.runtimes), profile.precisions.recommended
-        table.add_row(profile.id, "\n".join(profile.aliases), where, runtimes, precision)
-    stdout().print(table)
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """What works on this machine, what is missing, and how to get it.
-
-    [bold]thinet-deploy doctor --json[/bold] prints it for a program.
-    """
-    from .environment import doctor as examine
-
-    checks = examine()
-    if as_json:
-        print_json([vars(check) for check in checks])
-        return
-    table = grid("", "what", "found", "what to do", wrap=("found", "what to do"))
-    marks = {"ok": "[green]✓[/green]", "missing": "[yellow]–[/yellow]", "note": " "}
-    for check in checks:
-        table.add_row(marks[check.status], check.name, escape(check.found), escape(check.advice))
-    stdout().print(table)
-
+app.command()(targets)
+app.command()(doctor)
 
 _NOT_OPTIONS = frozenset({"from_run", "feasibility", "config", "as_json"})
+
+
+def _built_from(run: Path, given: dict[str, Any], config: Path | None, progress: Progress) -> Build:
+    """Go on from a run of `prune`, with the weights of the user's own training."""
+    from . import pipeline
+
+    may = {"weights", "target", "require", "precision", "device", "device_python"}
+    if "weights" not in given or set(given) - may or config:
+        raise InputError(
+            "--from takes --weights, --require, --device and, if they change, --target and --precision.",
+            hint="thinet-deploy build --from RUN --weights mine.safetensors",
+        )
+    return pipeline.build_from(run, progress=progress, **{**given, "require": tuple(given.get("require", ()))})
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
@@ -343,38 +287,14 @@ def main() -> None:
     try:
         code = one_voice(_ERR, lambda: app(prog_name="thinet-deploy", standalone_mode=False))
     except ThinetDeployError as error:
-        code = _show_error(error)
-    except typer.TyperException as error:
-        code = _show_error(_usage_error(error)) if error.format_message() else _USAGE  # empty: help has been shown
+        code = show_error(_ERR, error)
+    except typer.TyperException as error:  # without a message: help has been shown
+        code = show_error(_ERR, usage_error(error)) if error.format_message() else InputError.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:
         _ERR.print("Interrupted. Run the same command again to go on: finished stages are kept.")
     sys.exit(code)
-
-
-_USAGE = 2
-
-
-def _show_error(error: ThinetDeployError) -> int:
-    """What happened and what to do on stderr, and with --json also as the one document on stdout; the exit code."""
-    if "--json" in sys.argv:
-        print_json({"error": error.what, "hint": error.hint, "exit_code": error.exit_code})
-    # Without emoji: rich would read "adb:X:" as a cross.
-    _ERR.print(f"[bold red]Error:[/bold red] {escape(error.what)}", soft_wrap=True, highlight=False, emoji=False)
-    if error.hint:
-        _ERR.print(error.hint, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    return error.exit_code
-
-
-def _usage_error(error: typer.TyperException) -> ThinetDeployError:
-    """Typer's own complaint about a command line, in our form; for an unknown option with the nearest name."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "thinet-deploy"
-    if context and hasattr(error, "possibilities"):  # typer's NoSuchOption, a private class
-        options = [name for param in context.command.params for name in param.opts if name.startswith("--")]
-        return UnknownNameError(f"option of `{command}`", str(getattr(error, "option_name", "")), options)
-    return InputError(error.format_message().replace("Value error, ", ""), hint=f"See `{command} --help`.")
 
 
 if __name__ == "__main__":

@@ -247,18 +247,7 @@ def load_folder(
     Raises:
         DataError: a folder is missing or empty, classes differ, or a file is no whole image (named).
     """
-    if not root.is_dir():
-        raise DataError(
-            f"There is no folder {root}.", hint="--data takes a folder with train/ and val/ or test/ in it."
-        )
-    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if held_out is None or not (unlabelled or (root / "train").is_dir()):
-        found = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
-        needed = "folder val/" if unlabelled else "folders train/ and val/"
-        raise DataError(
-            f"{root} needs the {needed} (or test/), but has {', '.join(found) or 'no folders'}.",
-            hint=f"Put the images in {'' if unlabelled else 'ROOT/train/CLASS/ and '}ROOT/val/CLASS/.",
-        )
+    held_out = _held_out(root, needs_train=unlabelled is None)
     classes, test_files = list_split(held_out)
     notes: tuple[str, ...] = ()
     if unlabelled:
@@ -266,17 +255,40 @@ def load_folder(
         digest = hash_json([digest_of(root, test_files, preprocess), images_digest(unlabelled, preprocess)])
         notes = _seen_before(unlabelled, train_files, test_files) if checked else ()
     else:
-        stage, (train_classes, train_files) = "Reading training images", list_split(root / "train")
+        stage, train_files = "Reading training images", _training_files(root, held_out, classes)
         digest = digest_of(root, train_files + test_files, preprocess)
-        if odd := sorted(set(classes) ^ set(train_classes)):
-            raise DataError(
-                f"{root}: train/ and {held_out.name}/ have different classes: {', '.join(odd[:5])}.",
-                hint="Both need one folder per class, with the same names.",
-            )
-    together, check = len(train_files) + len(test_files), checked
-    train = read_files(train_files, preprocess, progress, stage, together=together, checked=check)
-    test = read_files(test_files, preprocess, progress, "Reading test images", together=together, checked=check)
+    together = len(train_files) + len(test_files)
+    train = read_files(train_files, preprocess, progress, stage, together=together, checked=checked)
+    test = read_files(test_files, preprocess, progress, "Reading test images", together=together, checked=checked)
     return Dataset(root.name, classes, train, test, digest, notes)
+
+
+def _held_out(root: Path, *, needs_train: bool) -> Path:
+    """The folder of the test images, where all the folders are that there have to be."""
+    if not root.is_dir():
+        raise DataError(
+            f"There is no folder {root}.", hint="--data takes a folder with train/ and val/ or test/ in it."
+        )
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if held_out is None or (needs_train and not (root / "train").is_dir()):
+        found = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
+        needed = "folders train/ and val/" if needs_train else "folder val/"
+        raise DataError(
+            f"{root} needs the {needed} (or test/), but has {', '.join(found) or 'no folders'}.",
+            hint=f"Put the images in {'ROOT/train/CLASS/ and ' if needs_train else ''}ROOT/val/CLASS/.",
+        )
+    return held_out
+
+
+def _training_files(root: Path, held_out: Path, classes: tuple[str, ...]) -> list[File]:
+    """The images in ROOT/train, which has the classes of the test images."""
+    train_classes, files = list_split(root / "train")
+    if odd := sorted(set(classes) ^ set(train_classes)):
+        raise DataError(
+            f"{root}: train/ and {held_out.name}/ have different classes: {', '.join(odd[:5])}.",
+            hint="Both need one folder per class, with the same names.",
+        )
+    return files
 
 
 def load_images(root: Path, preprocess: Preprocess, progress: Progress = silent) -> ImageSet:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from .parallel import join
 from .seeds import generator
 
 _STATISTICS = ("running_mean", "running_var")
+# Of a batch: the number of values per channel, and their mean and unbiased variance (2, c).
+Moments = tuple[int, torch.Tensor]
 
 
 def reestimate_norms(
@@ -51,11 +54,23 @@ def reestimate_norms(
         progress: to report to.
     """
     model.eval()
+    norms = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
     order = generator(seed, stage, "norms").permutation(len(images))[:limit]
-    parts = np.array_split(order, math.ceil(len(order) / batch))
-    moments: dict[_BatchNorm, list[tuple[int, torch.Tensor]]] = {
-        module: [] for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+    parts, team = np.array_split(order, math.ceil(len(order) / batch)), join()
+    with team.holding(model), torch.no_grad(), _collecting(model, norms) as moments:
+        for index, part in enumerate(parts if norms else []):
+            progress(stage, index, len(parts))
+            model(torch.from_numpy(images.inputs(part)).to(team.device))
+        for norm, batches in moments.items():
+            if batches:
+                for name, pooled_c in zip(_STATISTICS, _pooled(batches), strict=True):
+                    norm.get_buffer(name).copy_(pooled_c)
+
+
+@contextmanager
+def _collecting(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[Mapping[_BatchNorm, list[Moments]]]:
+    """Let some BatchNorms normalise by their batch, as in training, and note its moments; then as they were."""
+    moments: dict[_BatchNorm, list[Moments]] = {norm: [] for norm in norms}
 
     def forget(norm: _BatchNorm, inputs: Any) -> None:
         norm.reset_running_stats()  # so that, with a momentum of 1, a batch leaves its own statistics and no others
@@ -64,25 +79,18 @@ def reestimate_norms(
         mean_var_2c = torch.stack([norm.get_buffer(name) for name in _STATISTICS])
         moments[norm].append((inputs[0].numel() // inputs[0].shape[1], mean_var_2c.to("cpu", torch.float64)))
 
-    team = join()
-    with ExitStack() as after, team.holding(model), torch.no_grad():
+    with ExitStack() as after:
         after.callback(model.eval)
-        for norm in moments:
+        for norm in norms:
             after.callback(setattr, norm, "momentum", norm.momentum)
             norm.momentum, norm.training = 1.0, True
             for hook in (norm.register_forward_pre_hook(forget), norm.register_forward_hook(collect)):
                 after.callback(hook.remove)
-        for index, part in enumerate(parts if moments else []):
-            progress(stage, index, len(parts))
-            model(torch.from_numpy(images.inputs(part)).to(team.device))
-        for norm, parts_2c in moments.items():
-            if parts_2c:
-                for name, pooled_c in zip(_STATISTICS, _pooled(parts_2c), strict=True):
-                    norm.get_buffer(name).copy_(pooled_c)
+        yield moments
 
 
-def _pooled(moments: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """Mean and unbiased variance (2, c) of all values, from the number of values and the same of each batch."""
+def _pooled(moments: list[Moments]) -> torch.Tensor:
+    """Mean and unbiased variance (2, c) of all values, from those of each batch."""
     counts_b1 = torch.tensor([[count] for count, _ in moments], dtype=torch.float64)
     means_bc, variances_bc = torch.stack([mean_var_2c for _, mean_var_2c in moments], 1)
     total = counts_b1.sum()

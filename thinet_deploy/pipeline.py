@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import contract, device_stage, feasibility_stage, latency_stage, networks, precision_stage, registry, stages
 from .android_site import Phone
@@ -162,6 +163,24 @@ def _remember(options: Options, root: Path) -> None:
     write_json(root / "options.json", kept)
 
 
+def _remembered(root: Path, changes: dict[str, Any]) -> Options:
+    """The options that `prune` kept, with some changes.
+
+    Raises:
+        InputError: there are none, or they cannot be read.
+    """
+    stored = open_run(root) / "options.json"
+    if not stored.exists():
+        raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
+    try:
+        return make_options({**read_json(stored), "out": root, **changes})
+    except (OSError, ValueError, TypeError, InputError) as error:
+        raise InputError(
+            f"{stored} is damaged, or of another version: {first_line(error)}",
+            hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
+        ) from error
+
+
 def build_from(
     root: Path,
     weights: Path,
@@ -187,16 +206,7 @@ def build_from(
     """
     if not weights.is_file():
         raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
-    stored = open_run(root) / "options.json"
-    if not stored.exists():
-        raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
-    try:
-        options = make_options({**read_json(stored), "out": root, "require": require})
-    except (OSError, ValueError, TypeError, InputError) as error:
-        raise InputError(
-            f"{stored} is damaged, or of another version: {first_line(error)}",
-            hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
-        ) from error
+    options = _remembered(root, {"require": require})
     progress = join().speaking(progress)
     # Where a budget of time was met, that device is asked what it is: whether the widths still hold there.
     job = _placed(load_job(options, progress), *(_device(options) if options.timed else (None, None)))

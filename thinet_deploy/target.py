@@ -55,10 +55,9 @@ class Gpu(_Table):
 
 
 class Dla(_Table):
-    """`cores`: the most that any variant has, 0 for none; `usable_if`: conditions that must all hold."""
+    """`cores`: the most that any variant has, 0 for none."""
 
     cores: Annotated[int, Field(ge=0)]
-    usable_if: tuple[str, ...] = ()
 
 
 class Memory(_Table):

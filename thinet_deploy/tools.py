@@ -73,30 +73,32 @@ class Tools:
             images: to train on, if not all training images.
         """
         options, images = self.job.options, images or self.job.data.train
-        if not options.trainer:
-            ours = schedule == "cosine"
-            recipe = Recipe(
-                epochs,
-                lr,
-                options.batch_size,
-                warmup=1 if ours and epochs > 3 else 0,
-                clip=1.0 if ours else math.inf,
-                schedule=schedule,
-            )
-            train(
-                model,
-                images,
-                changed(recipe, options.train),
-                seed=options.seed,
-                stage=stage,
-                teacher=teacher,
-                checkpoint=checkpoint,
-                progress=self.progress,
-            )
+        if options.trainer:
+            self._fit(model, images, {"epochs": epochs, "lr": lr, "stage": stage, "teacher": teacher})
             return
-        fit = load_function(options.trainer, "fit")
-        offered: dict[str, Any] = {"epochs": epochs, "lr": lr, "stage": stage, "teacher": teacher}
-        offered |= {"seed": options.seed, "batch_size": options.batch_size}
+        train(
+            model,
+            images,
+            changed(self._recipe(epochs, lr, schedule), options.train),
+            seed=options.seed,
+            stage=stage,
+            teacher=teacher,
+            checkpoint=checkpoint,
+            progress=self.progress,
+        )
+
+    def _recipe(self, epochs: int, lr: float, schedule: Schedule) -> Recipe:
+        """Ours, or without what the papers do not have."""
+        recipe = Recipe(epochs, lr, self.job.options.batch_size, schedule=schedule)
+        if schedule != "cosine":
+            return replace(recipe, warmup=0, clip=math.inf)
+        return replace(recipe, warmup=1 if epochs > 3 else 0, clip=1.0)
+
+    def _fit(self, model: nn.Module, images: ImageSet, about: dict[str, Any]) -> None:
+        """Train by the user's --trainer, which gets of all there is what it asks for."""
+        options, stage = self.job.options, about["stage"]
+        fit = load_function(str(options.trainer), "fit")
+        offered = {**about, "seed": options.seed, "batch_size": options.batch_size}
         taken = inspect.signature(fit).parameters
         takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         torch.manual_seed(derive(options.seed, stage))  # so that a plain loop gives the same weights when it is resumed

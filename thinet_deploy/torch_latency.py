@@ -62,16 +62,16 @@ def measure_torch(
         progress: told about each round.
         device: "cpu", "cuda" or "cuda:1".
         mode: how torch runs them: eager, channels-last, amp or cuda-graph (`torch_modes`).
+
+    Raises:
+        InputError: there are too few rounds.
+        MissingError: there is no CUDA device.
     """
     import torch
 
     from .torch_modes import in_mode, laid_out
 
-    if rounds < MIN_ROUNDS:
-        raise InputError(f"{rounds} rounds are too few for an interval.", hint=f"Give at least {MIN_ROUNDS}.")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise MissingError("There is no CUDA device here.", hint="Measure with device cpu, or on a machine with a GPU.")
+    where = _checked(device, rounds)
     noise = torch.Generator().manual_seed(derive("latency", "images"))
     images = laid_out(torch.randn(batch, *input_shape, generator=noise).to(where), mode)
     copies = {name: copy.deepcopy(model).requires_grad_(True).to(where).train() for name, model in models.items()}
@@ -84,8 +84,9 @@ def measure_torch(
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else device,
         "batch": batch,
         "mode": mode,
+        "threads": torch.get_num_threads(),
+        "machine": machine,
     }
-    about |= {"threads": torch.get_num_threads(), "machine": machine}
     return [
         TorchLatency(
             model=name,
@@ -98,6 +99,18 @@ def measure_torch(
         )
         for name, own in passes.items()
     ]
+
+
+def _checked(device: str, rounds: int) -> torch.device:
+    """The device, if it is there and is to be measured for long enough."""
+    import torch
+
+    if rounds < MIN_ROUNDS:
+        raise InputError(f"{rounds} rounds are too few for an interval.", hint=f"Give at least {MIN_ROUNDS}.")
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise MissingError("There is no CUDA device here.", hint="Measure with device cpu, or on a machine with a GPU.")
+    return where
 
 
 def _judged(times_ms: Sequence[float], passes: Sequence[_Pass], machine: Mapping[str, Any]) -> Samples:

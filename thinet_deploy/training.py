@@ -20,7 +20,7 @@ from .interfaces import Progress, silent
 from .parallel import Team, join
 from .seeds import derive
 from .store import Checkpoint
-from .tasks.base import Accuracy, Judgement, Outputs, Targets, Task, said
+from .tasks.base import Accuracy, Judgement, Outputs, Targets, said
 
 Schedule = Literal["cosine", "steps", "constant"]
 # Images that are tested at once: in other tasks outputs, and what decodes them, are larger.
@@ -165,32 +165,27 @@ def train(
         MissingError: there are several processes, but accelerate is not installed.
         DivergedError: loss, gradient or weights are no longer finite; the last checkpoint is not touched.
     """
-    unlabelled = int((images.labels < 0).sum())
-    if unlabelled and teacher is None:
+    if teacher is None:
+        _check_labels(images, stage)
+    team = join()
+    progress = team.speaking(progress)
+    with team.holding(model, *filter(None, [teacher])), Inside(model, teacher if recipe.inside else None) as inside:
+        training = _Training(model, teacher, inside, images, recipe, team, seed, stage)
+        for epoch in range(training.resume(checkpoint) if checkpoint else 0, recipe.epochs):
+            training.epoch(epoch, progress)
+            if checkpoint and not team.rank:
+                training.save(checkpoint, epoch + 1)
+            training.report((epoch + 1) * training.steps, progress)
+        training.finish()
+
+
+def _check_labels(images: ImageSet, stage: str) -> None:
+    """Raise InputError for images that only a teacher can say something of."""
+    if unlabelled := int((images.labels < 0).sum()):
         raise InputError(
             f"{stage}: {unlabelled} of {len(images)} training images have no label, and there is no teacher.",
             hint="Train with distillation, or leave out the images without a label.",
         )
-    team, steps, note = join(), images.training_steps(recipe.batch), ""
-    if team.rank:
-        progress = silent
-    with team.holding(model, *filter(None, [teacher])), Inside(model, teacher if recipe.inside else None) as inside:
-        training = _Training(model, teacher, recipe, images.task, team, stage, steps, inside)
-        first = training.resume(checkpoint) if checkpoint else 0
-        for epoch in range(first, recipe.epochs):
-            torch.manual_seed(derive(seed, stage, epoch, "dropout", *([team.rank] if team.rank else [])))
-            model.train()
-            total = 0.0
-            batches = images.training_batches(recipe.batch, seed=seed, stage=stage, epoch=epoch)
-            for done, (inputs, targets) in enumerate(batches, epoch * steps):
-                progress(stage, done, recipe.epochs * steps, note)
-                total += training.step(inputs, targets, done)
-                note = f"epoch {epoch + 1}/{recipe.epochs}, loss {total / (done % steps + 1):.3f}"
-            training.end_epoch((epoch + 1) * steps)
-            if checkpoint and not team.rank:
-                training.save(checkpoint, epoch + 1)
-            progress(stage, (epoch + 1) * steps, recipe.epochs * steps, note)
-        training.finish()
 
 
 class _Training:
@@ -200,17 +195,17 @@ class _Training:
         self,
         model: nn.Module,
         teacher: nn.Module | None,
-        recipe: Recipe,
-        task: Task,
-        team: Team,
-        stage: str,
-        steps: int,
         inside: Inside,
+        images: ImageSet,
+        recipe: Recipe,
+        team: Team,
+        seed: int,
+        stage: str,
     ) -> None:
         team.align(model)
-        self.task = task
         self.model, self.teacher, self.inside = model, teacher.eval() if teacher else None, inside
-        self.recipe, self.team, self.stage, self.steps = recipe, team, stage, steps
+        self.images, self.recipe, self.team, self.seed, self.stage = images, recipe, team, seed, stage
+        self.steps, self.note = images.training_steps(recipe.batch), ""
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
             if recipe.optimizer == "sgd"
@@ -218,6 +213,23 @@ class _Training:
         )
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.precision == "fp16")
         self.average = {name: tensor.clone() for name, tensor in model.state_dict().items()} if recipe.ema else {}
+
+    def report(self, done: int, progress: Progress) -> None:
+        """Say how many steps are done."""
+        progress(self.stage, done, self.recipe.epochs * self.steps, self.note)
+
+    def epoch(self, number: int, progress: Progress) -> None:
+        """Learn from all images once."""
+        rank = [self.team.rank] if self.team.rank else []
+        torch.manual_seed(derive(self.seed, self.stage, number, "dropout", *rank))
+        self.model.train()
+        total, first, recipe = 0.0, number * self.steps, self.recipe
+        batches = self.images.training_batches(recipe.batch, seed=self.seed, stage=self.stage, epoch=number)
+        for done, (inputs, targets) in enumerate(batches, first):
+            self.report(done, progress)
+            total += self.step(inputs, targets, done)
+            self.note = f"epoch {number + 1}/{recipe.epochs}, loss {total / (done - first + 1):.3f}"
+        self._end_epoch(first + self.steps)
 
     def step(self, inputs: NDArray[np.float32], targets: Targets, done: int) -> float:
         """Learn from a batch after `done` steps; its loss."""
@@ -252,7 +264,7 @@ class _Training:
             with torch.no_grad():
                 taught = said(self.teacher, inputs_nchw) if self.teacher else None
         recipe = self.recipe
-        loss_n = self.task.losses(
+        loss_n = self.images.task.losses(
             tuple(each.float() for each in outputs),
             targets_n,
             taught and tuple(each.float() for each in taught),
@@ -277,7 +289,7 @@ class _Training:
             else:
                 self.average[name].copy_(tensor)
 
-    def end_epoch(self, done: int) -> None:
+    def _end_epoch(self, done: int) -> None:
         """Make the processes' buffers the same; raise before weights that are no numbers reach the checkpoint."""
         for name, buffer in self.model.named_buffers():
             for tensor in (buffer, self.average.get(name)):

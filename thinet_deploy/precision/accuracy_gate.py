@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from .int8 import quantisable, quantise
 from .refit import refit
 from .weights import Layout
 
+Limits = dict[str, tuple[float, float]]
 _BATCH = 32
 _FEW = 64  # images to tell which limits are best, and which layers cost most; all of them give the verdict
 
@@ -86,38 +88,76 @@ def quantise_within(
     Raises:
         GateError: it falls further even with one layer alone in INT8.
     """
-    exact = outputs(model, judge.images)
-    few = np.linspace(0, len(exact) - 1, min(_FEW, len(exact))).astype(np.int64)  # folders have one class after another
-    labels = exact.argmax(1) if judge.labels is None else judge.labels
-    tried = {method: _limits(values, method) for method in METHODS}
+    search = _Search(model, values, layout, judge, batches, progress)
+    kept = list[str]()
+    while (done := search.quantised(kept)).before - done.after > max_drop:
+        kept = search.worst_first[: len(kept) + 1]
+        if len(kept) >= len(search.worst_first):
+            raise _cannot(done, max_drop, [search.names[node] for node in search.worst_first[:3]])
+    return done
 
-    def plain(method: Method, keep: Collection[str] = ()) -> ModelProto:
-        return quantise(model, tried[method], layout, keep=keep)
 
-    def cost(made: ModelProto) -> float:
-        return _distance(outputs(made, judge.images[few]), exact[few])
+class _Search:
+    """INT8 networks with ever more layers in float32, and what each says of the held-out images.
 
-    costs = {method: cost(plain(method)) for method in METHODS}
-    method = min(METHODS, key=lambda each: costs[each])
-    before, kept, names = _top1(exact, labels), list[str](), names_of(model)
-    ranking: list[str] | None = None
-    while True:
-        better = refit(model, tried[method], layout, batches, keep=kept, progress=progress)
+    Attributes:
+        names: node → what it is called.
+        method: of calibration: the one whose limits leave the outputs nearest, with all layers in INT8.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        values: Mapping[str, Values],
+        layout: Layout,
+        judge: Judge,
+        batches: Batches,
+        progress: Progress,
+    ) -> None:
+        self.model, self.layout, self.judge, self.batches, self.progress = model, layout, judge, batches, progress
+        self.names, self.exact = names_of(model), outputs(model, judge.images)
+        self.labels = self.exact.argmax(1) if judge.labels is None else judge.labels
+        # Folders have one class after another.
+        self.few = np.linspace(0, len(self.exact) - 1, min(_FEW, len(self.exact))).astype(np.int64)
+        self.method, self.limits = self._calibrated(values)
+
+    def _calibrated(self, values: Mapping[str, Values]) -> tuple[Method, Limits]:
+        tried = {method: {name: limits(each, method) for name, each in values.items()} for method in METHODS}
+        costs = {method: self._cost(quantise(self.model, tried[method], self.layout)) for method in METHODS}
+        best = min(METHODS, key=lambda each: costs[each])
+        return best, tried[best]
+
+    def _cost(self, made: ModelProto) -> float:
+        return _distance(outputs(made, self.judge.images[self.few]), self.exact[self.few])
+
+    @cached_property
+    def worst_first(self) -> list[str]:
+        """The nodes by what each alone in INT8 changes of the outputs, most first."""
+        nodes, images = quantisable(self.model), self.judge.images[self.few]
+        exact = outputs(self.model, images)
+        alone = {node: _distance(outputs(self._plain(set(nodes) - {node}), images), exact) for node in nodes}
+        return sorted(nodes, key=lambda node: -alone[node])
+
+    def quantised(self, kept: Collection[str]) -> Quantised:
+        """The network with some nodes in float32; its weights refitted, if the outputs are nearer then."""
+        better = refit(self.model, self.limits, self.layout, self.batches, keep=kept, progress=self.progress)
         made = {
-            True: quantise(model, tried[method], layout, keep=kept, weights=better.weights),
-            False: plain(method, kept),
+            True: quantise(self.model, self.limits, self.layout, keep=kept, weights=better.weights),
+            False: self._plain(kept),
         }
-        refitted = min(made, key=lambda each: cost(made[each]))
-        after = _top1(outputs(made[refitted], judge.images), labels)
-        if before - after <= max_drop:
-            named = {node: names[node] for node in kept}
-            gains = {names[node]: better.error[node] for node in better.weights} if refitted else {}
-            return Quantised(made[refitted], method, named, gains, before, after, len(judge.images))
-        if ranking is None:
-            ranking = _worst_first(model, lambda keep: plain(method, keep), judge.images[few])
-        if len(kept) + 1 >= len(ranking):
-            raise _cannot(before, after, max_drop, len(judge.images), [names[node] for node in ranking[:3]])
-        kept.append(ranking[len(kept)])
+        refitted = min(made, key=lambda each: self._cost(made[each]))
+        return Quantised(
+            model=made[refitted],
+            method=self.method,
+            kept={node: self.names[node] for node in kept},
+            refitted={self.names[node]: better.error[node] for node in better.weights} if refitted else {},
+            before=_top1(self.exact, self.labels),
+            after=_top1(outputs(made[refitted], self.judge.images), self.labels),
+            images=len(self.judge.images),
+        )
+
+    def _plain(self, kept: Collection[str]) -> ModelProto:
+        return quantise(self.model, self.limits, self.layout, keep=kept)
 
 
 def outputs(model: ModelProto, images: Floats) -> Floats:
@@ -137,17 +177,6 @@ def speaking(model: ModelProto, *, literal: bool) -> Callable[[Floats], Floats]:
     return run
 
 
-def _limits(values: Mapping[str, Values], method: Method) -> dict[str, tuple[float, float]]:
-    return {name: limits(each, method) for name, each in values.items()}
-
-
-def _worst_first(model: ModelProto, made: Callable[[Collection[str]], ModelProto], images: Floats) -> list[str]:
-    """The nodes by what each alone in INT8 changes of the outputs, most first."""
-    nodes, exact = quantisable(model), outputs(model, images)
-    alone = {node: _distance(outputs(made(set(nodes) - {node}), images), exact) for node in nodes}
-    return sorted(nodes, key=lambda node: -alone[node])
-
-
 def _distance(got: Floats, exact: Floats) -> float:
     """Mean squared difference of the outputs, each image's mean left out: it moves no class past another."""
     difference = (got - exact).astype(np.float64)
@@ -158,9 +187,10 @@ def _top1(scores: Floats, labels: NDArray[np.int64]) -> float:
     return float((scores.argmax(1) == labels).mean() * 100)
 
 
-def _cannot(before: float, after: float, max_drop: float, images: int, worst: list[str]) -> GateError:
+def _cannot(done: Quantised, max_drop: float, worst: list[str]) -> GateError:
     return GateError(
-        f"INT8 costs more than --max-drop {max_drop:g} allows: top-1 on {images} held-out training images falls from "
-        f"{before:.2f} to {after:.2f} %, even with nearly all layers in fp32. The worst: {', '.join(worst)}.",
+        f"INT8 costs more than --max-drop {max_drop:g} allows: top-1 on {done.images} held-out training images falls "
+        f"from {done.before:.2f} to {done.after:.2f} %, even with nearly all layers in fp32. The worst: "
+        f"{', '.join(worst)}.",
         hint="Allow more with --max-drop, give more training images, or use --precision fp32.",
     )

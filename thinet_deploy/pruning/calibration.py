@@ -179,38 +179,56 @@ def observe(
     Returns:
         Moments by weight, without targets (`Wide.own` gives them); and the outputs of all layers.
     """
-    gathered = {name: wide.gathering(wide.readers[name], targets=False) for name in consumers}
-    calls = Call.all(wide.readers.values())
-    rows = {call.key: [torch.empty(0, call.reader.filters)] for call in calls}
-    begins = {call.use.at: call for call in calls if call.reader.weight in gathered}
-    ends: defaultdict[int, list[Call]] = defaultdict(list)
-    for call in calls:
-        ends[call.use.ends].append(call)
-    index = {node: number for number, node in enumerate(wide.replay.trace.nodes)}
-
-    def looking(images: slice, part: NDArray[np.int64]) -> Callable[[fx.Node, Values], None]:
-        def see(node: fx.Node, values: Values) -> None:
-            call = begins.get(index[node])
-            if call and (count := sampling.share(call.reader, images)):
-                _, read = look(wide, sampling, call, values, part[:count])
-                gathered[call.reader.weight].add(read)
-            for call in ends.get(index[node], ()):
-                if count := sampling.share(call.reader, images):
-                    value = values[node.name][:count]
-                    places = sampling.places(call, output_size(value, linear=call.reader.linear), part[:count])
-                    rows[call.key].append(at_positions(value, places, linear=call.reader.linear))
-
-        return see
-
+    seen, nodes = _Observation(wide, sampling, consumers), len(wide.replay.trace.nodes)
     last = max(sampling.images.values(), default=0)
     for images, part in sampling.sample.batches():
         if images.start < last:
             progress("Calibrating", images.start, last)
             values = wide.replay.begin(sampling.sample.inputs(part))
-            wide.replay.run(values, 0, len(index), looking(images, part))
+            wide.replay.run(values, 0, nodes, seen.of(images, part))
     progress("Calibrating", last, last)
-    moments = together({name: each.moments() for name, each in gathered.items()})
-    return moments, Original({key: torch.cat(each) for key, each in rows.items()})
+    moments = together({name: each.moments() for name, each in seen.gathered.items()})
+    return moments, Original({key: torch.cat(each) for key, each in seen.rows.items()})
+
+
+class _Observation:
+    """Looks at what layers read and say while the network runs.
+
+    Attributes:
+        gathered: weight of a consumer → what its moments are made from.
+        rows: (weight, call) → rows of the images so far.
+    """
+
+    def __init__(self, wide: Wide, sampling: Sampling, consumers: Collection[str]) -> None:
+        self.wide, self.sampling = wide, sampling
+        self.gathered = {name: wide.gathering(wide.readers[name], targets=False) for name in consumers}
+        calls = Call.all(wide.readers.values())
+        self.rows = {call.key: [torch.empty(0, call.reader.filters)] for call in calls}
+        nodes = wide.replay.trace.nodes
+        self._begins = {nodes[call.use.at]: call for call in calls if call.reader.weight in self.gathered}
+        self._ends: defaultdict[fx.Node, list[Call]] = defaultdict(list)
+        for call in calls:
+            self._ends[nodes[call.use.ends]].append(call)
+
+    def of(self, images: slice, part: NDArray[np.int64]) -> Callable[[fx.Node, Values], None]:
+        """What to do at every node while these images run."""
+
+        def see(node: fx.Node, values: Values) -> None:
+            call = self._begins.get(node)
+            if call and (count := self.sampling.share(call.reader, images)):
+                _, read = look(self.wide, self.sampling, call, values, part[:count])
+                self.gathered[call.reader.weight].add(read)
+            for call in self._ends.get(node, ()):
+                if count := self.sampling.share(call.reader, images):
+                    self._note(call, values[node.name][:count], part[:count])
+
+        return see
+
+    def _note(self, call: Call, value: torch.Tensor, part: NDArray[np.int64]) -> None:
+        """Keep what a layer says of some images at the places where it is sampled."""
+        linear = call.reader.linear
+        places = self.sampling.places(call, output_size(value, linear=linear), part)
+        self.rows[call.key].append(at_positions(value, places, linear=linear))
 
 
 def look(

@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from ..errors import ModelError
 from ..seeds import generator
+from .attributes import Count
 from .graph import STAYS, ChannelGraph
-from .grouping import Literal, group_channels
+from .grouping import group_channels
 from .label_pass import Labels, varies
 from .labels import Draft, distinct
 from .retrace import RetraceError, settled_plan
@@ -56,7 +57,7 @@ class _Trial:
         self, model: nn.Module, traced: Trace, values: dict[str, Labels], draft: Draft, inputs: Inputs
     ) -> None:
         self.model, self.trace, self.values, self.draft, self.inputs = model, traced, values, draft, inputs
-        self.literals: list[Literal] = []
+        self.literals: list[Count] = []
         self.tried = Counter[type[nn.Module]]()
 
     def graph(self) -> ChannelGraph:
@@ -85,7 +86,7 @@ class _Trial:
                     return
         self._freeze(error)
 
-    def _literals(self, module: str, graph: ChannelGraph, *, sure: bool) -> Iterator[Literal]:
+    def _literals(self, module: str, graph: ChannelGraph, *, sure: bool) -> Iterator[Count]:
         """Integer attributes of a module that equal the number of channels that its operations work on.
 
         If `sure` is asked for, only of channels that are whole cells, whose number does not depend on the choice.
@@ -98,12 +99,12 @@ class _Trial:
                         counted.setdefault(len(labels), labels)
         for name, value in vars(self.model.get_submodule(module)).items():
             if isinstance(value, int) and not isinstance(value, bool) and value in counted:
-                yield Literal(module, name, None, counted[value])
+                yield Count(module, name, None, counted[value])
             elif isinstance(value, list | tuple):
                 parts = self._parts(module, value)
                 for index, item in enumerate(value):
                     if isinstance(item, int) and not isinstance(item, bool) and item in counted:
-                        yield Literal(module, name, index, parts.get(index, counted[item]))
+                        yield Count(module, name, index, parts.get(index, counted[item]))
 
     def _parts(self, module: str, sizes: Sequence[object]) -> dict[int, torch.Tensor]:
         """Index → labels of that part, where a module splits into parts of just these sizes (some may be equal)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -169,25 +170,48 @@ def plan_channels(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_]
         graph: its channels.
         kept: per channel of the graph, whether it stays.
     """
-    stays = np.append(kept, True)
     assert STAYS == -1
+    stays = np.append(kept, True)
     vanished = {each.end: Vanished(norm=each.norm, inside=each.inside) for each in graph.vanished(kept)}
-    inside = {module for each in vanished.values() for module in each.inside}
+    gone = frozenset(module for each in vanished.values() for module in each.inside)
+    cut = [axis for axis in graph.axes if not stays[axis.channels].all()]
     keep: dict[str, dict[int, Indices]] = {}
-    for axis in graph.axes:
-        if axis.site.module in inside or (axis.site.module in vanished and axis.site.dim == 1):
-            continue  # the whole layer goes, or all of its inputs
-        if not stays[axis.channels].all():
-            keep.setdefault(axis.site.parameter, {})[axis.site.dim] = tuple(
-                np.flatnonzero(stays[axis.channels]).tolist()
-            )
-    grouped = {
-        axis.site.parameter: axis.groups for axis in graph.axes if axis.groups > 1 and axis.site.parameter in keep
-    }
+    for axis in cut:
+        # A vanished branch goes as whole layers, and its end loses all of its inputs.
+        if axis.site.module not in gone and not (axis.site.module in vanished and axis.site.dim == 1):
+            indices = tuple(np.flatnonzero(stays[axis.channels]).tolist())
+            keep.setdefault(axis.site.parameter, {})[axis.site.dim] = indices
+    return Plan(
+        structure=fingerprint(model),
+        keep=keep,
+        grouped={
+            axis.site.parameter: axis.groups for axis in graph.axes if axis.groups > 1 and axis.site.parameter in keep
+        },
+        attributes=_counts(model, graph, stays, gone),
+        widths={
+            axis.site.parameter.removesuffix(".weight"): (len(axis.channels), int(stays[axis.channels].sum()))
+            for axis in cut
+            if axis.producer
+        },
+        vanished=vanished,
+    )
+
+
+def _counts(
+    model: nn.Module, graph: ChannelGraph, stays: NDArray[np.bool_], gone: Collection[str]
+) -> dict[str, dict[str, int | Indices]]:
+    """Module → attribute → its new value, but for modules that are gone and attributes whose channels all stay or go.
+
+    Args:
+        model: the network of the graph.
+        graph: its channels.
+        stays: per channel, and at last for STAYS, whether it does.
+        gone: modules of vanished branches.
+    """
     attributes: dict[str, dict[str, int | Indices]] = {}
     for each in graph.attributes:
         count = int(stays[each.channels].sum())
-        if count in {0, len(each.channels)} or each.module in inside:
+        if count in {0, len(each.channels)} or each.module in gone:
             continue
         mine = attributes.setdefault(each.module, {})
         if each.index is None:
@@ -196,19 +220,7 @@ def plan_channels(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_]
             present = mine.get(each.name, getattr(model.get_submodule(each.module), each.name))
             assert not isinstance(present, int)
             mine[each.name] = (*present[: each.index], count, *present[each.index + 1 :])
-    widths = {
-        axis.site.parameter.removesuffix(".weight"): (len(axis.channels), int(stays[axis.channels].sum()))
-        for axis in graph.axes
-        if axis.producer and not stays[axis.channels].all()
-    }
-    return Plan(
-        structure=fingerprint(model),
-        keep=keep,
-        grouped=grouped,
-        attributes=attributes,
-        widths=widths,
-        vanished=vanished,
-    )
+    return attributes
 
 
 def members(group: ChannelGroup, consumer: Consumer, plan: Plan) -> Channels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,56 +87,65 @@ def readers(trace: Trace, *, residual: bool = True) -> list[Reader]:
         trace: of the network.
         residual: whether what a layer says counts behind the addition that it goes into.
     """
-    nodes, index = trace.nodes, {node: number for number, node in enumerate(trace.nodes)}
-    calls: defaultdict[str, list[tuple[Use, Norm | None, str]]] = defaultdict(list)
-    uses_of_norm: Counter[str] = Counter()
-    for node in nodes:
-        if operation(node) in _NORMS:
-            uses_of_norm[trace.parameter(arguments(node)["weight"])] += 1
-    for at, node in enumerate(nodes):
+    shared = _shared_norms(trace)
+    index = {node: number for number, node in enumerate(trace.nodes)}
+    calls: defaultdict[str, list[_Call]] = defaultdict(list)
+    for node in trace.nodes:
         kind = operation(node)
         if not (kind.startswith(("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")) or kind == "linear"):
             continue
         given = arguments(node)
         weight, bias = trace.parameter(given["weight"]), trace.parameter(given.get("bias"))
-        if not weight or (given.get("bias") is not None and not bias):
-            continue
-        last, norm = node, _norm_behind(trace, node)
-        if norm and uses_of_norm[norm.weight] == 1:
-            last = next(iter(node.users))
-        else:
-            norm = None
-        addition = _addition_behind(last) if residual else None
-        other: fx.Node | None = None
-        if addition is not None:
-            other = next(each for each in addition.all_input_nodes if each is not last)
-            last = addition
-        use = Use(at, given["input"], index[last], other, given, _rectified(last))
-        calls[weight].append((use, norm, bias))
-    found = []
-    for weight, each in calls.items():
-        uses, norms, biases = zip(*each, strict=True)
-        if len(uses) > 1:  # what the calls share is judged where they end, before any BatchNorm
-            uses = tuple(replace(use, ends=use.at, other=None, rectified=False) for use in uses)
-        given = uses[0].given
-        size, blocks = shape(given["weight"]), int(given.get("groups", 1))
-        transposed = "output_padding" in given
-        filters = size[1] * blocks if transposed else size[0]
-        norm = norms[0] if len(uses) == 1 else None
-        found.append(
-            Reader(
-                weight,
-                biases[0],
-                norm,
-                tuple(uses),
-                "stride" not in given,
-                transposed,
-                blocks,
-                size.numel() // filters,
-                filters,
-            )
-        )
-    return found
+        if weight and (bias or given.get("bias") is None):
+            calls[weight].append(_call(trace, node, index, shared, residual=residual))
+    return [_reader(trace, weight, each) for weight, each in calls.items()]
+
+
+def _shared_norms(trace: Trace) -> set[str]:
+    """Weights of the BatchNorms that run more than once."""
+    norms = [node for node in trace.nodes if operation(node) in _NORMS]
+    uses = Counter(trace.parameter(arguments(node)["weight"]) for node in norms)
+    return {weight for weight, count in uses.items() if count > 1}
+
+
+_Call = tuple[Use, Norm | None]
+
+
+def _call(trace: Trace, node: fx.Node, index: Mapping[fx.Node, int], shared: set[str], *, residual: bool) -> _Call:
+    """One call of a layer: as far as the BatchNorm and the addition that alone read it."""
+    given, last, norm = arguments(node), node, _norm_behind(trace, node)
+    if norm and norm.weight not in shared:
+        last = next(iter(node.users))
+    else:
+        norm = None
+    other: fx.Node | None = None
+    if residual and (addition := _addition_behind(last)) is not None:
+        other = next(each for each in addition.all_input_nodes if each is not last)
+        last = addition
+    return Use(index[node], given["input"], index[last], other, given, _rectified(last)), norm
+
+
+def _reader(trace: Trace, weight: str, calls: Sequence[_Call]) -> Reader:
+    """A layer from its calls; what several share is judged where they end, before any BatchNorm."""
+    uses, norm = tuple(use for use, _ in calls), calls[0][1]
+    if len(uses) > 1:
+        uses = tuple(replace(use, ends=use.at, other=None, rectified=False) for use in uses)
+        norm = None
+    given = uses[0].given
+    size, blocks = shape(given["weight"]), int(given.get("groups", 1))
+    transposed = "output_padding" in given
+    filters = size[1] * blocks if transposed else size[0]
+    return Reader(
+        weight,
+        trace.parameter(given.get("bias")),
+        norm,
+        uses,
+        linear="stride" not in given,
+        transposed=transposed,
+        blocks=blocks,
+        inputs=size.numel() // filters,
+        filters=filters,
+    )
 
 
 def _norm_behind(trace: Trace, node: fx.Node) -> Norm | None:

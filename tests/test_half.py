@@ -1,0 +1,94 @@
+"""Half precision in the ONNX graph: near, half as large, and float32 where values would overflow."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from mixed_onnx import SHAPE, Floats, Mixed, distance
+from onnx import ModelProto, TensorProto, numpy_helper
+from onnx.helper import make_graph, make_node, make_tensor_value_info
+from small_onnx import small
+
+from thinet_deploy.errors import ModelError, TargetError
+from thinet_deploy.export import export_onnx, run_onnx
+from thinet_deploy.precision.accuracy_gate import outputs
+from thinet_deploy.precision.calibration import Values, observe
+from thinet_deploy.precision.graph import read_onnx
+from thinet_deploy.precision.half import kept_names, overflowing, to_half
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+@pytest.mark.parametrize("keep_io", [True, False])
+def test_fp16_is_near_and_half_as_large(keep_io: bool, mixed_model: ModelProto, mixed_images: Floats) -> None:
+    half = to_half(mixed_model, "fp16", keep_io=keep_io)
+    border = TensorProto.FLOAT if keep_io else TensorProto.FLOAT16
+    assert {each.type.tensor_type.elem_type for each in (*half.graph.input, *half.graph.output)} == {border}
+    assert [each.name for each in half.graph.output] == [each.name for each in mixed_model.graph.output]
+    assert 0 < distance(outputs(mixed_model, mixed_images), outputs(half, mixed_images)) < 0.005
+    stored = {each.data_type for each in half.graph.initializer}
+    assert TensorProto.FLOAT not in stored
+    assert sum(node.op_type == "Cast" for node in half.graph.node) == (2 if keep_io else 0)
+
+
+def test_the_reference_evaluator_agrees_on_fp16(mixed_model: ModelProto, mixed_images: Floats, tmp_path: Path) -> None:
+    onnx.save(to_half(mixed_model, "fp16"), tmp_path / "half.onnx")
+    assert (
+        distance(outputs(mixed_model, mixed_images[:2]), run_onnx(tmp_path / "half.onnx", mixed_images[:2])["logits"])
+        < 0.005
+    )
+
+
+def test_what_would_overflow_stays_in_float32_and_is_named(
+    mixed_model: ModelProto, mixed_images: Floats, mixed_values: dict[str, Values]
+) -> None:
+    assert overflowing(mixed_model, mixed_values) == {}
+    large = ModelProto()
+    large.CopyFrom(mixed_model)
+    for each in large.graph.initializer:
+        if each.name == "right.weight":
+            each.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(each) * np.float32(1e5), each.name))
+    why = overflowing(large, observe(large, lambda: [mixed_images]))
+    assert "right" in kept_names(large, why)
+    assert "stem" not in kept_names(large, why)
+    assert "65504" in kept_names(large, why)["right"]
+    exact = outputs(large, mixed_images)
+    assert distance(exact, outputs(to_half(large, "fp16", keep=why), mixed_images)) < 0.01
+    assert not distance(exact, outputs(to_half(large, "fp16"), mixed_images)) < 0.01, "it would overflow"
+
+
+def test_operators_that_lose_too_much_stay(mixed_values: dict[str, Values]) -> None:
+    net = small([make_node("Softmax", ["x"], ["y"], name="soft")], {}, {"x": ["n", 3], "y": ["n", 3]})
+    assert overflowing(net, {}) == {"soft": "Softmax loses too much in FP16"}
+    half = to_half(net, "fp16", keep=["soft"], keep_io=False)
+    assert [node.op_type for node in half.graph.node] == ["Cast", "Softmax", "Cast", "Identity"]
+
+
+def test_bf16_needs_the_opset_that_has_it(mixed_model: ModelProto) -> None:
+    with pytest.raises(TargetError, match="bf16 from opset 22 on, but this file has opset 18"):
+        to_half(mixed_model, "bf16")
+
+
+def test_bf16_is_written(mixed_images: Floats, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export_onnx(Mixed(), SHAPE, tmp_path / "n.onnx", opset=22, ir_version=10)
+    net = read_onnx(tmp_path / "n.onnx")
+    half = to_half(net, "bf16")
+    assert {each.data_type for each in half.graph.initializer} <= {TensorProto.BFLOAT16, TensorProto.INT64}
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed, and nothing else here runs bf16 ONNX")
+    onnx.save(half, tmp_path / "h.onnx")
+    compiled = openvino.Core().compile_model(str(tmp_path / "h.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    got = compiled(mixed_images[:4])[0]
+    assert 0 < distance(outputs(net, mixed_images[:4]), got) < 0.03
+
+
+def test_control_flow_is_refused() -> None:
+    body = make_graph(
+        [make_node("Identity", ["x"], ["z"])], "b", [], [make_tensor_value_info("z", TensorProto.FLOAT, None)]
+    )
+    nodes = [make_node("If", ["yes"], ["y"], name="branch", then_branch=body, else_branch=body)]
+    net = small(nodes, {"yes": np.array(True)}, {"x": ["n", 3], "y": ["n", 3]})
+    with pytest.raises(ModelError, match=r"branch \(If\) holds a graph of its own"):
+        to_half(net, "fp16")
