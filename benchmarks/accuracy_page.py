@@ -1,0 +1,154 @@
+"""docs/accuracy.md from the results of the accuracy benchmarks: every figure on that page has a row in results/."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from _record import kept
+from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS
+
+PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
+NETWORKS = {"resnet20": "ResNet-20", "vgg_bn": "VGG with BatchNorm", "vgg": "VGG without BatchNorm"}
+BUDGETS = {"resnet20": [f"r={ratio}" for ratio in sorted(RATIOS, reverse=True)], "vgg_bn": ["2x"], "vgg": ["2x"]}
+HEAD = """# Accuracy, measured
+
+Made by `benchmarks/accuracy_page.py` from `benchmarks/results/`, where every image of every row is kept as right or
+wrong. CIFAR-10 as JPEG files, 10,000 test images: a 95 % interval reaches about 0.7 points to either side, less for the
+difference of two networks on the same images. ResNet-20 has given weights, the VGGs (37.7 M multiply-accumulates) are
+trained by the benchmarks. 2,000 calibration images.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text("\n".join([HEAD, *_reconstruction(), *_tuned(), *_longer(), *_peers(), *_photos()]) + "\n", "utf-8")
+
+
+def _reconstruction() -> Iterator[str]:
+    yield from (
+        "## Without any training",
+        "",
+        "Filters chosen in seven ways (rows); what is left of the next layer's weights stays as it",
+        "was (none), gets one factor for each channel (scale, the papers')",
+        "or is refitted (full). The first convolution of each block of ResNet-20 keeps a share r of",
+        "its filters, the VGGs have half of their multiply-accumulates.",
+        "*Allocated* puts widths where they cost least, at as many multiply-accumulates.",
+        "`benchmarks/reconstruction.py`",
+        "",
+        "![Accuracy against the share of FLOPs left](../benchmarks/results/reconstruction-resnet20.svg)",
+        "",
+    )
+    for network, title in NETWORKS.items():
+        if not (rows := kept(f"reconstruction-{network}", quick=False)):
+            continue
+        columns = [f"{budget}, {how}" for budget in BUDGETS[network] for how in RECONSTRUCTIONS]
+        yield from (f"**{title}**, {_top1(rows['unpruned'])} before:", "", *_head("", columns))
+        for selection in SELECTIONS:
+            names = [f"{budget}, {selection}, {how}" for budget in BUDGETS[network] for how in RECONSTRUCTIONS]
+            yield _row(selection, [_top1(rows.get(name)) for name in names])
+        allocated = [
+            _top1(rows.get(f"{budget}, elimination, full, allocated")) if how == "full" else ""
+            for budget in BUDGETS[network]
+            for how in RECONSTRUCTIONS
+        ]
+        yield from (_row("**elimination, allocated**", allocated), "")
+
+
+def _tuned() -> Iterator[str]:
+    yield from (
+        "## After one epoch",
+        "",
+        "Three seeds, the original as teacher, batches of 64. An epoch at a rate that suits",
+        "ResNet-20 takes a VGG three points below where it started, so those",
+        "get one at either rate. `build` [tries the rate](adr/0024-trying-the-rate.md).",
+        "",
+        *_head("network", ["row", "before", "rate", "after, each seed"]),
+    )
+    for network, title in NETWORKS.items():
+        for name, row in kept(f"reconstruction-{network}", quick=False).items():
+            for rate, seeds in row.get("tuned", {}).items():
+                if seeds:
+                    yield _row(title, [name, _top1(row), rate, ", ".join(map(_top1, seeds))])
+    yield ""
+
+
+def _longer() -> Iterator[str]:
+    yield from (
+        "## Fine-tuned, beside the original trained for as long",
+        "",
+        "ResNet-20 at half of its multiply-accumulates. *Taught*: with the original as teacher.",
+        "`benchmarks/finetuning.py`;",
+        "[what was tried](adr/0015-short-fine-tuning.md)",
+        "",
+        *_head("epochs", ["network", "top-1, each seed", "mean"]),
+    )
+    for epochs in (2, 20):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name, row in kept(f"finetuning-{epochs}", quick=False).items():
+            found.setdefault(name.rpartition(", seed")[0], []).append(row)
+        for name, seeds in found.items():
+            mean = statistics.fmean(row["top1"]["value"] for row in seeds)
+            yield _row(str(epochs), [name, ", ".join(map(_top1, seeds)), f"{mean:.2f}"])
+    yield ""
+
+
+def _peers() -> Iterator[str]:
+    for network, title in NETWORKS.items():
+        if not (rows := kept(f"peers-{network}", quick=False)):
+            continue
+        order = sorted(rows, key=lambda name: -_best(rows[name])["top1"]["value"])
+        yield from (
+            f"## Beside Torch-Pruning 1.6.1: {title}",
+            "",
+            "Half of the multiply-accumulates at most, its own importance criteria and ways to spread",
+            "widths, the same data and the same epoch for everybody",
+            "(of two rates, the one that suited a contender best, where there are two).",
+            "`benchmarks/peers.py`",
+            "",
+            *_head("", ["MMAC", "top-1 without training", "top-1 after the epoch", "behind the original"]),
+            *(_row(name, _contender(rows[name])) for name in order),
+            "",
+        )
+
+
+def _contender(row: dict[str, Any]) -> list[str]:
+    after = _best(row)
+    behind = f"{after['minus_unpruned']['value']:+.2f}" if "minus_unpruned" in after else ""
+    return [f"{row['macs'] / 1e6:.1f}", _top1(row["untuned"]), _top1(after), behind]
+
+
+def _best(row: dict[str, Any]) -> dict[str, Any]:
+    return max(row["tuned"].values(), key=lambda each: float(each["top1"]["value"]))
+
+
+def _photos() -> Iterator[str]:
+    if rows := kept("photos", quick=False):
+        yield from (
+            "## SqueezeNet v1.1 on photos",
+            "",
+            "Ten of its thousand ImageNet classes, 1,000 photos to train on, 400 to test (intervals of",
+            "±4 points), ten epochs. `benchmarks/photos.py`",
+            "",
+            *_head("", ["MMAC", "top-1 without training", "fine-tuned"]),
+        )
+        for name, row in rows.items():
+            yield _row(name, [f"{row['macs'] / 1e6:.0f}", _top1(row["untuned"]), _top1(row["tuned"])])
+
+
+def _top1(row: dict[str, Any] | None) -> str:
+    return f"{row['top1']['value']:.2f}" if row else ""
+
+
+def _head(first: str, columns: list[str]) -> tuple[str, str]:
+    return _row(first, columns), "|---|" + "---:|" * len(columns)
+
+
+def _row(first: str, cells: list[str]) -> str:
+    return f"| {first} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
