@@ -28,7 +28,7 @@ from thinet_deploy.pruning.proof import Proof
 from thinet_deploy.target import load_profile
 
 pytestmark = pytest.mark.usefixtures("quick_module")
-TRAINED = ["dense", "prune", "conv", "gap", "longer", "scratch"]
+TRAINED = ["dense", "prune", "trial", "conv", "gap", "longer", "scratch"]
 DEPLOYED = ["onnx", "engines", "precision", "parity", "latency", "bundle", "accuracy", "report"]
 MakeOptions = Callable[..., Options]
 Made = Callable[[Callable[[], Any]], tuple[Any, list[str]]]
@@ -151,8 +151,8 @@ def test_the_same_command_does_nothing_anew(full: Build, copy: Path, tiny_option
     [
         ({"threads": 2}, ["latency", "report"]),
         # Without a head to be replaced more layers may go.
-        ({"preset": "thinet-conv"}, ["prune", "conv", "longer", "scratch", *DEPLOYED]),
-        ({"macs": "2.5x"}, ["prune", "conv", "gap", "scratch", *DEPLOYED]),
+        ({"preset": "thinet-conv"}, ["prune", "trial", "conv", "longer", "scratch", *DEPLOYED]),
+        ({"macs": "2.5x"}, ["prune", "trial", "conv", "gap", "scratch", *DEPLOYED]),
     ],
 )
 def test_a_changed_option_makes_only_what_depends_on_it(
