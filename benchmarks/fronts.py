@@ -3,7 +3,7 @@
 Each network is pruned for several ratios in three ways: widths for a budget of measured time (`latency_budget.meet`),
 widths allocated for as many multiply-accumulates, uniform widths for as many. Filters are chosen by elimination and
 refitted in closed form, without training; top-1 is that of the 10,000 test images. Then all networks of one kind are
-measured in one run, in turn. Rows are kept as they come; the picture is results/fronts-NETWORK.svg. Not run in full.
+measured in one run, in turn. Rows are kept as they come; the picture is results/fronts-NETWORK.svg.
 """
 
 from __future__ import annotations
