@@ -28,7 +28,7 @@ PAPERS: dict[str, list[dict[str, Any]]] = {
 
 def at_hand(name: str, *, quick: bool) -> list[dict[str, Any]]:
     """What stands for a table's networks where there is no ImageNet."""
-    epochs = {"finetune_epochs": 0 if quick else 2, "finetune_lr": 0.03, "batch_size": 64}
+    epochs = {"finetune_epochs": 0 if quick else 2, "batch_size": 64}
     shared = epochs | {"data": cache_folder() / cifar10().name, "train": {"precision": "bf16"}}
     if name == "resnet50":
         mine = {"model": f"{TRAINED}:resnet20", "weights": RESNET20_WEIGHTS}

@@ -38,8 +38,7 @@ def main() -> None:
             "data": cache_folder() / cifar10().name,
             "macs": "2x",
             "finetune_epochs": 0 if given.quick else 1,
-            "batch_size": 128,
-            "finetune_lr": 0.03,
+            "batch_size": 64,
             "train": {"precision": "bf16"},
             "out": Path(folder) / "run",
         }
