@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
 from thinet_deploy.errors import DivergedError
 from thinet_deploy.options import Options
+from thinet_deploy.parallel import Team
 from thinet_deploy.tasks.classification import Ranked
 from thinet_deploy.tools import Tools
 from thinet_deploy.training import train
@@ -76,6 +78,21 @@ def test_a_rate_that_is_given_is_not_tried(attempts: Any, tiny_options: MakeOpti
     made = attempts({(0.02, True): 80, (0.02, False): 80})
     pipeline.build(tiny_options(tmp_path / "run", finetune_lr=0.02, controls="none", target="ios"))
     assert made == [(0.02, True), (0.02, False)]
+
+
+def test_the_first_process_decides_for_all(
+    tiny_options: MakeOptions, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would judge by its own floats, and they would go on to train different things."""
+
+    class Second(Team):
+        def once(self, work: Callable[[], Any]) -> Any:
+            return Ranked(np.zeros(100, np.int64))
+
+    monkeypatch.setattr("thinet_deploy.trial.join", lambda: Second(1, 2, torch.device("cpu")))
+    monkeypatch.setattr("thinet_deploy.trial.judge", lambda *_: pytest.fail("this process judges by itself"))
+    done = pipeline.build(tiny_options(tmp_path / "run", finetune_lr=0.02, controls="none", target="ios"))
+    assert len(read_json(done.run / "trial" / "trial.json")["tried"]) == 2
 
 
 def test_an_attempt_is_a_tenth_of_the_work(

@@ -11,7 +11,7 @@ from torch import nn
 from .artifact import write_json
 from .data import ImageSet
 from .errors import DivergedError
-from .options import USUAL_RATE
+from .parallel import join
 from .prune_stage import HELD_OUT
 from .tasks.base import Judgement
 from .tools import Tools, labelled_by
@@ -67,9 +67,10 @@ def tried(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, fo
             tools.train(model, stage, max(1, epochs // _SHARE), rate, teacher=teacher, images=images)
         except DivergedError:
             return _Attempt(rate, bool(teacher), None)
-        return _Attempt(rate, bool(teacher), judge(model, judging))
+        # What is tried next has to be the same in all processes, whatever the last bits of their outputs are.
+        return _Attempt(rate, bool(teacher), join().once(lambda: judge(model, judging)))
 
-    best = attempt(options.finetune_lr or USUAL_RATE, original)
+    best = attempt(options.rate, original)
     attempts = [best]
     for rates in () if options.finetune_lr else (LOWER, HIGHER):
         for rate in rates if best is attempts[0] else ():
