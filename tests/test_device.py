@@ -192,7 +192,7 @@ def test_engines_are_built_there_and_brought_here(server: Server, make: Make, tm
 
 
 def test_the_real_builder_takes_what_it_is_given(server: Server, make: Make, tmp_path: Path) -> None:
-    from thinet_deploy.deployment import BUILDER as REAL
+    from thinet_deploy.bundle import BUILDER as REAL
 
     with pytest.raises(MissingError, match="tensorrt cannot be imported") as stop:
         deploy(server, make(REAL.read_text()), tmp_path / "run")

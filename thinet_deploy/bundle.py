@@ -34,6 +34,10 @@ from .errors import BundleError, OutputError
 from .interfaces import Array, Precision, TensorSpec
 
 GOLDEN, ONNX, MANIFEST = "golden.npz", "model.onnx", "manifest.json"
+_RUNNER = Path(runner.__file__)
+# What runs a bundle: name in it → file; and what builds TensorRT's engines beside it.
+KIT = {"run.py": _RUNNER, **{f"{name}.py": _RUNNER.with_name(f"{name}.py") for name in runner.COMPANIONS}}
+BUILDER = _RUNNER.with_name("tensorrt_builder.py")
 WEIGHTS = (".bin", ".onnx.data")  # beside an .xml or .param, and beside a large .onnx
 _GIVE = "Give the folder RUN/bundle of a finished build."
 BUILD_AGAIN = "Copy the bundle again from where it was built, or build it again with `thinet-deploy build`."
@@ -183,9 +187,8 @@ def write_bundle(folder: Path, spec: BundleSpec) -> Manifest:
         (folder / "labels.txt").write_text(labels, encoding="utf-8")
         write_json(folder / "preprocess.json", spec.preprocess)
         _write_golden(folder / GOLDEN, spec)
-        shutil.copyfile(runner.__file__, folder / "run.py")
-        for name in (*runner.COMPANIONS, *(["tensorrt_builder"] if spec.has_builder else [])):
-            shutil.copyfile(Path(runner.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        for name, file in {**KIT, **({BUILDER.name: BUILDER} if spec.has_builder else {})}.items():
+            shutil.copyfile(file, folder / name)
         for name, content in spec.extras.items():
             (folder / name).write_bytes(content)
         if spec.app:

@@ -22,6 +22,7 @@ from . import (
 from .android_site import Phone
 from .artifact import hash_json, sha256_of, write_bytes, write_json
 from .build_table import build_table
+from .bundle import BUILDER, KIT
 from .device_site import Machine
 from .environment import fingerprint, machine_id
 from .errors import GateError
@@ -31,15 +32,9 @@ from .precision.held import READERS
 from .precision.plan import PrecisionPlan
 from .registry import device_notes, runs_here
 from .report import Table
-from .runner import COMPANIONS
-from .runner import __file__ as _RUNNER_FILE
 from .shared_run import SharedRun
 from .store import Checkpoint, Run, Stage
 from .tools import Tools
-
-RUNNER = Path(_RUNNER_FILE)
-BUILDER = RUNNER.with_name("tensorrt_builder.py")
-RUNNER_FILES = (RUNNER, *(RUNNER.with_name(f"{name}.py") for name in COMPANIONS))
 
 
 @dataclass(frozen=True)
@@ -229,7 +224,7 @@ class _Deployment:
             **onnx.digests,
             "engines": engines.digest,
             "parity": parity.digest,
-            "runner": [sha256_of(file) for file in (*RUNNER_FILES, BUILDER)],
+            "runner": [sha256_of(file) for file in (*KIT.values(), BUILDER)],
             "app": apps.digest(),
             "target": [target.id, target.builds_on_device, target.os, list(target.runtimes)],
             "model": [self.job.model_name, self.made.labels],

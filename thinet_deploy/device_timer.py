@@ -19,16 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from . import runner
 from .artifact import hash_json, sha256_of, write_json
+from .bundle import KIT
 from .device_site import SCRIPT, Machine, Site
 from .errors import MissingError, ThinetDeployError
 from .interfaces import Array, Progress
 from .latency import EngineLatency, EngineRef, latencies
 from .timers import LAYERS
 
-_RUNNER = Path(runner.__file__)
-_KIT = {"run.py": _RUNNER, **{f"{name}.py": _RUNNER.with_name(f"{name}.py") for name in runner.COMPANIONS}}
 _REQUEST, _INPUTS, _ARCHIVE = "request.json", "inputs.npz", "files.zip"
 _RUNTIME_MISSING = 3
 # A version comes from the device, and gets into the name of a file here.
@@ -120,7 +118,7 @@ def _send(site: Site, files: Mapping[str, Path], progress: Progress) -> None:
     progress("Copying to the device", 0, 1)
     device.push(SCRIPT, f"{site.folder}/on_device.py")
     there, _ = site.tell("sums", site.bundle)
-    wanted = {**_KIT, **files}
+    wanted = {**KIT, **files}
     missing = {name: path for name, path in wanted.items() if there.get(name) != sha256_of(path)}
     if missing:
         with tempfile.TemporaryDirectory() as folder:
