@@ -216,6 +216,25 @@ def tiny_options(tiny: Path) -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Layers and networks are timed for moments, and the user's cache stays as it is; the one that is used."""
+    from functools import partial
+
+    from thinet_deploy import latency_stage, staircase, staircase_stage
+
+    monkeypatch.setenv("THINET_CACHE", str(tmp_path / "cache"))
+    for module, name, value in (
+        (staircase, "SECONDS", 0.001),
+        (staircase, "ROUNDS", 1),
+        (staircase_stage, "SECONDS", 0.05),
+        (latency_stage, "POINTS", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(latency_stage, "Bench", partial(latency_stage.Bench, rounds=6, seconds=0.05))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def torchvision_or_none() -> Iterator[None]:
     """Where torchvision is installed, it can be imported: beside a CPU build of torch its operations are declared."""

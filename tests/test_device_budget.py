@@ -11,7 +11,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, partialmethod
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 from boards import PI_FILES, a_machine
 from ssh_server import Server, serving
 
-from thinet_deploy import device_site, latency_stage, pipeline, runner, staircase, staircase_stage, tools
+from thinet_deploy import device_site, latency_stage, pipeline, runner, staircase, tools
 from thinet_deploy.artifact import read_json
 from thinet_deploy.device_timer import DeviceTimer
 from thinet_deploy.devices import find_device
@@ -49,20 +49,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def server(place: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
+def server(place: Server, brief: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """The device; nothing is timed here, and there for moments only."""
     for runtime in staircase.RUNTIMES:
         pytest.importorskip(runtime, reason=f"{runtime} is not installed")
     monkeypatch.setenv("PATH", f"{place.folder / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("THINET_CACHE", str(tmp_path / "cache"))
-    for module, name, value in (
-        (staircase, "SECONDS", 0.001),
-        (staircase, "ROUNDS", 1),
-        (staircase_stage, "SECONDS", 0.05),
-        (latency_stage, "POINTS", 4),
-    ):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(latency_stage, "Bench", partial(Bench, rounds=6, seconds=0.05))
     monkeypatch.setattr(runner, "Worker", lambda: pytest.fail("something is timed on this machine"))
     return place
 

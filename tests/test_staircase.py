@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -20,7 +19,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from thinet_deploy import latency_stage, pipeline, runner, staircase, staircase_stage, timers
+from thinet_deploy import pipeline, runner, staircase, timers
 from thinet_deploy.artifact import read_json
 from thinet_deploy.counting import count
 from thinet_deploy.engines import open_engine
@@ -181,19 +180,10 @@ def test_points_belong_to_machine_runtime_and_threads(monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def swift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Measures for moments; the user's cache stays as it is."""
+def swift(brief: Path) -> Path:
+    """See `brief`; on OpenVINO."""
     pytest.importorskip("openvino", reason="openvino is not installed")
-    monkeypatch.setenv("THINET_CACHE", str(tmp_path / "cache"))
-    for module, name, value in (
-        (staircase, "SECONDS", 0.001),
-        (staircase, "ROUNDS", 1),
-        (staircase_stage, "SECONDS", 0.05),
-        (latency_stage, "POINTS", 4),
-    ):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(latency_stage, "Bench", partial(Bench, rounds=6, seconds=0.05))
-    return tmp_path / "cache"
+    return brief
 
 
 def test_the_command_shows_keeps_and_draws(cli: Cli, tiny: Path, tmp_path: Path, swift: Path) -> None:
