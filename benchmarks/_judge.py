@@ -29,6 +29,11 @@ def unpack(right: str, images: int) -> NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(bytes.fromhex(right), np.uint8))[:images].astype(bool)
 
 
+def best(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a row that was fine-tuned at several rates: after the one that suited it."""
+    return max(row["tuned"].values(), key=lambda each: float(each["top1"]["value"]))
+
+
 def percent(row: dict[str, Any]) -> str:
     """Top-1 with its interval, for tables."""
     top1 = row["top1"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _judge import best
 from _record import kept
 from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS
 
@@ -99,7 +100,7 @@ def _peers() -> Iterator[str]:
     for network, title in NETWORKS.items():
         if not (rows := kept(f"peers-{network}", quick=False)):
             continue
-        order = sorted(rows, key=lambda name: -_best(rows[name])["top1"]["value"])
+        order = sorted(rows, key=lambda name: -best(rows[name])["top1"]["value"])
         yield from (
             f"## Beside Torch-Pruning 1.6.1: {title}",
             "",
@@ -115,13 +116,9 @@ def _peers() -> Iterator[str]:
 
 
 def _contender(row: dict[str, Any]) -> list[str]:
-    after = _best(row)
+    after = best(row)
     behind = f"{after['minus_unpruned']['value']:+.2f}" if "minus_unpruned" in after else ""
     return [f"{row['macs'] / 1e6:.1f}", _top1(row["untuned"]), _top1(after), behind]
-
-
-def _best(row: dict[str, Any]) -> dict[str, Any]:
-    return max(row["tuned"].values(), key=lambda each: float(each["top1"]["value"]))
 
 
 def _photos() -> Iterator[str]:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from _judge import judged, percent
+from _judge import best, judged, percent
 from _ours import RATES, TUNING, pruned, tuned
 from _record import keep, kept
 from _torch_pruning import CRITERIA, Contender, fault, torch_pruning, with_convolutions
@@ -71,11 +71,6 @@ def measure(contender: Contender, model: nn.Module, data: Dataset, macs: int, de
         for rate, other in dense["tuned"].items()
     }
     return row
-
-
-def best(row: dict[str, Any]) -> dict[str, Any]:
-    """After the epoch at the rate that suited it."""
-    return max(row["tuned"].values(), key=lambda each: float(each["top1"]["value"]))
 
 
 def counted(model: nn.Module, data: Dataset) -> dict[str, int]:

@@ -245,8 +245,6 @@ app.command("latency")(latency_command)
 app.command()(staircase)
 app.command()(compare)
 app.command()(verify)
-
-
 app.command()(targets)
 app.command()(doctor)
 
