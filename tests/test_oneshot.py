@@ -65,7 +65,20 @@ class Plain(nn.Module):
         return self.head(F.relu(self.c(x)).flatten(1))  # type: ignore[no-any-return]
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "plain": Plain}
+class Fire(nn.Module):
+    """Two producers side by side, read together, as SqueezeNet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze, self.one, self.three = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.squeeze(x))
+        return self.last(torch.cat([F.relu(self.one(x)), F.relu(self.three(x))], 1)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "plain": Plain, "fire": Fire}
 
 
 def network(name: str, seed: int = 0) -> nn.Module:
@@ -221,20 +234,22 @@ def test_the_slices_of_the_plan_are_the_network_of_full_width(name: str) -> None
         assert torch.allclose(apply(plan, done.model)(inputs), done.model(inputs), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["residual", "fire"])
 @pytest.mark.parametrize("targets", ["symmetric", "asymmetric", "residual"])
-def test_full_reconstruction_comes_nearer_than_scales_and_these_than_nothing(targets: str) -> None:
+def test_full_reconstruction_comes_nearer_than_scales_and_these_than_nothing(targets: str, name: str) -> None:
     inputs = torch.from_numpy(images(48).inputs(np.arange(48)))
     errors = {}
     for kind in ("full", "scale", "none"):
-        model, done = prune("residual", Method("thinet", kind, targets))  # type: ignore[arg-type]
+        model, done = prune(name, Method("thinet", kind, targets))  # type: ignore[arg-type]
         with torch.inference_mode():
             errors[kind] = float((done.model(inputs) - model(inputs)).square().mean())
     assert errors["full"] < min(errors["scale"], errors["none"])
 
 
+@pytest.mark.parametrize("name", ["plain", "fire"])
 @pytest.mark.parametrize("selection", ["elimination", "thinet", "thinet-omp", "weight-sum", "apoz", "taylor", "random"])
-def test_every_selection_keeps_the_widths_asked_for(selection: str) -> None:
-    model, done = prune("plain", Method(selection, "scale"))  # type: ignore[arg-type]
+def test_every_selection_keeps_the_widths_asked_for(selection: str, name: str) -> None:
+    model, done = prune(name, Method(selection, "scale"))  # type: ignore[arg-type]
     graph = graph_of(model)
     for group in prunable(graph):
         assert done.kept[group.channels].sum() == done.widths[group.name] == len(group.channels) // 2

@@ -76,8 +76,7 @@ def exact_gram(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments]) 
     G_cd = Σ_kl E[p_ck p_dl] (WᵀW)_ck,dl, summed over the consumers; what the papers sample rows of.
     """
     gram = np.zeros((len(group.channels), len(group.channels)))
-    where = np.full(int(group.channels.max()) + 2, -1)
-    where[group.channels] = np.arange(len(group.channels))
+    where = {channel: index for index, channel in enumerate(group.channels.tolist())}
     for consumer in {each.weight: each for each in group.consumers}.values():
         reader, mine = wide.readers[consumer.weight], moments[consumer.weight]
         by_channel, channels = consumer.weight in wide.spans, _channels(wide, consumer)
@@ -87,7 +86,7 @@ def exact_gram(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments]) 
             products = mine.squares[block] / mine.count * (weight[block].T @ weight[block])
             inputs = channels.shape[1]
             sums = products.view(inputs, kernel, inputs, kernel).sum((1, 3)).numpy()
-            place = np.where(np.isin(channels[block], group.channels), where[channels[block]], -1)
-            mask = place >= 0
+            place = np.array([where.get(channel, -1) for channel in channels[block].tolist()])
+            mask = place >= 0  # others are of groups beside this one, in a concatenation, or stay whatever goes
             np.add.at(gram, np.ix_(place[mask], place[mask]), sums[np.ix_(mask, mask)])
     return gram

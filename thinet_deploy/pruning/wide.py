@@ -210,12 +210,11 @@ class Wide:
 
     def scale(self, group: ChannelGroup, factors: NDArray[np.float64]) -> None:
         """Multiply the consumers' weights by one scalar per channel of a group (the papers' ŵ)."""
-        table = np.ones(int(group.channels.max()) + 2)
-        table[group.channels] = factors
+        by_channel = dict(zip(group.channels.tolist(), factors.tolist(), strict=True))
         for consumer in {each.weight: each for each in group.consumers}.values():
             reader = self.readers[consumer.weight]
-            mine = np.where(np.isin(consumer.channels, group.channels), table[consumer.channels], 1.0)
-            shaped = torch.from_numpy(mine).reshape(reader.blocks, -1)
+            mine = [by_channel.get(channel, 1.0) for channel in consumer.channels.tolist()]
+            shaped = torch.tensor(mine, dtype=torch.float64).reshape(reader.blocks, -1)
             self._multiply(reader, shaped.repeat_interleave(reader.inputs // shaped.shape[1], 1))
 
     def _multiply(self, reader: Reader, by_input_gd: torch.Tensor) -> None:
