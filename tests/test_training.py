@@ -145,6 +145,16 @@ def test_training_is_torchs_own_loop(name: str, images: ImageSet) -> None:
     close(model, by_hand(images, recipe, optimizer, expected)[-1])
 
 
+def test_what_already_says_what_its_teacher_says_stays_as_it_is_dropout_or_not(images: ImageSet) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, CLASSES))
+    before, recipe = copy.deepcopy(model), replace(RECIPE, distill=1.0, weight_decay=0.0)
+    train(model, images, recipe, seed=1, stage="s", teacher=copy.deepcopy(model))
+    torch.testing.assert_close(model[2].weight, before[2].weight)
+    train(model, images, recipe, seed=1, stage="s")
+    assert not torch.allclose(model[2].weight, before[2].weight)
+
+
 def test_the_average_is_that_of_a_plain_loop(images: ImageSet) -> None:
     recipe, model, start = Recipe(epochs=4, lr=0.05, batch=16, ema=0.5), plain(), plain()
     train(model, images, recipe, seed=1, stage="s")

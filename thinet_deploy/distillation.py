@@ -114,12 +114,13 @@ def _outputs(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     said: dict[str, Any] = {}
     parts = {name: each for name, each in model.named_modules() if name and any(True for _ in each.children())}
     hooks = [each.register_forward_hook(_note(said, name)) for name, each in parts.items()]
-    training = model.training
+    training = [each for each in model.modules() if each.training]
     try:
         with torch.no_grad():
             whole = model.eval()(inputs)
     finally:
-        model.train(training)
+        for each in training:  # one by one: dropout may be off in a network that is trained
+            each.training = True
         for hook in hooks:
             hook.remove()
     different: dict[int, str] = {}

@@ -26,6 +26,7 @@ Schedule = Literal["cosine", "steps", "constant"]
 # Images that are tested at once: in other tasks outputs, and what decodes them, are larger.
 _BATCH, _FEW = 256, 32
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def train(
         seed: of all random choices.
         stage: what this training is called, in messages too.
         teacher: a network with the same outputs, such as the dense one; it sees the same augmented images in eval mode
-            and is left unchanged (Hinton et al., 2015, arXiv:1503.02531).
+            and is left unchanged (Hinton et al., 2015, arXiv:1503.02531). Dropout layers do nothing then.
         checkpoint: where the state is kept.
         progress: to report to.
 
@@ -222,7 +223,7 @@ class _Training:
         """Learn from all images once."""
         rank = [self.team.rank] if self.team.rank else []
         torch.manual_seed(derive(self.seed, self.stage, number, "dropout", *rank))
-        self.model.train()
+        self._listen()
         total, first, recipe = 0.0, number * self.steps, self.recipe
         batches = self.images.training_batches(recipe.batch, seed=self.seed, stage=self.stage, epoch=number)
         for done, (inputs, targets) in enumerate(batches, first):
@@ -230,6 +231,16 @@ class _Training:
             total += self.step(inputs, targets, done)
             self.note = f"epoch {number + 1}/{recipe.epochs}, loss {total / (done - first + 1):.3f}"
         self._end_epoch(first + self.steps)
+
+    def _listen(self) -> None:
+        """Training mode, but without dropout where there is a teacher, who says one thing of an image.
+
+        What is refitted in closed form says it best with all of its inputs: without some it says something else.
+        """
+        self.model.train()
+        for module in self.model.modules() if self.teacher else ():
+            if isinstance(module, _DROPOUTS):
+                module.eval()
 
     def step(self, inputs: NDArray[np.float32], targets: Targets, done: int) -> float:
         """Learn from a batch after `done` steps; its loss."""
