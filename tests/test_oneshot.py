@@ -18,7 +18,7 @@ from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import ChannelGraph
 from thinet_deploy.pruning.layerwise import prunable
 from thinet_deploy.pruning.moments import Moments
-from thinet_deploy.pruning.oneshot import Method, Pruned, prune_once
+from thinet_deploy.pruning.oneshot import Method, Pruned, prune_once, weigh
 from thinet_deploy.pruning.readers import readers
 from thinet_deploy.pruning.reconstruction import Solver
 from thinet_deploy.pruning.replay import Replay, Values
@@ -222,6 +222,16 @@ def test_copies_of_filters_go_without_a_trace() -> None:
     assert sorted(kept % half) == list(range(half))
     with torch.inference_mode():
         assert torch.allclose(done.model(inputs), model(inputs), atol=1e-3)
+
+
+def test_of_two_producers_side_by_side_that_say_the_same_not_both_go() -> None:
+    torch.manual_seed(0)
+    model = Fire().eval()
+    model.three.load_state_dict({"weight": F.pad(model.one.weight, (1, 1, 1, 1)), "bias": model.one.bias})
+    graph = graph_of(model)
+    curves = weigh(model, graph, prunable(graph), sample(), SHAPE, Method()).curves
+    for name in ("one", "three"):  # neither is free because the other one would be left
+        assert curves[name].error[-1] > 0.01
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -17,6 +17,7 @@ from .budget import Widths, possible
 from .calibration import Original, Sample, Sampling, observe
 from .elimination import Removal, eliminate
 from .graph import ChannelGraph, ChannelGroup
+from .impact import impacts
 from .moments import Centred, Moments
 from .plan import empty_plan
 from .readers import Reader
@@ -146,30 +147,35 @@ def weigh(
 ) -> Weighed:
     """Look at the original once; arguments as of `prune_once`.
 
-    The errors of the curves are shares of what the consumers of all groups say: of its variance, weighed between layers
-    as the errors are. So their sum over the groups is 0 for the original, and about 1 where nothing of it is left.
+    The errors of the curves are shares of the variance of the network's outputs. Their sum over the groups is 0 for the
+    original, and predicts what a network loses before it is fine-tuned.
     """
     wide = Wide.of(original, graph, input_shape, sample.batch, residual=method.targets == "residual")
     sampling = Sampling.of(wide, sample.shuffled())
     consumers = {each.weight for group in groups for each in group.consumers}
     moments, said = observe(wide, sampling, consumers, progress)
     removals: dict[str, Removal] = {}
-    curves: dict[str, Curve] = {}
-    worth, variance = said.worth(), said.variance()
-    whole = sum(worth[name] * variance[name] for name in sorted(consumers))
+    worth = said.worth()
     for number, group in enumerate(groups if method.selection == "elimination" else ()):
         progress("Weighing", number, len(groups), group.name)
-        removal = eliminate(parts(wide, group, moments, worth, method.ridge), group.cells, group.steps)
-        ends = any(branch.groups[-1] == group.name for branch in graph.branches)
-        removals[group.name], curves[group.name] = removal, _curve(group, removal, whole, vanishes=ends)
+        beside = np.concatenate([each.channels for each in groups if each is not group] or [group.channels[:0]])
+        seen = parts(wide, group, beside, moments, worth, method.ridge)
+        removals[group.name] = eliminate(seen, group.cells, group.steps)
     progress("Weighing", len(groups), len(groups))
+    curves = {}
+    if removals:
+        costs = impacts(wide, sampling.sample, groups, moments, removals, method.ridge, progress)
+        ends = {branch.groups[-1] for branch in graph.branches}
+        for group in groups:
+            curve = _curve(group, removals[group.name], costs.get(group.name, 0.0), vanishes=group.name in ends)
+            curves[group.name] = curve
     return Weighed(wide, sampling, moments, said, removals, curves)
 
 
-def _curve(group: ChannelGroup, removal: Removal, whole: float, *, vanishes: bool) -> Curve:
+def _curve(group: ChannelGroup, removal: Removal, cost: float, *, vanishes: bool) -> Curve:
     """With no channels left where a branch can vanish: its last layer says its mean then."""
     widths = np.array([*sorted(possible(group, 1), reverse=True), *[0] * vanishes])
-    return Curve(widths, removal.error[len(group.channels) - widths] / whole)
+    return Curve(widths, removal.error[len(group.channels) - widths] * cost)
 
 
 class _Work:

@@ -14,7 +14,7 @@ from .calibration import Call, Original, Sampling, look, together, total
 from .moments import Centred, Moments, Positions, at_positions
 from .readers import Reader
 from .reconstruction import Solve
-from .replay import Values
+from .replay import Values, copied
 from .sums import Gathering, product
 from .wide import Wide
 
@@ -100,7 +100,7 @@ class Front:
         begins, ends = {call.use.at for call in calls}, {call.use.ends for call in calls if call.use.other}
         for stop in sorted(begins | ends):
             if stop > here and (stop in begins or waiting):
-                values = _copy(values) if values is batch.values else values
+                values = copied(values) if values is batch.values else values
                 self.wide.replay.run(values, here, stop)
                 here = stop
             waiting += [self._look(call, batch, values) for call in calls if call.use.at == stop]
@@ -179,8 +179,3 @@ def repair(front: Front, reader: Reader, solver: Callable[[Centred], Solve]) -> 
     # With fewer rows than inputs the layer already says what it should on all of them.
     for _ in range(ROUNDS if again and found[reader.weight].count >= stats.mean.shape[1] else 0):
         wide.refit(reader, rows.rectified(stats), solve)
-
-
-def _copy(values: Values) -> Values:
-    """Operations that work in place must not change what was kept."""
-    return {name: value.clone() for name, value in values.items()}

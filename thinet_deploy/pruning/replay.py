@@ -15,6 +15,11 @@ Values = dict[str, torch.Tensor]  # node → what it gave
 See = Callable[[fx.Node, Values], None]
 
 
+def copied(values: Values) -> Values:
+    """Operations that work in place must not change what is kept."""
+    return {name: value.clone() for name, value in values.items()}
+
+
 class Replay:
     """The operations of a network for batches of one size.
 

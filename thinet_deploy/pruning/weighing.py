@@ -16,13 +16,20 @@ from .wide import Wide
 
 
 def parts(
-    wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments], worth: Mapping[str, float], ridge: float
+    wide: Wide,
+    group: ChannelGroup,
+    beside: NDArray[np.int64],
+    moments: Mapping[str, Moments],
+    worth: Mapping[str, float],
+    ridge: float,
 ) -> list[Part]:
     """The consumers of a group as its elimination starts, in units of what they say, which is to stay.
 
     Args:
         wide: the network, untouched so far.
         group: whose channels are to go.
+        beside: channels of other groups that are to go too. Where they lie beside this group's in a concatenation they
+            cannot make up for what goes: each group would count on the other one, and both would go.
         moments: weight → of what the consumer reads.
         worth: weight → what a unit of its squared error counts for.
         ridge: share of the inputs' mean variance.
@@ -35,12 +42,15 @@ def parts(
         weight = wide.coefficients(reader) * worth[consumer.weight] ** 0.5
         kernel = weight.shape[2] // channels.shape[1]
         for block in range(reader.blocks):
+            mine = ~np.isin(channels[block], beside)
+            stay = torch.from_numpy(np.flatnonzero(np.repeat(mine, kernel)))
             columns: dict[int, list[int]] = {}
-            for index, channel in enumerate(channels[block].tolist()):
+            for index, channel in enumerate(channels[block][mine].tolist()):
                 if channel in place:
                     columns.setdefault(place[channel], []).extend(range(index * kernel, (index + 1) * kernel))
             if columns:
-                found.append(_part(columns, weight[block], Ridge(covariance[block], ridge).inverse()))
+                inverse = Ridge(covariance[block][stay][:, stay], ridge).inverse()
+                found.append(_part(columns, weight[block][:, stay], inverse))
     return found
 
 

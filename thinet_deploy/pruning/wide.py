@@ -6,6 +6,8 @@ Nothing is sliced before the end: shapes stay, so one trace serves for the whole
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -167,6 +169,21 @@ class Wide:
                 channels = torch.nonzero(kept.view(ignored.shape[1], -1).any(1))[:, 0]
                 self.replay.read.update({self.replay.trace.nodes[use.at]: channels for use in reader.uses})
 
+    @contextmanager
+    def restoring(self, changed: Sequence[Reader]) -> Iterator[None]:
+        """Whatever is removed from these layers, and refitted in them, is put back afterwards."""
+        names = {name for each in changed for name in (each.weight, each.bias, *_names(each.norm)) if name}
+        tensors = {name: self.tensors[name].detach().clone() for name in names}
+        kept = {each.weight: self.kept[each.weight].clone() for each in changed}
+        read, quiet = dict(self.replay.read), set(self.silent)
+        try:
+            yield
+        finally:
+            for name, tensor in tensors.items():
+                self._set(name, tensor)
+            self.kept.update(kept)
+            self.replay.read, self.silent = read, quiet
+
     def refit(self, reader: Reader, stats: Centred, solver: Solve) -> None:
         """Least squares for a layer together with the BatchNorm behind it, or its bias.
 
@@ -233,6 +250,10 @@ class Wide:
     def _set(self, name: str, value: torch.Tensor) -> None:
         with torch.no_grad():
             self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
+
+
+def _names(norm: Norm | None) -> tuple[str, ...]:
+    return (norm.weight, norm.bias, norm.mean, norm.var) if norm else ()
 
 
 def within_reach(graph: ChannelGraph) -> frozenset[str]:
