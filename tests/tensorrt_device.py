@@ -6,6 +6,7 @@ memory at the addresses that it was given, and refuses files in the words of the
 
     TENSORRT_FAKE_VERSION   the version that builds and reads engines (default: the bindings')
     TENSORRT_FAKE_GPU       the compute capability (default 8.7)
+    TENSORRT_FAKE_UNGRAPHED set: it refuses to run while its stream is being captured, as with a DLA
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import onnxruntime
 import tensorrt_bindings as trt  # type: ignore[import-not-found]  # see tensorrt_versions.py
 from tensorrt_stand_in import WORLD, StandIn, stand_in
 from tensorrt_versions import FAKE_GPU, FAKE_HEADER, fake_engine
+
+from thinet_deploy import cuda
 
 VERSION = os.environ.get("TENSORRT_FAKE_VERSION", trt.__version__)
 GPU = os.environ.get("TENSORRT_FAKE_GPU", FAKE_GPU)
@@ -106,6 +109,7 @@ def _set_shape(context: StandIn, name: str, shape: Any) -> bool:
     built, wanted = _shape(context.own["made_from"].own["ports"][name]), tuple(shape)
     fits = len(built) == len(wanted) and all(b in (-1, w) for b, w in zip(built, wanted, strict=True))
     context.own["shapes"][name] = wanted
+    context.own["has_run"] = False
     return fits and wanted[0] <= MAX_BATCH
 
 
@@ -121,12 +125,23 @@ def _set_address(context: StandIn, name: str, address: int) -> bool:
 
 
 def _execute(context: StandIn, stream: int) -> bool:
+    """Now, or, while the stream is being captured, whenever the graph is launched."""
+    later = ctypes.CFUNCTYPE(None)(lambda: _compute(context))
+    if not ctypes.CDLL(cuda.LIBRARY).fake_captured(ctypes.c_void_p(stream), later):
+        _compute(context)
+    elif "TENSORRT_FAKE_UNGRAPHED" in os.environ or not context.own.get("has_run"):
+        return False
+    context.own.setdefault("kept", []).append(later)
+    context.own["has_run"] = True
+    return stream != 0
+
+
+def _compute(context: StandIn) -> None:
     own = context.own["made_from"].own
     inputs = {name: _array(context, name).copy() for name in own["inputs"]}
     outputs = [name for name in own["ports"] if name not in own["inputs"]]
     for name, array in zip(outputs, own["session"].run(outputs, inputs), strict=True):
         np.copyto(_array(context, name), array)
-    return stream != 0
 
 
 def _array(context: StandIn, name: str) -> Any:

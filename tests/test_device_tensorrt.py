@@ -123,6 +123,8 @@ def test_an_engine_is_built_verified_and_measured_there(
     assert verified["describe"]["version"] == version.exact
     assert set(measured["clocks_ms"]) == {"upload", "compute", "download", "host"}
     assert measured["rounds_ms"]
+    assert verified["describe"]["cuda_graph"] == measured["describe"]["cuda_graph"] == "yes"
+    assert measured["launch_ms"] > 0
     device = tmp_path / "run" / "device"
     (engine,) = bundle.read_manifest(device).engines
     assert sha256_of(device / engine.path) == engine.sha256

@@ -1,5 +1,7 @@
 """Engines of TensorRT 8.5 to 11 and of TensorRT-RTX: named tensors, one stream, every batch they were built for.
 
+The first run of a shape is launched kernel by kernel, all others as one CUDA graph where the engine can be one.
+
 No engine of it has ever run where this was written: names and signatures are checked against the real bindings of four
 versions, order and memory against a libcuda of the tests' own (tests/test_tensorrt_engine.py).
 
@@ -11,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
 import numpy as np
 
-from .cuda import Buffer, Cuda, has_gpu
+from .cuda import Buffer, Cuda, Graph, has_gpu
 from .engine import Engine, RunnerError, in_steps
 
 if TYPE_CHECKING:
@@ -37,7 +40,12 @@ _REFUSALS = (
 
 
 class TensorRt(Engine):
-    """A TensorRT engine on the first GPU, by a stream of its own; inputs and outputs are copied in every run."""
+    """A TensorRT engine on the first GPU, by a stream of its own; inputs and outputs are copied in every run.
+
+    Attributes:
+        graph: the computing as a CUDA graph, for the shapes of the last run.
+        no_graph: why it cannot be one; "" where that is not known, or it can.
+    """
 
     package = module = "tensorrt"
     to_get = "on a Jetson: apt install python3-libnvinfer; elsewhere: pip install tensorrt"
@@ -73,7 +81,10 @@ class TensorRt(Engine):
         self.marks = [self.cuda.event() for _ in range(4)]
         self.batches = self._batches()
         self.shapes: dict[str, Any] = {}
+        self.graph: Graph = self.cuda.graph()
+        self.has_run, self.no_graph = False, ""
         self.clocks: dict[str, float] = {}
+        self.launch_s = 0.0
 
     def _said(self) -> str:
         return " ".join(self.logger.lines[-3:]) or "nothing"
@@ -98,6 +109,7 @@ class TensorRt(Engine):
         if missing := [name for name in self.input_names if name not in inputs]:
             raise RunnerError(f"the engine takes {', '.join(missing)}, but was given {', '.join(inputs) or 'nothing'}")
         self.clocks.clear()
+        self.launch_s = 0.0
         count, (low, high) = len(inputs[self.input_names[0]]), self.batches
         if low <= count <= high:
             return self._run_batch(inputs)
@@ -107,28 +119,50 @@ class TensorRt(Engine):
         self._take_shapes({name: inputs[name].shape for name in self.input_names})
         for name in self.input_names:
             np.copyto(self.buffers[name].array, inputs[name], casting="same_kind")
+        self._capture()
         start, uploaded, computed, end = self.marks
         self.cuda.record(start)
         for name in self.input_names:
             self.buffers[name].upload()
         self.cuda.record(uploaded)
-        if not self.context.execute_async_v3(self.cuda.stream):
-            raise RunnerError(f"TensorRT did not run it: {self._said()}")
+        self._compute()
         self.cuda.record(computed)
         for name in self.output_names:
             self.buffers[name].download()
         self.cuda.record(end)
         self.cuda.wait()
+        self.has_run = True
         parts = {"upload": (start, uploaded), "compute": (uploaded, computed), "download": (computed, end)}
         for part, marks in parts.items():
             self.clocks[part] = self.clocks.get(part, 0.0) + self.cuda.elapsed_ms(*marks)
         return {name: self.buffers[name].array.copy() for name in self.output_names}
 
+    def _compute(self) -> None:
+        launched = time.perf_counter()
+        if self.graph.ready:
+            self.graph.launch()
+        else:
+            self._launch()
+        self.launch_s += time.perf_counter() - launched
+
+    def _launch(self) -> None:
+        if not self.context.execute_async_v3(self.cuda.stream):
+            raise RunnerError(f"TensorRT did not run it: {self._said()}")
+
+    def _capture(self) -> None:
+        """Make it a graph, once it has run in these shapes: TensorRT does in the first run what a graph cannot hold."""
+        if self.has_run and not self.graph.ready and not self.no_graph:
+            try:
+                self.graph.capture(self._launch)
+            except RunnerError as error:
+                self.no_graph = str(error)
+
     def _take_shapes(self, shapes: dict[str, Any]) -> None:
         """Tell TensorRT the shapes and where the tensors lie, if they are others than in the run before."""
         if shapes == self.shapes:
             return
-        self.shapes = {}  # nothing holds until all of it does
+        self.shapes, self.has_run = {}, False  # nothing holds until all of it does
+        self.graph.free()
         for name, shape in shapes.items():
             if not self.context.set_input_shape(name, shape):
                 built = tuple(self.engine.get_tensor_shape(name))
@@ -146,6 +180,10 @@ class TensorRt(Engine):
         """By events on the GPU: the way there, computing, the way back."""
         return dict(self.clocks)
 
+    def launch_ms(self) -> float | None:
+        """Of the host, until TensorRT or the graph has put the computing into the stream."""
+        return self.launch_s * 1e3
+
     def _about(self, precision: str) -> dict[str, Any]:
         """What `describe` gives; RunnerError when no layer computes in the type that the engine was built for."""
         executed = executed_types(self.engine.create_engine_inspector(), self.trt)
@@ -157,8 +195,9 @@ class TensorRt(Engine):
         return {**about, **asked, "executed_layers": executed}
 
     def describe(self) -> dict[str, Any]:
-        """The GPU, and how many layers compute in which type, by the inspector."""
-        return dict(self.about)
+        """The GPU, how many layers compute in which type, by the inspector, and whether it runs as a CUDA graph."""
+        graph = "yes" if self.graph.ready else f"no: {self.no_graph}" if self.no_graph else "not yet"
+        return {**self.about, "cuda_graph": graph}
 
     def close(self) -> None:
         """TensorRT's objects go before the memory and the context that they use."""
