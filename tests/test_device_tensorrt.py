@@ -48,19 +48,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def half_onnx(path: Path, kind: str = "FLOAT16") -> Path:
-    """Cast → convolution → global pool → flatten → cast, with the convolution in fp16."""
+    """Cast → two convolutions → global pool → flatten → cast, with the convolutions in fp16."""
     onnx = pytest.importorskip("onnx", reason="the files of these tests are made with onnx")
     make, types = onnx.helper, onnx.TensorProto
-    weight = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype("f2" if kind == "FLOAT16" else "f4")
+    draw, short = np.random.default_rng(0), "f2" if kind == "FLOAT16" else "f4"
+    widths = {"first.weight": 3, "second.weight": 5}
+    weights = {name: draw.standard_normal((5, width, 3, 3)).astype(short) for name, width in widths.items()}
     nodes = [
         make.make_node("Cast", ["x"], ["a"], to=getattr(types, kind)),
-        make.make_node("Conv", ["a", "w"], ["c"]),
+        make.make_node("Conv", ["a", "first.weight"], ["b"], name="first"),
+        make.make_node("Conv", ["b", "second.weight"], ["c"], name="second"),
         make.make_node("GlobalAveragePool", ["c"], ["g"]),
         make.make_node("Flatten", ["g"], ["f"]),
         make.make_node("Cast", ["f"], ["y"], to=types.FLOAT),
     ]
     ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 12, 12]), ("y", [5]))]
-    graph = make.make_graph(nodes, "half", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    stored = [onnx.numpy_helper.from_array(weight, name) for name, weight in weights.items()]
+    graph = make.make_graph(nodes, "half", ends[:1], ends[1:], stored)
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
     return path
 
@@ -119,7 +123,7 @@ def test_an_engine_is_built_verified_and_measured_there(
     (verified,), (measured,) = found["verify"]["engines"], found["latency"]["engines"]
     assert (verified["runtime"], verified["precision"], verified["verdict"]) == ("tensorrt", "fp16", "passed")
     assert verified["max_relative_error"] < verified["tolerance"] == 1e-2
-    assert verified["describe"]["executed_layers"] == {"fp16": 1}
+    assert verified["describe"]["executed_layers"] == {"fp16": 2}
     assert verified["describe"]["version"] == version.exact
     assert set(measured["clocks_ms"]) == {"upload", "compute", "download", "host"}
     assert measured["rounds_ms"]
@@ -133,6 +137,24 @@ def test_an_engine_is_built_verified_and_measured_there(
     assert (report["strongly_typed"], report["flags"]) == ((False, ["FP16"]) if version.major == 8 else (True, []))
     assert report["tensorrt"] == version.exact
     assert read_json(device / "engines" / "tensorrt-fp16" / "model.layers.json")["Layers"]
+    executed = found["precision"]["fp16"]
+    assert executed == read_json(device / "precision.json")["fp16"]
+    assert (executed["text"], executed["broken"]) == ("fp16 100.0 % of the MACs", [])
+
+
+def test_a_layer_in_another_type_than_its_file_binds_it_to_fails_the_build(
+    deploy: Deploy, stage: Stage, version: Version, tmp_path: Path
+) -> None:
+    """The flags of TensorRT 8 only allow a type, and the builder takes what is faster: that is told."""
+    if version.major == 8:
+        text = deploy(stage, TENSORRT_FAKE_FLOAT="second")["precision"]["fp16"]["text"]
+        assert text == "fp32 51.6 %, fp16 48.4 % of the MACs; second was to be fp16 and is fp32"
+        return
+    with pytest.raises(GateError, match=r"does not compute as its file says: second was to be fp16 and is fp32"):
+        deploy(stage, TENSORRT_FAKE_FLOAT="second")
+    device = tmp_path / "run" / "device"
+    assert (device / "engines" / "tensorrt-fp16" / "model.engine").exists(), "everything is kept"
+    assert read_json(device / "precision.json")["fp16"]["shares"]["fp16"] < 50
 
 
 @pytest.mark.slow

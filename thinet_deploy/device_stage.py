@@ -22,11 +22,13 @@ from .device_site import Machine, Site
 from .devices import find_device
 from .errors import ConversionError, DeviceError, GateError, InputError, MissingError
 from .interfaces import Precision, Progress
+from .precision.inspected import inspect_built
 from .shared_run import SharedRun
 from .store import Stage
 from .target import TargetProfile
 
 FACTS, VERIFIED, MEASURED = "facts.json", "verify.json", "latency.json"
+EXECUTED = "precision.json"
 SECONDS = 5  # per engine
 _BUILDER, _TIMINGS = "tensorrt_builder.py", "timing.cache"
 _NOTHING_RAN, _NO_TENSORRT = 3, 3
@@ -76,13 +78,15 @@ def on_device(
         progress: to report to.
 
     Returns:
-        facts, verify, latency: what the three JSON files there say; folder.
+        facts, verify, latency: what the three JSON files there say; precision: of each engine that was built there,
+        what `inspect_built` gives; folder.
 
     Raises:
-        GateError: an engine failed there; everything is kept in RUN/device.
+        GateError: an engine failed there, or computes in another type; everything is kept in RUN/device.
         DeviceError: see `device_site`.
     """
     inputs = {"bundle": bundle.digest, "machine": machine.identity, "threads": threads, "seconds": SECONDS}
+    inputs["inspected"] = 1  # version of EXECUTED
     if isinstance(machine, Phone):
         names = (FACTS, VERIFIED, MEASURED)
         make = partial(android_stage.fill, machine, bundle.folder, threads, SECONDS, progress, names=names)
@@ -90,22 +94,29 @@ def on_device(
         make = partial(_fill, machine, target, bundle.folder, threads, progress)
     stage = run.alone("device", inputs, lambda folder, _: make(folder))
     results = {name.removesuffix(".json"): stage.json(name) for name in (FACTS, VERIFIED, MEASURED)}
+    executed = stage.json(EXECUTED) if isinstance(machine, Machine) else {}
     _gate(machine, results["verify"], stage.folder)
-    return {"folder": str(stage.folder), **results}
+    _gate_types(machine, executed, stage.folder)
+    return {"folder": str(stage.folder), "precision": executed, **results}
 
 
 def _fill(
     machine: Machine, target: TargetProfile, bundle: Path, threads: int, progress: Progress, folder: Path
 ) -> None:
     site, manifest = device_site.send(machine, bundle, progress), read_manifest(bundle)
+    executed: dict[str, Any] = {}
     if target.builds_on_device and _BUILDER in manifest.files:
         _build_all(site, manifest, target, folder, progress)
+        for path, precision in _sources(manifest):
+            if found := inspect_built(folder / built_path(precision), bundle / ONNX, bundle / path):
+                executed[precision] = found
     verified = ask(site, "verify", progress)
     timing = ("--threads", str(threads), "--seconds", str(SECONDS))
     measured = ask(site, "latency", progress, *timing)
     write_json(folder / FACTS, machine.fingerprint)
     write_json(folder / VERIFIED, verified)
     write_json(folder / MEASURED, measured)
+    write_json(folder / EXECUTED, executed)
     said = ("/out", "/err")
     device_site.fetch(site, f"{site.folder}/jobs", folder / "logs", lambda name: name.endswith(said), progress)
     forget(site, "verify")
@@ -124,6 +135,18 @@ def _gate(machine: Machine | Phone, verified: dict[str, Any], folder: Path) -> N
             f"The bundle failed on {machine.device.name}: {named}.",
             hint=f"All results are kept in {folder}; logs/ has what was said there.",
         )
+
+
+def _gate_types(machine: Machine | Phone, executed: dict[str, Any], folder: Path) -> None:
+    """An engine with a layer in another type than its file binds TensorRT to fails the build."""
+    for precision, found in executed.items():
+        if broken := found["broken"]:
+            more = f", and {len(broken) - 8} more" if len(broken) > 8 else ""
+            raise GateError(
+                f"The {precision} engine that {machine.device.name} built does not compute as its file says: "
+                f"{'; '.join(broken[:8])}{more}.",
+                hint=f"{folder / built_path(precision)} and what TensorRT says of its layers are kept.",
+            )
 
 
 def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str, Any]:
@@ -159,14 +182,18 @@ def _words(site: Site, command: str, options: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------ engines built there
 
 
+def _sources(manifest: Manifest) -> list[tuple[str, Precision]]:
+    """The ONNX files to build engines from, and in which precision."""
+    return [(typed.path, typed.precision) for typed in manifest.typed] or [(ONNX, "fp32")]
+
+
 def _build_all(site: Site, manifest: Manifest, target: TargetProfile, folder: Path, progress: Progress) -> None:
     """Build TensorRT engines there, make them part of the bundle there, and bring them here."""
-    entries = [(typed.path, typed.precision, typed.tolerance) for typed in manifest.typed]
-    for path, precision, _ in entries or [(ONNX, "fp32", 0.0)]:
+    for path, precision in _sources(manifest):
         _build(site, path, precision, target, folder, progress)
     device_site.fetch(site, site.cache, folder, _TIMINGS.__eq__, progress)
     found = device_site.fetch(site, site.bundle, folder, lambda name: name.startswith("engines/tensorrt-"), progress)
-    tolerances: dict[str, float] = {precision: tolerance for _, precision, tolerance in entries}
+    tolerances: dict[str, float] = {typed.precision: typed.tolerance for typed in manifest.typed}
     built = [
         EngineEntry(
             runtime="tensorrt",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT8": "i1", "UINT8": "u1", "INT32": "i4", "INT64": "i8", "BOOL": "?"}
 # The inspector's words for a type ("Half", "Row major linear FP16 format", …), the special before the general.
 _TYPES = (("BF16|BFloat16", "bf16"), ("FP16|Half", "fp16"), ("Int8", "int8"), ("FP32|Float", "fp32"))
+_MOVING = ("Reformat", "Constant", "NoOp", "Shuffle")  # layers that compute nothing
 _AGAIN = "an engine belongs to the device, the TensorRT and the system it was built on, so build it there"
 # What TensorRT says when it refuses a file, and what it means.
 _REFUSALS = (
@@ -243,10 +244,24 @@ def _meaning(lines: list[str]) -> str:
 def executed_types(inspector: Any, trt: Any) -> dict[str, int]:
     """How many layers read which type; {} for an engine that was built without detailed layer information."""
     found = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    layers = [layer for layer in found.get("Layers", []) if isinstance(layer, dict)]
-    computing = [layer for layer in layers if layer.get("LayerType") not in ("Reformat", "Constant", "NoOp", "Shuffle")]
-    texts = [(layer.get("Inputs") or layer.get("Outputs") or [{}])[0].get("Format/Datatype") for layer in computing]
-    return dict(Counter(_type_of(text) for text in texts if text))
+    return dict(Counter(kind for _, kind in inspected_layers(found)))
+
+
+def inspected_layers(information: Mapping[str, Any]) -> list[tuple[set[str], str]]:
+    """Of each layer that computes, by the inspector's word: the ONNX nodes in it, and the type that it reads."""
+    found = []
+    for layer in information.get("Layers", []):
+        if isinstance(layer, dict) and layer.get("LayerType") not in _MOVING:
+            taken = (layer.get("Inputs") or layer.get("Outputs") or [{}])[0].get("Format/Datatype")
+            if taken:
+                found.append((_nodes_of(layer), _type_of(taken)))
+    return found
+
+
+def _nodes_of(layer: Mapping[str, Any]) -> set[str]:
+    """From "[ONNX Layer: conv1]…[ONNX Layer: relu1]" of TensorRT 10, and from "conv1 + relu1"."""
+    told = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", "")))
+    return {*told, *re.split(r" \+ | \|\| ", str(layer.get("Name", "")))}
 
 
 def _type_of(text: str) -> str:
