@@ -22,6 +22,7 @@ from tensorrt_versions import Version, as_tensorrt, fake_engine, version_of
 from thinet_deploy import bundle, device_site, device_stage
 from thinet_deploy.artifact import read_json, sha256_of, write_json
 from thinet_deploy.bundle import BundleSpec, TypedFile
+from thinet_deploy.cli_device import show_device
 from thinet_deploy.devices import find_device
 from thinet_deploy.errors import GateError
 from thinet_deploy.interfaces import TensorSpec, silent
@@ -103,7 +104,7 @@ def deploy(server: Server, version: Version, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(device_stage, "SECONDS", 1)
     python, modules = tmp_path / "python", as_tensorrt(tmp_path / "modules")
 
-    def go(stage: Stage, run: str = "run", **changes: str) -> dict[str, Any]:
+    def go(stage: Stage, run: str = "run", dla: int | None = None, **changes: str) -> dict[str, Any]:
         known = version.environment(modules)
         exported = {**{name: known[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH")}, **changes}
         words = " ".join(f"{name}={shlex.quote(value)}" for name, value in exported.items())
@@ -111,7 +112,7 @@ def deploy(server: Server, version: Version, tmp_path: Path, monkeypatch: pytest
         python.chmod(0o755)
         machine = device_site.reach(find_device(server.address), str(python))
         target = load_profile(bundle.read_manifest(stage.folder).target)
-        return device_stage.on_device(SharedRun(tmp_path / run), machine, target, stage, 1, silent)
+        return device_stage.on_device(SharedRun(tmp_path / run), machine, target, stage, 1, silent, dla)
 
     return go
 
@@ -155,6 +156,23 @@ def test_a_layer_in_another_type_than_its_file_binds_it_to_fails_the_build(
     device = tmp_path / "run" / "device"
     assert (device / "engines" / "tensorrt-fp16" / "model.engine").exists(), "everything is kept"
     assert read_json(device / "precision.json")["fp16"]["shares"]["fp16"] < 50
+
+
+@ONE
+def test_a_dla_takes_one_image_at_a_time_and_what_it_leaves_to_the_gpu_is_named(
+    deploy: Deploy, stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bindings' TensorRT says of no layer that it can run on a DLA (see tensorrt_stand_in.py)."""
+    found = deploy(stage, dla=1, TENSORRT_FAKE_UNGRAPHED="1")
+    report = read_json(tmp_path / "run" / "device" / "engines" / "tensorrt-fp16" / "model.build.json")
+    assert report["gpu_fallback"] == found["precision"]["fp16"]["gpu_fallback"] == ["conv1", "conv1"]
+    assert (report["strongly_typed"], report["flags"]) == (False, ["FP16"])
+    assert found["verify"]["engines"][0]["verdict"] == "passed"
+    assert found["verify"]["engines"][0]["describe"]["cuda_graph"].startswith("no: TensorRT did not run it")
+    show_device(found)
+    said = capsys.readouterr().out
+    assert "tensorrt fp16: the DLA left to the GPU: conv1, conv1" in said
+    assert "launched kernel by kernel, for it is no CUDA graph" in said
 
 
 @pytest.mark.slow

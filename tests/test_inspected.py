@@ -83,7 +83,7 @@ def test_only_what_binds_tensorrt_can_be_broken(
     source, half, engine = (tmp_path / name for name in ("model.onnx", "half.onnx", "model.engine"))
     source.write_bytes(mixed_model.SerializeToString())
     half.write_bytes(to_half(mixed_model, "fp16").SerializeToString())
-    assert inspect_built(engine, source, half) is None, "the device could not tell"
+    assert inspect_built(engine, source, half) == {}, "the device could not tell"
     first, *rest = (each.node for each in layers(mixed_model))
     write_json(engine.with_suffix(".build.json"), {"strongly_typed": typed})
     text = said({first: FP32, **dict.fromkeys(rest, FP16)}, metadata=True)

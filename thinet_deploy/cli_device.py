@@ -130,7 +130,10 @@ def show_device(found: Mapping[str, Any]) -> None:
         error = f", error {row['max_relative_error']:.1e} of scale" if "max_relative_error" in row else ""
         typer.echo(f"  {runtime} {precision}: golden outputs {row['verdict']} there{error}")
     for precision, executed in found["precision"].items():
-        typer.echo(f"  tensorrt {precision} runs {executed['text']}")
+        if "text" in executed:
+            typer.echo(f"  tensorrt {precision} runs {executed['text']}")
+        if (left := executed["gpu_fallback"]) is not None:
+            typer.echo(f"  tensorrt {precision}: the DLA left to the GPU: {', '.join(left) or 'nothing'}")
     typer.echo(f"  engines, logs and all samples: {found['folder']}")
 
 

@@ -25,8 +25,8 @@ _OF_ONNX: dict[int, Precision] = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOA
 BINDING = ("fp32", "fp16", "bf16")
 
 
-def inspect_built(engine: Path, source: Path, typed: Path) -> dict[str, Any] | None:
-    """Look into an engine that a device built; None where it could not be inspected there.
+def inspect_built(engine: Path, source: Path, typed: Path) -> dict[str, Any]:
+    """Look into an engine that a device built; {} where it could not be inspected there.
 
     Args:
         engine: its file, with what the builder wrote beside it: see `tensorrt_builder.build`.
@@ -39,7 +39,7 @@ def inspect_built(engine: Path, source: Path, typed: Path) -> dict[str, Any] | N
     """
     said = engine.with_suffix(".layers.json")
     if not said.exists():
-        return None
+        return {}
     proof = proof_of(said.read_text(encoding="utf-8"), read_onnx(source), read_onnx(typed))
     binding = BINDING if read_json(engine.with_suffix(".build.json"))["strongly_typed"] else ()
     broken = [f"{each.layer} was to be {each.asked} and is {each.got}" for each in _broken(proof, binding)]
