@@ -187,7 +187,7 @@ def test_ncnn_computes_in_fp16_only_when_asked_to(make: Make) -> None:
 def test_threads_of_ncnn_do_not_spin() -> None:
     """OpenMP reads the variable when it is loaded; what it then goes by, it displays."""
     pytest.importorskip("ncnn", reason="ncnn is not installed")
-    code = "from thinet_deploy import runner; runner.import_runtime('ncnn')"
+    code = "from thinet_deploy.engines import import_runtime; import_runtime('ncnn')"
     policy = {}
     for own in ({}, {"OMP_WAIT_POLICY": "active"}):
         environment = {**os.environ, "OMP_DISPLAY_ENV": "true", **own}
