@@ -118,12 +118,18 @@ def test_fp16_and_int8_are_right_and_in_the_file_or_refused_with_a_reason(
         with pytest.raises(InputError, match=f"cannot be asked for {precision}: {contract.without[precision]}"):
             registry.convert(runtime, Conversion(tmp_path, tmp_path, precision), tmp_path)
         return
-    found = SHARED["compared"](runtime, make(runtime, name, precision)[0], precision, sources(name))
+    path = make(runtime, name, precision)[0]
+    found = SHARED["compared"](runtime, path, precision, sources(name))
     if runtime == "tensorrt-rtx":
         assert found == {"verdict": "built"}, "running it needs an RTX GPU"
         return
     assert found.get("as_asked", (runtime, precision) == ("openvino", "fp16")), found
     assert runtime == "coreml" or found["verdict"] == "passed", found
+    if (runtime, precision) == ("coreml", "int8"):
+        aim, allowed = sources(name).aim(runtime, precision)
+        got = runpy.run_path(str(EVALUATOR))["run_mlpackage"](path, sources(name).images)
+        passed, error, _ = compare(aim, got, allowed)
+        assert passed, f"{runtime} on {name}: error {error:.1e}, allowed {allowed:.1e}"
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

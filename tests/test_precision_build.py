@@ -329,6 +329,19 @@ def test_litert_and_executorch_are_quantised_with_the_calibration_images(
     assert verify_bundle(done.bundle)["exit_code"] == 0
 
 
+@pytest.mark.slow
+def test_core_ml_is_quantised_with_the_calibration_images(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("coremltools", reason="coremltools is not installed")
+    monkeypatch.setattr(registry, "installed", INSTALLED)
+    done = build(again(tiny_options, copy, target="ios", precision="int8"))
+    assert [(each.runtime, each.precision) for each in read_manifest(done.bundle).engines] == [("coreml", "int8")]
+    proofs = [hop for hop in done.hops if hop.hop == "coreml holds int8"]
+    assert [(hop.model, hop.detail) for hop in proofs] == [(name, "int8 100.0 % of the MACs") for name in NETWORKS]
+    assert verify_bundle(done.bundle)["exit_code"] == 3, "nothing here runs it"
+
+
 def test_int8_that_costs_too_much_is_told_where_nobody_asked_and_stops_where_someone_did(
     copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
