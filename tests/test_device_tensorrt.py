@@ -166,7 +166,7 @@ def test_a_dla_takes_one_image_at_a_time_and_what_it_leaves_to_the_gpu_is_named(
     found = deploy(stage, dla=1, TENSORRT_FAKE_UNGRAPHED="1")
     report = read_json(tmp_path / "run" / "device" / "engines" / "tensorrt-fp16" / "model.build.json")
     assert report["gpu_fallback"] == found["precision"]["fp16"]["gpu_fallback"] == ["conv1", "conv1"]
-    assert (report["strongly_typed"], report["flags"]) == (False, ["FP16"])
+    assert (report["strongly_typed"], report["flags"], report["dla_core"]) == (False, ["FP16"], 1)
     assert found["verify"]["engines"][0]["verdict"] == "passed"
     assert found["verify"]["engines"][0]["describe"]["cuda_graph"].startswith("no: TensorRT did not run it")
     show_device(found)

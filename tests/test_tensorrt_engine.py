@@ -159,6 +159,17 @@ def test_a_graph_is_replayed_and_captured_anew_for_another_shape(
     assert said["live"] == NOTHING
 
 
+@pytest.mark.parametrize(("report", "named"), [('{"dla_core": 1}', True), ("{}", False), ("[", False), ("[]", False)])
+def test_an_engine_for_a_dla_is_loaded_for_it(
+    report: str, named: bool, version: Version, source: Path, tmp_path: Path
+) -> None:
+    engine = made(version, source, tmp_path / "net.engine")
+    engine.with_suffix(".build.json").write_text(report)
+    (said,) = used(version, [engine], images(2))
+    assert ("Runtime.DLA_core" in said["called"]) == named
+    assert said["live"] == NOTHING
+
+
 @pytest.mark.parametrize(
     ("environment", "why"),
     [

@@ -69,6 +69,8 @@ class TensorRt(Engine):
 
     def _load(self, path: str) -> None:
         self.runtime = self.trt.Runtime(self.logger)
+        if (core := _dla_core(path)) is not None:
+            self.runtime.DLA_core = core
         self.engine = self.runtime.deserialize_cuda_engine(Path(path).read_bytes())
         self.context: Any = self.engine.create_execution_context() if self.engine else None
         if self.context is None:
@@ -213,6 +215,14 @@ class TensorRtRtx(TensorRt):
     """An engine of TensorRT-RTX, whose interface is the same."""
 
     package, module, to_get = "tensorrt-rtx", "tensorrt_rtx", ""
+
+
+def _dla_core(path: str) -> int | None:
+    """The DLA that an engine was built for, as its builder wrote beside it; None for the GPU alone."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        core = json.loads(Path(path).with_suffix(".build.json").read_text(encoding="utf-8")).get("dla_core")
+        return core if isinstance(core, int) else None
+    return None
 
 
 def _logger(trt: Any) -> Any:
