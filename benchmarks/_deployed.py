@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from thinet_deploy import registry
-from thinet_deploy.engines import ENGINES, open_engine
+from thinet_deploy.engines import can_run, open_engine
 from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Conversion, Precision
 from thinet_deploy.models.vgg import VGG
@@ -182,14 +182,14 @@ def compared(runtime: str, path: Path, precision: Precision, sources: Sources) -
     # OpenVINO's FP16 is how the file stores weights: here nothing computes in it.
     runs_in: Precision = "fp32" if (runtime, precision) == ("openvino", "fp16") else precision
     found: dict[str, Any] = {"verdict": "built"}
-    if runtime in ENGINES:
+    if can_run(runtime):
         expected, allowed = sources.aim(runtime, precision)
         engine = open_engine(runtime, str(path), 1, runs_in)
         passed, error, agreement = compare(expected, engine.run({INPUT: sources.images})[OUTPUT], allowed)
         engine.close()
         verdict = "passed" if passed else "FAILED"
         found = {"verdict": verdict, "error": error, "allowed": allowed, "agreement": agreement}
-    if (runtime in ENGINES or runtime in READERS) and runs_in == precision:
+    if (can_run(runtime) or runtime in READERS) and runs_in == precision:
         proof = prove_precision(runtime, path, read_onnx(sources.onnx), runs_in)
         found |= {"holds" if runtime in READERS else "runs": proof.describe(), "as_asked": not proof.wrong}
     return found

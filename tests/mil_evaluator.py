@@ -37,7 +37,10 @@ def _value(var: Any, values: dict[str, Any]) -> Any:
         return [_value(each, values) for each in var]
     if var.name in values:
         return values[var.name]
-    return torch.from_numpy(np.array(var.val)) if isinstance(var.val, np.ndarray) else var.val
+    if not isinstance(var.val, np.ndarray):
+        return var.val
+    value = torch.from_numpy(np.array(var.val))
+    return value.float() if value.dtype == torch.float16 else value
 
 
 def _ints(value: Any) -> list[int]:
@@ -72,6 +75,28 @@ def _mean(given: dict[str, Any]) -> Tensor:
     return mean
 
 
+def _grid(given: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of steps, along their axis."""
+    known = (given["scale"], given.get("zero_point"))
+    scale, zero = (each if isinstance(each, Tensor) else torch.tensor(float(each or 0)) for each in known)
+    sizes = [1] * like.ndim
+    if scale.ndim and scale.numel() > 1:
+        sizes[int(given["axis"])] = -1
+    return scale.float().reshape(sizes), zero.float().reshape(sizes if zero.numel() > 1 else [1] * like.ndim)
+
+
+def _steps(given: dict[str, Any]) -> Tensor:
+    lowest = {"int8": -128, "uint8": 0}[str(given["output_dtype"])]
+    scale, zero = _grid(given, given["input"])
+    return torch.clamp(torch.round(given["input"] / scale) + zero, lowest, lowest + 255)
+
+
+def _back(given: dict[str, Any], name: str) -> Tensor:
+    scale, zero = _grid(given, given[name])
+    exact: Tensor = (given[name].float() - zero) * scale
+    return exact
+
+
 OPERATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "conv": _conv,
     "max_pool": _max_pool,
@@ -81,5 +106,9 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "reshape": lambda given: given["x"].reshape(_ints(given["shape"])),
     "transpose": lambda given: given["x"].permute(_ints(given["perm"])),
     "concat": lambda given: torch.cat(given["values"], int(given["axis"])),
+    "cast": lambda given: given["x"].float(),  # between fp16 and float32: all is float32 here
+    "quantize": _steps,
+    "dequantize": lambda given: _back(given, "input"),
+    "constexpr_affine_dequantize": lambda given: _back(given, "quantized_data"),
     "linear": lambda given: F.linear(given["x"], given["weight"], given.get("bias")),
 }

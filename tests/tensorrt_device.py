@@ -6,6 +6,8 @@ memory at the addresses that it was given, and refuses files in the words of the
 
     TENSORRT_FAKE_VERSION   the version that builds and reads engines (default: the bindings')
     TENSORRT_FAKE_GPU       the compute capability (default 8.7)
+    TENSORRT_FAKE_FLOAT     the node whose layer runs in float32 all the same, by the inspector's word
+    TENSORRT_FAKE_UNGRAPHED set: it refuses to run while its stream is being captured, as with a DLA
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import onnxruntime
 import tensorrt_bindings as trt  # type: ignore[import-not-found]  # see tensorrt_versions.py
 from tensorrt_stand_in import WORLD, StandIn, stand_in
 from tensorrt_versions import FAKE_GPU, FAKE_HEADER, fake_engine
+
+from thinet_deploy import cuda
 
 VERSION = os.environ.get("TENSORRT_FAKE_VERSION", trt.__version__)
 GPU = os.environ.get("TENSORRT_FAKE_GPU", FAKE_GPU)
@@ -66,7 +70,7 @@ def _deserialize(runtime: StandIn, blob: Any) -> StandIn | None:
     engine = StandIn(trt.ICudaEngine)
     ports = {port.name: port for port in (*session.get_inputs(), *session.get_outputs())}
     inputs = {port.name for port in session.get_inputs()}
-    engine.own.update(session=session, ports=ports, inputs=inputs, types=_types(source))
+    engine.own.update(session=session, ports=ports, inputs=inputs, source=source)
     return engine
 
 
@@ -106,6 +110,7 @@ def _set_shape(context: StandIn, name: str, shape: Any) -> bool:
     built, wanted = _shape(context.own["made_from"].own["ports"][name]), tuple(shape)
     fits = len(built) == len(wanted) and all(b in (-1, w) for b, w in zip(built, wanted, strict=True))
     context.own["shapes"][name] = wanted
+    context.own["has_run"] = False
     return fits and wanted[0] <= MAX_BATCH
 
 
@@ -121,12 +126,23 @@ def _set_address(context: StandIn, name: str, address: int) -> bool:
 
 
 def _execute(context: StandIn, stream: int) -> bool:
+    """Now, or, while the stream is being captured, whenever the graph is launched."""
+    later = ctypes.CFUNCTYPE(None)(lambda: _compute(context))
+    if not ctypes.CDLL(cuda.LIBRARY).fake_captured(ctypes.c_void_p(stream), later):
+        _compute(context)
+    elif "TENSORRT_FAKE_UNGRAPHED" in os.environ or not context.own.get("has_run"):
+        return False
+    context.own.setdefault("kept", []).append(later)
+    context.own["has_run"] = True
+    return stream != 0
+
+
+def _compute(context: StandIn) -> None:
     own = context.own["made_from"].own
     inputs = {name: _array(context, name).copy() for name in own["inputs"]}
     outputs = [name for name in own["ports"] if name not in own["inputs"]]
     for name, array in zip(outputs, own["session"].run(outputs, inputs), strict=True):
         np.copyto(_array(context, name), array)
-    return stream != 0
 
 
 def _array(context: StandIn, name: str) -> Any:
@@ -139,15 +155,29 @@ def _array(context: StandIn, name: str) -> Any:
 
 def _inspector(engine: StandIn) -> StandIn:
     inspector = StandIn(trt.EngineInspector)
-    inspector.own["types"] = engine.own["types"]
+    inspector.own["source"] = engine.own["source"]
     return inspector
 
 
 def _information(inspector: StandIn, kind: Any) -> str:
+    """A copy in float32, then a layer for each node that computes, named as TensorRT 8 does and as 10 does."""
     words = {"HALF": "Half", "INT8": "Row major Int8 format", "FLOAT": "Row major linear FP32"}
-    reformat = {"LayerType": "Reformat", "Inputs": [{"Format/Datatype": words["FLOAT"]}]}
-    inputs = [[{"Format/Datatype": words[name]}] for name in sorted(inspector.own["types"])]
-    return json.dumps({"Layers": [reformat, *({"LayerType": "CaskConvolution", "Inputs": each} for each in inputs)]})
+    source = inspector.own["source"]
+    usual, layers = words[max(_types(source))], []
+    for number, node in enumerate(onnx.load_from_string(source).graph.node):
+        name = node.name or f"{node.op_type}_{number}"
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            text = words["FLOAT"] if name == os.environ.get("TENSORRT_FAKE_FLOAT") else usual
+            old = {"Name": f"{name}.weight + {name} + Relu", "LayerType": "CaskConvolution"}
+            new = {
+                "Name": f"__myl_Fc_{number}",
+                "LayerType": "gemm",
+                "Metadata": f"[ONNX Layer: {name}]\x1e[ONNX Layer: r]",
+            }
+            layers.append({**(old if VERSION.startswith("8") else new), "Inputs": [{"Format/Datatype": text}]})
+    moved = f"Reformatting CopyNode for Input Tensor 0 to {layers[0]['Name']}"
+    copy = {"Name": moved, "LayerType": "Reformat", "Inputs": [{"Format/Datatype": words["FLOAT"]}]}
+    return json.dumps({"Layers": [copy, *layers, "a name only"]})
 
 
 WORLD.update(

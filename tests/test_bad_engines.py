@@ -74,6 +74,35 @@ def test_an_operator_that_a_toolchain_lacks_is_named(runtime: str, tmp_path: Pat
     assert stop.value.hint
 
 
+OF_OPSET_18 = """
+from torch import nn
+from torch.nn.functional import interpolate
+
+class Smooth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.classifier = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = interpolate(self.features(x), size=(5, 5), mode="bilinear", antialias=True)
+        return self.classifier(x.mean((2, 3)))
+
+smooth = lambda: Smooth()
+smooth.input_shape = (3, 16, 16)
+"""
+
+
+def test_what_a_jetpacks_opset_cannot_say_is_refused_before_the_training(cli: Any, workplace: Path) -> None:
+    (workplace / "own.py").write_text(OF_OPSET_18)
+    build = ("build", "--data", "data", "--model", "own.py:smooth", "--input-shape", "3x16x16", "--out", "run")
+    done = cli(*build, "--target", "jetson@jetpack-5.1")
+    one_message(done, 2, "antialias", "opset 17")
+    stages = {path.name for path in (workplace / "run").iterdir() if not path.name.startswith(".")}
+    assert stages <= {"run.json", "options.json"}, "nothing was trained"
+    assert "Training" not in done.err
+
+
 # ------------------------------------------------------------------------------------------ TensorRT engines
 
 

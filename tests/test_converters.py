@@ -279,6 +279,12 @@ def test_a_dla_on_a_board_without_one_is_refused_before_any_work(
         registry.convert("tensorrt", job, tmp_path)
 
 
+def test_on_a_dla_trtexec_is_told_one_batch_size() -> None:
+    notes = "\n".join(registry.device_notes(load_profile("jetson-agx-orin"), INPUT, (3, 8, 8), dla=1))
+    assert f"--maxShapes={INPUT}:1x3x8x8 --useDLACore=1 --allowGPUFallback" in notes
+    assert "DLA" not in "\n".join(registry.device_notes(load_profile("jetson-agx-orin"), INPUT, (3, 8, 8)))
+
+
 def test_an_unknown_runtime_is_named() -> None:
     with pytest.raises(UnknownNameError, match="openvini") as failure:
         registry.converter("openvini")

@@ -7,6 +7,7 @@ import ctypes
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from thinet_deploy.engine import MissingRuntimeError
 
 # One of JetPack 5's CUDA 11, 6's 12 and 7's 13 each.
 HEADERS = ("nvidia-cuda-runtime-cu11==11.7.99", "nvidia-cuda-runtime-cu12==12.6.77", "nvidia-cuda-runtime==13.2.75")
-KINDS = ("contexts", "streams", "events", "device memory", "host memory")
+KINDS = ("contexts", "streams", "events", "device memory", "host memory", "graphs", "executable graphs")
 SOURCE = Path(__file__).with_name("libcuda.c")
 
 
@@ -79,7 +80,8 @@ def test_what_is_called_is_what_was_compared() -> None:
         ctypes.c_size_t: "8",
     }  # fmt: skip
     words = {"int": "4", "unsigned int": "4", "CUdevice": "4", "CUdevice_attribute": "4", "CUresult": "4"}
-    words |= {"CUdeviceptr": "8", "size_t": "8", "CUcontext": "p", "CUstream": "p", "CUevent": "p"}
+    words |= {"CUdeviceptr": "8", "size_t": "8", "CUcontext": "p", "CUstream": "p", "CUevent": "p", "CUgraph": "p"}
+    words |= {"CUgraphExec": "p", "CUstreamCaptureMode": "4", "unsigned long long": "8"}
     text = SOURCE.read_text()
     for name, types in cuda.SIGNATURES.items():
         given = text.partition(f"CUresult {name}(")[2].partition(")")[0].split(", ")
@@ -155,6 +157,48 @@ def test_full_memory_says_how_much_is_free_and_leaks_nothing(live: Any, monkeypa
     with pytest.raises(CudaError, match=r"memory is full \(cuMemAlloc_v2, 2 of 3 MiB are free\): close other programs"):
         second.reserve((4 << 20,), "i1")
     second.reserve((1 << 20,), "i1")
+    opened.close()
+    assert live() == {}
+
+
+def test_a_graph_is_captured_launched_captured_anew_and_given_back(live: Any, library: Path) -> None:
+    opened, ran = Cuda(), list[str]()
+    graph, work = opened.graph(), ctypes.CFUNCTYPE(None)
+    driver, works = ctypes.CDLL(str(library)), [work(lambda: ran.append("first")), work(lambda: ran.append("second"))]
+
+    def put(function: Any) -> None:
+        assert driver.fake_captured(ctypes.c_void_p(opened.stream), function)
+
+    for function, name in zip(works, ("first", "second"), strict=True):
+        graph.capture(partial(put, function))
+        assert ran.count(name) == 0, "nothing runs while it is captured"
+        graph.launch()
+        graph.launch()
+        assert ran.count(name) == 2
+        assert {kind: live()[kind] for kind in live() if "graph" in kind} == {"executable graphs": 1}
+    opened.close()
+    assert live() == {}
+
+
+def test_what_cannot_be_captured_leaves_the_stream_usable(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Cuda()
+    graph, mark = opened.graph(), opened.event()
+
+    def fails() -> None:
+        raise CudaError("TensorRT did not run it")
+
+    with pytest.raises(CudaError, match=r"^cuStreamSynchronize failed: error 900$"):
+        graph.capture(opened.wait)
+    with pytest.raises(CudaError, match=r"^TensorRT did not run it$"):
+        graph.capture(fails)
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_FAKE_FAIL", "cuGraphInstantiateWithFlags=719")
+        with pytest.raises(CudaError, match=r"^cuGraphInstantiateWithFlags failed: CUDA_ERROR_LAUNCH_FAILED"):
+            graph.capture(lambda: None)
+    assert not graph.ready
+    opened.record(mark)
+    opened.wait()
+    assert set(live()) == {"contexts", "streams", "events"}
     opened.close()
     assert live() == {}
 

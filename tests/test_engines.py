@@ -118,12 +118,18 @@ def test_fp16_and_int8_are_right_and_in_the_file_or_refused_with_a_reason(
         with pytest.raises(InputError, match=f"cannot be asked for {precision}: {contract.without[precision]}"):
             registry.convert(runtime, Conversion(tmp_path, tmp_path, precision), tmp_path)
         return
-    found = SHARED["compared"](runtime, make(runtime, name, precision)[0], precision, sources(name))
+    path = make(runtime, name, precision)[0]
+    found = SHARED["compared"](runtime, path, precision, sources(name))
     if runtime == "tensorrt-rtx":
         assert found == {"verdict": "built"}, "running it needs an RTX GPU"
         return
     assert found.get("as_asked", (runtime, precision) == ("openvino", "fp16")), found
     assert runtime == "coreml" or found["verdict"] == "passed", found
+    if (runtime, precision) == ("coreml", "int8"):
+        aim, allowed = sources(name).aim(runtime, precision)
+        got = runpy.run_path(str(EVALUATOR))["run_mlpackage"](path, sources(name).images)
+        passed, error, _ = compare(aim, got, allowed)
+        assert passed, f"{runtime} on {name}: error {error:.1e}, allowed {allowed:.1e}"
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -187,7 +193,7 @@ def test_ncnn_computes_in_fp16_only_when_asked_to(make: Make) -> None:
 def test_threads_of_ncnn_do_not_spin() -> None:
     """OpenMP reads the variable when it is loaded; what it then goes by, it displays."""
     pytest.importorskip("ncnn", reason="ncnn is not installed")
-    code = "from thinet_deploy import runner; runner.import_runtime('ncnn')"
+    code = "from thinet_deploy.engines import import_runtime; import_runtime('ncnn')"
     policy = {}
     for own in ({}, {"OMP_WAIT_POLICY": "active"}):
         environment = {**os.environ, "OMP_DISPLAY_ENV": "true", **own}

@@ -141,6 +141,12 @@ def test_one_round_of_one_run_is_measured_and_said_to_be_little(tmp_path: Path) 
     assert "there is 1 sample only" in found.samples.summary["warnings"][0]
     row = {**vars(found), "summary": found.samples.summary}
     assert "[" not in runner_text.latency_words(row)
+    assert found.launch_ms is None, "there is no GPU that could wait for its work"
+    row["describe"] = {"cuda_graph": "no: a layer on the DLA"}
+    words = "launched kernel by kernel, for it is no CUDA graph: a layer on the DLA"
+    assert runner_text.latency_notes(row)[-1] == words
+    for graph in ("yes", "not yet"):
+        assert words not in runner_text.latency_notes({**row, "describe": {"cuda_graph": graph}})
 
 
 def test_runs_can_be_paced(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
 from thinet_deploy.deployment import Build
 from thinet_deploy.errors import DataError, GateError, MissingError, TargetError, UnknownNameError
-from thinet_deploy.interfaces import Conversion
+from thinet_deploy.interfaces import Conversion, Precision
 from thinet_deploy.options import Options, make_options
 from thinet_deploy.pipeline import build, build_from, prune
 from thinet_deploy.precision import plan
@@ -253,6 +253,31 @@ def test_a_jetson_gets_its_typed_files(
     assert {("gap", "FP32 → fp16 ONNX"), ("gap", "FP32 → int8 ONNX")} <= {(hop.model, hop.hop) for hop in done.hops}
 
 
+def test_a_dla_gets_what_it_computes_in(copy: Path, tiny_options: MakeOptions) -> None:
+    done = build(again(tiny_options, copy, target="jetson-agx-orin", precision=None, dla=1))
+    assert [each.precision for each in read_manifest(done.bundle).typed] == ["fp16"]
+    notes = "\n".join(done.notes)
+    assert "--useDLACore=1 --allowGPUFallback" in notes
+    assert "--onnx=typed/model-fp16.onnx --fp16 in place" in notes, "flags decide there, before TensorRT 11"
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "words"),
+    [
+        ("jetson-orin-nano", "int8", "DLA 0 was asked for on jetson-orin-nano: it has none"),
+        ("jetson-agx-orin", "int8", "with jetpack-6.2 it takes ONNX files in fp16 only, not in int8"),
+        ("jetson-agx-orin@jetpack-7.2", None, "jetpack-7.2 cannot drive one"),
+        ("cpu", None, "DLA 0 was asked for on cpu: its profile knows of none"),
+    ],
+)
+def test_a_dla_that_cannot_be_is_refused_before_any_work(
+    target: str, precision: Precision | None, words: str, tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match=words):
+        build(tiny_options(tmp_path / "run", target=target, precision=precision, dla=0))
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_what_is_asked_for_goes_to_the_device(copy: Path, tiny_options: MakeOptions) -> None:
     done = build(again(tiny_options, copy, target="raspberry-pi-5", precision="int8"))
     manifest = read_manifest(done.bundle)
@@ -302,6 +327,19 @@ def test_litert_and_executorch_are_quantised_with_the_calibration_images(
     assert {hop.hop for hop in done.hops if hop.passed} >= {f"{each} holds int8" for each in here}
     assert len(np.load(copy / "typed" / "calibration.npy")) == 33
     assert verify_bundle(done.bundle)["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_core_ml_is_quantised_with_the_calibration_images(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("coremltools", reason="coremltools is not installed")
+    monkeypatch.setattr(registry, "installed", INSTALLED)
+    done = build(again(tiny_options, copy, target="ios", precision="int8"))
+    assert [(each.runtime, each.precision) for each in read_manifest(done.bundle).engines] == [("coreml", "int8")]
+    proofs = [hop for hop in done.hops if hop.hop == "coreml holds int8"]
+    assert [(hop.model, hop.detail) for hop in proofs] == [(name, "int8 100.0 % of the MACs") for name in NETWORKS]
+    assert verify_bundle(done.bundle)["exit_code"] == 3, "nothing here runs it"
 
 
 def test_int8_that_costs_too_much_is_told_where_nobody_asked_and_stops_where_someone_did(

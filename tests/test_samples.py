@@ -164,6 +164,13 @@ def test_a_throttled_or_senseless_series_is_invalid() -> None:
     assert hot["warnings"] == ["busy"]
 
 
+def test_a_gpu_that_waits_for_the_host_is_no_measure_of_the_gpu() -> None:
+    assert samples.launch_warnings(0.79, 1.0) == []
+    assert samples.launch_warnings(None, 1.0) == samples.launch_warnings(1.0, None) == []
+    (warning,) = samples.launch_warnings(0.9, 1.0)
+    assert warning == "bound by the host, which takes 0.9 ms to launch what the GPU computes in 1 ms"
+
+
 def test_rounds_give_the_interval_where_there_are_enough() -> None:
     rounds = [[float(r), r + 0.5, r + 9.0] for r in range(1, 8)]
     assert samples.summarize_rounds(rounds)["interval_over"] == "rounds"

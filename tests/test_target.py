@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from thinet_deploy import target
 from thinet_deploy.errors import TargetError, UnknownNameError
+from thinet_deploy.interfaces import Precision
 from thinet_deploy.target import TargetProfile, load_profile, profile_names
 
 SHIPPED = {
@@ -317,6 +318,18 @@ def test_a_dla_that_is_not_there_is_refused(name: str, stack: str, core: int, wh
 @pytest.mark.parametrize("name", ["jetson", "jetson-agx-orin"])
 def test_a_dla_that_is_there_may_be_asked_for(name: str) -> None:
     load_profile(name).require_dla(0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_dla_is_not_asked_for_what_it_cannot_compute_in(precision: Precision) -> None:
+    board = load_profile("jetson-agx-orin")
+    said = f"with jetpack-6.2 it takes ONNX files in fp16 only, not in {precision}"
+    with pytest.raises(TargetError, match=said):
+        board.require_dla(0, precision)
+    newest = board.on_stack("jetpack-7.2.2")
+    newest.require_dla(0, "int8")
+    board.require_dla(0, "fp16")
+    assert (board.dla_precisions, newest.dla_precisions) == (("fp16",), ("fp16", "int8"))
 
 
 def test_a_stack_is_found_by_its_jetson_linux() -> None:

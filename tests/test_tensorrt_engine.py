@@ -32,18 +32,23 @@ for path in paths:
     said, arrays, engine = {"clocks": []}, {}, None
     try:
         engine = engines.open_engine(runtime, path, 1, precision)
-        said.update(describe=engine.describe(), inputs=engine.input_names)
+        said.update(describe=engine.describe(), inputs=engine.input_names, graphs=[], launches=[])
         for number, shape in enumerate(plan):
             x = np.random.default_rng(number).standard_normal(shape).astype("float32")
             arrays[f"x{number}"], arrays[f"y{number}"] = x, engine.run({"x": x})["y"]
             said["clocks"].append(engine.clocks_ms())
+            said["graphs"].append(engine.describe()["cuda_graph"])
+            said["launches"].append(engine.launch_ms())
         np.savez(path + ".npz", **arrays)
     except RunnerError as error:
         said["error"] = f"{type(error).__name__}: {error}"
     if engine:
         engine.close()
-    print(json.dumps({**said, "live": [live(kind) for kind in range(5)], "called": sorted(set(CALLED))}))
+    print(json.dumps({**said, "live": [live(kind) for kind in range(7)], "called": sorted(set(CALLED))}))
 """
+
+
+NOTHING = [0] * 7  # is left of what libcuda.c counts
 
 
 @pytest.fixture(scope="module", params=BINDINGS)
@@ -114,31 +119,86 @@ def test_it_computes_every_batch_and_gives_everything_back(version: Version, sou
         "precision_asked": "fp32",
         "precision_in_use": None,
         "executed_layers": {"fp32": 1},
+        "cuda_graph": "not yet",
     }
-    assert said["live"] == [0, 0, 0, 0, 0]
+    assert said["live"] == NOTHING
     needed = {"set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3"}
     assert {f"IExecutionContext.{name}" for name in needed} <= set(said["called"])
 
 
 def test_the_driver_is_called_in_order_and_shapes_are_told_once(latest: Version, source: Path, tmp_path: Path) -> None:
     engine, log = made(latest, source, tmp_path / "net.engine"), tmp_path / "log"
-    used(latest, [engine], images(2, 2), CUDA_FAKE_LOG=str(log))
+    used(latest, [engine], images(2, 2, 2), CUDA_FAKE_LOG=str(log))
     calls = log.read_text().split()
-    run = [
-        *("cuEventRecord", "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventRecord", "cuMemcpyDtoHAsync_v2"),
-        *("cuEventRecord", "cuStreamSynchronize", *["cuEventElapsedTime"] * 3),
-    ]
+    there = ["cuEventRecord", "cuMemcpyHtoDAsync_v2", "cuEventRecord"]
+    back = ["cuEventRecord", "cuMemcpyDtoHAsync_v2", "cuEventRecord", "cuStreamSynchronize"]
+    back += ["cuEventElapsedTime"] * 3
+    capture = ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphDestroy"]
+    replayed = [*there, "cuGraphLaunch", *back]
+    runs = [*there, *back, *capture, *replayed, *replayed]
     first = calls.index("cuEventRecord")
-    assert calls[first : first + 2 * len(run)] == run * 2, "nothing is allocated for a shape that is known"
+    assert calls[first : first + len(runs)] == runs, "nothing is allocated or captured for a shape that is known"
     assert calls[-1] == "cuDevicePrimaryCtxRelease_v2"
     assert calls.index("cuStreamDestroy_v2") > calls.index("cuEventDestroy_v2")
+
+
+def test_a_graph_is_replayed_and_captured_anew_for_another_shape(
+    version: Version, source: Path, tmp_path: Path
+) -> None:
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed").ReferenceEvaluator(str(source))
+    engine, log = made(version, source, tmp_path / "net.engine"), tmp_path / "log"
+    (said,) = used(version, [engine], images(2, 2, 2, 3, 3, 2, 2), CUDA_FAKE_LOG=str(log))
+    assert said["graphs"] == ["not yet", "yes", "yes", "not yet", "yes", "not yet", "yes"]
+    assert all(each > 0 for each in said["launches"])
+    arrays = np.load(f"{engine}.npz")
+    for number in range(7):
+        (expected,) = reference.run(None, {"x": arrays[f"x{number}"]})
+        np.testing.assert_allclose(arrays[f"y{number}"], expected, rtol=1e-4, atol=1e-5)
+    calls = log.read_text().split()
+    assert (calls.count("cuGraphInstantiateWithFlags"), calls.count("cuGraphLaunch")) == (3, 4)
+    assert said["live"] == NOTHING
+
+
+@pytest.mark.parametrize(("report", "named"), [('{"dla_core": 1}', True), ("{}", False), ("[", False), ("[]", False)])
+def test_an_engine_for_a_dla_is_loaded_for_it(
+    report: str, named: bool, version: Version, source: Path, tmp_path: Path
+) -> None:
+    engine = made(version, source, tmp_path / "net.engine")
+    engine.with_suffix(".build.json").write_text(report)
+    (said,) = used(version, [engine], images(2))
+    assert ("Runtime.DLA_core" in said["called"]) == named
+    assert said["live"] == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"TENSORRT_FAKE_UNGRAPHED": "1"}, "TensorRT did not run it"),
+        ({"CUDA_FAKE_FAIL": "cuStreamEndCapture=901"}, "cuStreamEndCapture failed: CUDA_ERROR_STREAM_CAPTURE_INVALID"),
+    ],
+    ids=["TensorRT", "driver"],
+)
+def test_an_engine_that_is_no_graph_runs_all_the_same_and_says_so(
+    environment: dict[str, str], why: str, latest: Version, source: Path, tmp_path: Path
+) -> None:
+    engine = made(latest, source, tmp_path / "net.engine")
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed").ReferenceEvaluator(str(source))
+    (said,) = used(latest, [engine], images(2, 2, 2), **environment)
+    assert said["graphs"][0] == "not yet"
+    assert all(each.startswith(f"no: {why}") for each in said["graphs"][1:])
+    arrays = np.load(f"{engine}.npz")
+    for number in range(3):
+        (expected,) = reference.run(None, {"x": arrays[f"x{number}"]})
+        np.testing.assert_allclose(arrays[f"y{number}"], expected, rtol=1e-4, atol=1e-5)
+    assert said["clocks"] == [{"upload": 1.0, "compute": 1.0, "download": 1.0}] * 3
+    assert said["live"] == NOTHING
 
 
 def test_tensorrt_rtx_is_the_same_by_another_name(latest: Version, source: Path, tmp_path: Path) -> None:
     engine = made(latest, source, tmp_path / "net.engine")
     (said,) = used(latest, [engine], images(2), runtime="tensorrt-rtx")
     assert said["describe"]["runtime"] == "tensorrt-rtx"
-    assert said["live"] == [0, 0, 0, 0, 0]
+    assert said["live"] == NOTHING
 
 
 # --------------------------------------------------------------------------------------------- what it refuses
@@ -161,7 +221,7 @@ def test_a_foreign_or_damaged_engine_is_explained(latest: Version, source: Path,
     for said, path, (_, meaning) in zip(used(latest, paths, images(1)), paths, cases.values(), strict=True):
         assert said["error"].startswith(f"RunnerError: tensorrt refuses {path}: {meaning}")
         assert f"TensorRT {latest.exact} said: IRuntime::deserializeCudaEngine: Error Code 1: " in said["error"]
-        assert said["live"] == [0, 0, 0, 0, 0]
+        assert said["live"] == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -181,7 +241,7 @@ def test_what_the_driver_says_is_said(
     (found,) = used(latest, [engine], images(2), **environment)
     assert found["error"].startswith(said)
     if "cuStreamSynchronize" not in str(environment):  # a GPU that fails cannot be tidied up
-        assert found["live"] == [0, 0, 0, 0, 0]
+        assert found["live"] == NOTHING
 
 
 def test_an_engine_in_another_precision_than_asked_for_is_refused(
@@ -190,7 +250,7 @@ def test_an_engine_in_another_precision_than_asked_for_is_refused(
     engine = made(latest, source, tmp_path / "net.engine")
     (found,) = used(latest, [engine], images(2), precision="fp16")
     assert "it was to compute in fp16, but all of its layers run in fp32" in found["error"]
-    assert found["live"] == [0, 0, 0, 0, 0]
+    assert found["live"] == NOTHING
 
 
 def test_an_image_of_another_size_is_refused(latest: Version, source: Path, tmp_path: Path) -> None:

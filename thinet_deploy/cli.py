@@ -24,6 +24,7 @@ from .cli_options import (
     Data,
     Device,
     DevicePython,
+    Dla,
     Epochs,
     FinetuneEpochs,
     FinetuneRate,
@@ -135,6 +136,7 @@ def build(  # noqa: PLR0917 - one argument per option
     max_drop: MaxDrop = None,
     threads: Threads = None,
     require: Require = None,
+    dla: Dla = None,
     device: Device = None,
     device_python: DevicePython = None,
     seed: Seed = None,
@@ -255,10 +257,10 @@ def _built_from(run: Path, given: dict[str, Any], config: Path | None, progress:
     """Go on from a run of `prune`, with the weights of the user's own training."""
     from . import pipeline
 
-    may = {"weights", "target", "require", "precision", "device", "device_python"}
+    may = {"weights", "target", "require", "precision", "device", "device_python", "dla"}
     if "weights" not in given or set(given) - may or config:
         raise InputError(
-            "--from takes --weights, --require, --device and, if they change, --target and --precision.",
+            "--from takes --weights, --require, --device, --dla and, if they change, --target and --precision.",
             hint="thinet-deploy build --from RUN --weights mine.safetensors",
         )
     return pipeline.build_from(run, progress=progress, **{**given, "require": tuple(given.get("require", ()))})

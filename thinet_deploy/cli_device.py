@@ -129,6 +129,11 @@ def show_device(found: Mapping[str, Any]) -> None:
     for (runtime, precision), row in verdicts.items():
         error = f", error {row['max_relative_error']:.1e} of scale" if "max_relative_error" in row else ""
         typer.echo(f"  {runtime} {precision}: golden outputs {row['verdict']} there{error}")
+    for precision, executed in found["precision"].items():
+        if "text" in executed:
+            typer.echo(f"  tensorrt {precision} runs {executed['text']}")
+        if (left := executed["gpu_fallback"]) is not None:
+            typer.echo(f"  tensorrt {precision}: the DLA left to the GPU: {', '.join(left) or 'nothing'}")
     typer.echo(f"  engines, logs and all samples: {found['folder']}")
 
 

@@ -197,6 +197,14 @@ MaxDrop = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]
+Dla = Annotated[
+    int | None,
+    typer.Option(
+        help="Which of a Jetson's DLAs (0 or 1) takes the layers that it can, one image at a time; the others stay on "
+        "the GPU, and are named.",
+        show_default=False,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

@@ -1,8 +1,9 @@
-"""What run.py needs of CUDA: the GPU's context, a stream, buffers and clocks, by ctypes on the driver (libcuda.so.1).
+"""What run.py needs of CUDA: the GPU's context, a stream, buffers, clocks and graphs, by ctypes on the driver.
 
-The driver, not the runtime library (libcudart): it is on every machine that can run an engine, Jetson or desktop, under
-one name from CUDA 11 to 13, while the name of libcudart has CUDA's version in it, pip hides it in a folder of its own,
-and TensorRT may have it linked in. Both share the primary context: streams and pointers mean the same to TensorRT.
+The driver (libcuda.so.1), not the runtime library (libcudart): it is on every machine that can run an engine, Jetson or
+desktop, under one name from CUDA 11 to 13, while the name of libcudart has CUDA's version in it, pip hides it in a
+folder of its own, and TensorRT may have it linked in. Both share the primary context: streams and pointers mean the
+same to TensorRT.
 Names and signatures are those of cuda.h; test_cuda.py compiles them against NVIDIA's own.
 
 Python 3.8 and numpy only: a copy lies beside run.py in every bundle.
@@ -14,7 +15,7 @@ import contextlib
 import ctypes
 import math
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import numpy as np
 
@@ -47,11 +48,18 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventRecord": (c_void_p, c_void_p),
     "cuEventElapsedTime": (POINTER(c_float), c_void_p, c_void_p),
     "cuEventDestroy_v2": (c_void_p,),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
+    "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_uint64),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphDestroy": (c_void_p,),
+    "cuGraphExecDestroy": (c_void_p,),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
 }
 _OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it does not wait for the default stream
+_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do is no part of a capture
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -150,6 +158,12 @@ class Cuda:
         self._undo.callback(buffer.free)
         return buffer
 
+    def graph(self) -> Graph:
+        """Room for one graph, freed with the rest."""
+        graph = Graph(self)
+        self._undo.callback(graph.free)
+        return graph
+
     def record(self, event: c_void_p) -> None:
         """Put a mark into the stream."""
         self.call("cuEventRecord", event, self.stream)
@@ -214,3 +228,51 @@ class Buffer:
             self._cuda.call("cuMemFree_v2", device)
         if host.value:
             self._cuda.call("cuMemFreeHost", host)
+
+
+class Graph:
+    """Work that was put into the stream once, to be put there again by one call in place of one for each kernel."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self._ready = cuda, c_void_p()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anything to launch."""
+        return bool(self._ready.value)
+
+    def capture(self, put: Callable[[], None]) -> None:
+        """Take what `put` puts into the stream, of which nothing runs yet, in place of what was captured before.
+
+        Raises:
+            RunnerError: something in it cannot be captured, or `put` failed; the stream is as it was before.
+        """
+        self.free()
+        call, graph = self._cuda.call, c_void_p()
+        call("cuStreamBeginCapture_v2", self._cuda.stream, _THIS_THREAD)
+        try:
+            put()
+        except BaseException:
+            with contextlib.suppress(CudaError):  # what went wrong first is what counts
+                self._end(graph)
+                call("cuGraphDestroy", graph)
+            raise
+        self._end(graph)
+        try:
+            call("cuGraphInstantiateWithFlags", byref(self._ready), graph, 0)
+        finally:
+            call("cuGraphDestroy", graph)
+
+    def _end(self, graph: c_void_p) -> None:
+        """Also after an error: until then the stream takes nothing else."""
+        self._cuda.call("cuStreamEndCapture", self._cuda.stream, byref(graph))
+
+    def launch(self) -> None:
+        """Put all of it into the stream."""
+        self._cuda.call("cuGraphLaunch", self._ready, self._cuda.stream)
+
+    def free(self) -> None:
+        """Forget what was captured."""
+        ready, self._ready = self._ready, c_void_p()
+        if ready.value:
+            self._cuda.call("cuGraphExecDestroy", ready)

@@ -214,8 +214,9 @@ class _Deployment:
 
     def notes(self, onnx: _Onnx) -> tuple[str, ...]:
         """What the user has to know, or to do on the device."""
-        typed = precision_stage.file_notes(onnx.files.report, self.made.labels, self.target)
-        return (*device_notes(self.target, INPUT, self.job.input_shape), *self.plan.notes, *typed)
+        dla = self.job.options.dla
+        typed = precision_stage.file_notes(onnx.files.report, self.made.labels, self.target, dla)
+        return (*device_notes(self.target, INPUT, self.job.input_shape, dla), *self.plan.notes, *typed)
 
     def bundle(self, onnx: _Onnx, engines: _Engines, parity: Stage, notes: tuple[str, ...]) -> Stage:
         """What ships."""
@@ -239,8 +240,8 @@ class _Deployment:
 
     def on_device(self, machine: Machine | Phone, bundle: Stage) -> dict[str, Any]:
         """What the device makes of the bundle."""
-        threads, progress = self.job.options.threads, self.tools.progress
-        return device_stage.on_device(self.run, machine, self.target, bundle, threads, progress)
+        options, progress = self.job.options, self.tools.progress
+        return device_stage.on_device(self.run, machine, self.target, bundle, options.threads, progress, options.dla)
 
     def drops(self, onnx: _Onnx) -> Stage:
         """How much accuracy each network lost."""

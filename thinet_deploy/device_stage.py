@@ -15,18 +15,20 @@ from typing import Any
 from . import android_site, android_stage, device_site
 from .adb import PREFIX, Adb
 from .android_site import Phone
-from .artifact import write_bytes, write_json
+from .artifact import read_json, write_bytes, write_json
 from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, built_path, read_manifest
 from .device import Done
 from .device_site import Machine, Site
 from .devices import find_device
 from .errors import ConversionError, DeviceError, GateError, InputError, MissingError
 from .interfaces import Precision, Progress
+from .precision.inspected import inspect_built
 from .shared_run import SharedRun
 from .store import Stage
 from .target import TargetProfile
 
 FACTS, VERIFIED, MEASURED = "facts.json", "verify.json", "latency.json"
+EXECUTED = "precision.json"
 SECONDS = 5  # per engine
 _BUILDER, _TIMINGS = "tensorrt_builder.py", "timing.cache"
 _NOTHING_RAN, _NO_TENSORRT = 3, 3
@@ -64,6 +66,7 @@ def on_device(
     bundle: Stage,
     threads: int,
     progress: Progress,
+    dla: int | None = None,
 ) -> dict[str, Any]:
     """The stage: RUN/device gets engines, timing cache, logs, verdicts and raw samples from the device.
 
@@ -74,38 +77,52 @@ def on_device(
         bundle: the finished one.
         threads: of engines that run on the CPU.
         progress: to report to.
+        dla: which of its DLAs takes the layers that it can.
 
     Returns:
-        facts, verify, latency: what the three JSON files there say; folder.
+        facts, verify, latency: what the three JSON files there say; precision: of each engine that was built there,
+        what `inspect_built` gives, and gpu_fallback, the layers that its DLA left to the GPU (None without a DLA);
+        folder.
 
     Raises:
-        GateError: an engine failed there; everything is kept in RUN/device.
+        GateError: an engine failed there, or computes in another type; everything is kept in RUN/device.
         DeviceError: see `device_site`.
     """
     inputs = {"bundle": bundle.digest, "machine": machine.identity, "threads": threads, "seconds": SECONDS}
+    inputs |= {"inspected": 1, "dla": dla}  # 1: version of EXECUTED
     if isinstance(machine, Phone):
         names = (FACTS, VERIFIED, MEASURED)
         make = partial(android_stage.fill, machine, bundle.folder, threads, SECONDS, progress, names=names)
     else:
-        make = partial(_fill, machine, target, bundle.folder, threads, progress)
+        building = _builder_options(target, dla) if target.builds_on_device else None
+        make = partial(_fill, machine, building, bundle.folder, threads, progress)
     stage = run.alone("device", inputs, lambda folder, _: make(folder))
     results = {name.removesuffix(".json"): stage.json(name) for name in (FACTS, VERIFIED, MEASURED)}
+    executed = stage.json(EXECUTED) if isinstance(machine, Machine) else {}
     _gate(machine, results["verify"], stage.folder)
-    return {"folder": str(stage.folder), **results}
+    _gate_types(machine, executed, stage.folder)
+    return {"folder": str(stage.folder), "precision": executed, **results}
 
 
 def _fill(
-    machine: Machine, target: TargetProfile, bundle: Path, threads: int, progress: Progress, folder: Path
+    machine: Machine, building: list[str] | None, bundle: Path, threads: int, progress: Progress, folder: Path
 ) -> None:
     site, manifest = device_site.send(machine, bundle, progress), read_manifest(bundle)
-    if target.builds_on_device and _BUILDER in manifest.files:
-        _build_all(site, manifest, target, folder, progress)
+    executed: dict[str, Any] = {}
+    if building is not None and _BUILDER in manifest.files:
+        _build_all(site, manifest, building, folder, progress)
+        for path, precision in _sources(manifest):
+            engine = folder / built_path(precision)
+            found = inspect_built(engine, bundle / ONNX, bundle / path)
+            left = read_json(engine.with_suffix(".build.json")).get("gpu_fallback")
+            executed[precision] = {**found, "gpu_fallback": left}
     verified = ask(site, "verify", progress)
     timing = ("--threads", str(threads), "--seconds", str(SECONDS))
     measured = ask(site, "latency", progress, *timing)
     write_json(folder / FACTS, machine.fingerprint)
     write_json(folder / VERIFIED, verified)
     write_json(folder / MEASURED, measured)
+    write_json(folder / EXECUTED, executed)
     said = ("/out", "/err")
     device_site.fetch(site, f"{site.folder}/jobs", folder / "logs", lambda name: name.endswith(said), progress)
     forget(site, "verify")
@@ -124,6 +141,18 @@ def _gate(machine: Machine | Phone, verified: dict[str, Any], folder: Path) -> N
             f"The bundle failed on {machine.device.name}: {named}.",
             hint=f"All results are kept in {folder}; logs/ has what was said there.",
         )
+
+
+def _gate_types(machine: Machine | Phone, executed: dict[str, Any], folder: Path) -> None:
+    """An engine with a layer in another type than its file binds TensorRT to fails the build."""
+    for precision, found in executed.items():
+        if broken := found.get("broken"):
+            more = f", and {len(broken) - 8} more" if len(broken) > 8 else ""
+            raise GateError(
+                f"The {precision} engine that {machine.device.name} built does not compute as its file says: "
+                f"{'; '.join(broken[:8])}{more}.",
+                hint=f"{folder / built_path(precision)} and what TensorRT says of its layers are kept.",
+            )
 
 
 def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str, Any]:
@@ -159,14 +188,25 @@ def _words(site: Site, command: str, options: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------ engines built there
 
 
-def _build_all(site: Site, manifest: Manifest, target: TargetProfile, folder: Path, progress: Progress) -> None:
+def _sources(manifest: Manifest) -> list[tuple[str, Precision]]:
+    """The ONNX files to build engines from, and in which precision."""
+    return [(typed.path, typed.precision) for typed in manifest.typed] or [(ONNX, "fp32")]
+
+
+def _builder_options(target: TargetProfile, dla: int | None) -> list[str]:
+    """Of tensorrt_builder.py: the target's memory, and the DLA, which takes one batch size only."""
+    values = {"--workspace-mb": target.build.workspace_mb, "--guard-mb": target.build.ram_guard_mb, "--dla-core": dla}
+    options = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+    return options if dla is None else [*options, "--batch", "1", "1", "1"]
+
+
+def _build_all(site: Site, manifest: Manifest, options: Sequence[str], folder: Path, progress: Progress) -> None:
     """Build TensorRT engines there, make them part of the bundle there, and bring them here."""
-    entries = [(typed.path, typed.precision, typed.tolerance) for typed in manifest.typed]
-    for path, precision, _ in entries or [(ONNX, "fp32", 0.0)]:
-        _build(site, path, precision, target, folder, progress)
+    for path, precision in _sources(manifest):
+        _build(site, path, precision, options, folder, progress)
     device_site.fetch(site, site.cache, folder, _TIMINGS.__eq__, progress)
     found = device_site.fetch(site, site.bundle, folder, lambda name: name.startswith("engines/tensorrt-"), progress)
-    tolerances: dict[str, float] = {precision: tolerance for _, precision, tolerance in entries}
+    tolerances: dict[str, float] = {typed.precision: typed.tolerance for typed in manifest.typed}
     built = [
         EngineEntry(
             runtime="tensorrt",
@@ -190,13 +230,10 @@ def _precision_of(name: str) -> Precision:
 
 
 def _build(
-    site: Site, source: str, precision: Precision, target: TargetProfile, folder: Path, progress: Progress
+    site: Site, source: str, precision: Precision, options: Sequence[str], folder: Path, progress: Progress
 ) -> None:
     """Build one engine there within the target's memory; one that is finished is kept."""
-    limits = target.build
-    bounds = {"--workspace-mb": limits.workspace_mb, "--guard-mb": limits.ram_guard_mb}
     engine = f"{site.bundle}/{built_path(precision)}"
-    options = [word for name, value in bounds.items() if value for word in (name, str(value))]
     command = [f"{site.bundle}/{_BUILDER}", f"{site.bundle}/{source}", engine]
     command += ["--precision", precision, "--cache", f"{site.cache}/{_TIMINGS}", *options]
     for needed in (site.cache, engine.rpartition("/")[0]):

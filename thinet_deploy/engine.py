@@ -61,6 +61,10 @@ class Engine(abc.ABC):
         """Milliseconds of the last run by the runtime's own clocks, such as compute; empty where it has none."""
         return {}
 
+    def launch_ms(self) -> float | None:
+        """Milliseconds of the host to hand the last run's computing to a GPU; None where there is no such step."""
+        return None
+
     def close(self) -> None:
         """Free the engine; it cannot run afterwards."""
         self.__dict__.clear()  # the last references to the runtime's objects

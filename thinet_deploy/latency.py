@@ -84,6 +84,7 @@ class EngineLatency:
         energy: joules per run by sensor, from a run of its own; None without a sensor.
         machine: clocks, temperatures, throttling and load while all engines of this runtime were timed.
         fps: runs a second; 0 for back to back.
+        launch_ms: of the host, to hand the computing to a GPU; None without one.
     """
 
     model: str
@@ -102,6 +103,7 @@ class EngineLatency:
     energy: dict[str, Any] | None
     machine: dict[str, Any]
     fps: float = 0.0
+    launch_ms: float | None = None
 
     @property
     def median_ms(self) -> float:

@@ -81,6 +81,7 @@ class Options(BaseModel):
         threads: CPU threads of an engine while its latency is measured.
         require: what the network that ships has to reach, such as "latency<=8ms": see `contract`.
         seed: same seed, same widths and same kept filters.
+        dla: which of a Jetson's DLAs takes the layers that it can, one image at a time; None for the GPU alone.
         device: where the bundle is to be built, verified and measured too: "ssh://user@host:port" or "adb:SERIAL";
             a budget of time is met there, over ssh only.
         device_python: the Python there.
@@ -129,6 +130,7 @@ class Options(BaseModel):
     threads: int = Field(default=1, ge=1)
     require: tuple[str, ...] = ()
     seed: int = 0
+    dla: int | None = Field(default=None, ge=0)
     device: str | None = None
     device_python: str = "python3"
     out: Path = Path("thinet-run")

@@ -181,7 +181,7 @@ def _remembered(root: Path, changes: dict[str, Any]) -> Options:
         ) from error
 
 
-def build_from(
+def build_from(  # noqa: PLR0913 - one argument per option that may differ from those of `prune`
     root: Path,
     weights: Path,
     target: str | None = None,
@@ -191,6 +191,7 @@ def build_from(
     require: tuple[str, ...] = (),
     device: str | None = None,
     device_python: str = "python3",
+    dla: int | None = None,
 ) -> Build:
     """Go on after the user's own training of the thin network that `prune` left in RUN.
 
@@ -203,6 +204,7 @@ def build_from(
         require: see `Options.require`.
         device: see `Options.device`.
         device_python: see `Options.device_python`.
+        dla: see `Options.dla`.
     """
     if not weights.is_file():
         raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
@@ -211,7 +213,7 @@ def build_from(
     # Where a budget of time was met, that device is asked what it is: whether the widths still hold there.
     job = _placed(load_job(options, progress), *(_device(options) if options.timed else (None, None)))
     # The network was pruned for the target of `prune`, whose grid its widths follow; it may be shipped to another.
-    changes: dict[str, str | None] = {"device": device, "device_python": device_python}
+    changes: dict[str, str | int | None] = {"device": device, "device_python": device_python, "dla": dla}
     changes |= {name: value for name, value in {"target": target, "precision": precision}.items() if value}
     shipped = replace(job, options=make_options({**options.model_dump(), **changes}))
     if target:

@@ -18,6 +18,7 @@ from .environment import fingerprint
 from .errors import DataError, GateError, InputError
 from .interfaces import Precision
 from .job import Job
+from .options import Options
 from .precision.accuracy_gate import Judge, Quantised, outputs, quantise_within, speaking
 from .precision.calibration import MIN_IMAGES, Batches, Floats, Values, observe
 from .precision.executed import prove_precision
@@ -48,26 +49,31 @@ def planned(job: Job) -> PrecisionPlan:
         DataError: there are too few images to calibrate with.
     """
     options = job.options
-    plan = plan_precision(job.target, options.precision, fingerprint()["cpu"]["flags"])
+    plan = plan_precision(job.target, options.precision, fingerprint()["cpu"]["flags"], options.dla)
     if plan.files and job.data.task.name != CLASSIFICATION.name:
         return _fp32_only(job, plan)
     if not plan.files or (images := len(_calibrating(job)[1])) >= MIN_IMAGES:
         return plan
     short = f"{images} calibration images, and at least {MIN_IMAGES} are needed"
-    if options.precision:
+    if wish := _wish(options):
         raise DataError(
-            f"--precision {options.precision}: there are {short}; a tenth of the training images is held out to judge.",
+            f"{wish}: there are {short}; a tenth of the training images is held out to judge.",
             hint="Give more training images, or a larger --calibration-images: some hundred are usual.",
         )
     missing = f"No {' or '.join(plan.files)} file: there are {short}."
     return replace(plan, files=(), notes=(*plan.notes, missing))
 
 
+def _wish(options: Options) -> str:
+    """The option that cannot do without typed files; "" where nobody asked for any."""
+    return f"--precision {options.precision}" if options.precision else "" if options.dla is None else "--dla"
+
+
 def _fp32_only(job: Job, plan: PrecisionPlan) -> PrecisionPlan:
     """The plan without typed files: whether these may ship is judged by top-1, which other tasks do not have."""
     why = f"files in {' and '.join(plan.files)} are made of classifiers only so far, and this is {job.data.task.name}"
-    if job.options.precision:
-        raise InputError(f"--precision {job.options.precision}: {why}.", hint="Leave it out: engines are fp32 then.")
+    if wish := _wish(job.options):
+        raise InputError(f"{wish}: {why}.", hint="Leave it out: engines are fp32 then.")
     return replace(plan, files=(), notes=(*plan.notes, f"{why[0].upper()}{why[1:]}: the bundle has fp32."))
 
 
@@ -226,7 +232,9 @@ def typed_hops(
             yield precision, hop, got
 
 
-def file_notes(report: Mapping[str, Any], labels: Mapping[str, str], target: TargetProfile) -> Iterator[str]:
+def file_notes(
+    report: Mapping[str, Any], labels: Mapping[str, str], target: TargetProfile, dla: int | None = None
+) -> Iterator[str]:
     """What people have to know about typed files: layers in fp32, files that could not be had, their use."""
     for name, files in report.items():
         for precision, how in files.items():
@@ -236,13 +244,14 @@ def file_notes(report: Mapping[str, Any], labels: Mapping[str, str], target: Tar
                 listed = "; ".join(f"{layer} ({why})" for layer, why in how["kept"].items())
                 yield f"{labels[name]} in {precision}: these layers stay in fp32: {listed}."
             if "path" in how and not runs_here(target):
-                yield f"The bundle has the network in {precision}, for the device: {_use(target, precision)}."
+                yield f"The bundle has the network in {precision}, for the device: {_use(target, precision, dla)}."
 
 
-def _use(target: TargetProfile, precision: str) -> str:
-    """How an engine is built from a typed file: TensorRT 8 also has to be allowed the type, 11 knows no other way."""
+def _use(target: TargetProfile, precision: str, dla: int | None) -> str:
+    """How an engine is built from a typed file: TensorRT 8, and a DLA before 11, also has to be allowed the type."""
     if "tensorrt" not in target.runtimes:
         return f"typed/model-{precision}.onnx"
     typing = target.stack.strong_typing if target.stack else "opt-in"
-    flags = {"none": f" --{precision}", "opt-in": " --stronglyTyped"}.get(typing or "opt-in", "")
+    allowed = f" --{precision}"
+    flags = {"none": allowed, "opt-in": " --stronglyTyped" if dla is None else allowed}.get(typing or "opt-in", "")
     return f"give trtexec --onnx=typed/model-{precision}.onnx{flags} in place of --onnx=model.onnx"

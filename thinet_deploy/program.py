@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .interfaces import OUTPUTS
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.export import ExportedProgram
 
 
@@ -33,6 +34,20 @@ def load_program(path: Path, batch: int | None, max_batch: int = 32) -> Exported
     import torch
 
     program = torch.export.load(path)
-    example = torch.zeros(batch or 2, *input_shape(program))  # batch 1 would be taken for a constant
+    return exported(program.module(), input_shape(program), batch, max_batch)
+
+
+def exported(module: nn.Module, shape: tuple[int, ...], batch: int | None, max_batch: int) -> ExportedProgram:
+    """A module as a program; see `load_program`.
+
+    Args:
+        module: takes a batch of images.
+        shape: of an image.
+        batch: the only size; None for any up to `max_batch`.
+        max_batch: the largest.
+    """
+    import torch
+
+    example = torch.zeros(batch or 2, *shape)  # batch 1 would be taken for a constant
     dynamic = None if batch else ({0: torch.export.Dim("batch", min=1, max=max_batch)},)
-    return torch.export.export(program.module(), (example,), dynamic_shapes=dynamic)
+    return torch.export.export(module, (example,), dynamic_shapes=dynamic)

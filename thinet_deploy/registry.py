@@ -122,7 +122,7 @@ def _check_asked(runtime: str, contract: Contract, job: Conversion) -> None:
             hint="Give them as Conversion.calibration, a .npy file; `thinet-deploy build --precision int8` does.",
         )
     if job.dla_core is not None and job.target:
-        load_profile(job.target).require_dla(job.dla_core)
+        load_profile(job.target).require_dla(job.dla_core, job.precision)
     if contract.batch == "one" and job.batch not in (None, 1):
         raise InputError(
             f"An engine for {runtime} takes one image at a time, but batch {job.batch} was asked for.",
@@ -154,8 +154,10 @@ def runs_here(target: TargetProfile) -> bool:
     return target.is_local and not target.builds_on_device
 
 
-def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int, int, int]) -> list[str]:
-    """What is left to do on the device, and what was not run here."""
+def device_notes(
+    target: TargetProfile, input_name: str, input_shape: tuple[int, int, int], dla: int | None = None
+) -> list[str]:
+    """What is left to do on the device, and what was not run here; `dla` is to take the layers that it can."""
     notes = []
     if target.builds_on_device and "tensorrt" in target.runtimes:
         stack = f" ({target.stack.name}, TensorRT {target.stack.tensorrt})" if target.stack else ""
@@ -163,7 +165,7 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
             "A TensorRT engine belongs to the device it was built on, "
             f"so it has to be built on the {target.id}{stack}. "
             "--device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
-            f"  {_trtexec(target, input_name, input_shape)}\n"
+            f"  {_trtexec(target, input_name, input_shape, dla)}\n"
             f"  python3 run.py    # checks there what the bundle has engines for (needs numpy and their runtimes)"
         )
     made = host_runtimes(target)
@@ -189,8 +191,10 @@ def device_notes(target: TargetProfile, input_name: str, input_shape: tuple[int,
     return notes
 
 
-def _trtexec(target: TargetProfile, input_name: str, input_shape: tuple[int, int, int]) -> str:
+def _trtexec(target: TargetProfile, input_name: str, input_shape: tuple[int, int, int], dla: int | None) -> str:
     shape = "x".join(map(str, input_shape))
-    sizes = " ".join(f"--{size}Shapes={input_name}:{n}x{shape}" for size, n in (("min", 1), ("opt", 1), ("max", 32)))
+    batches = (("min", 1), ("opt", 1), ("max", 32 if dla is None else 1))  # a DLA takes one batch size only
+    sizes = " ".join(f"--{size}Shapes={input_name}:{n}x{shape}" for size, n in batches)
+    sizes += "" if dla is None else f" --useDLACore={dla} --allowGPUFallback"
     workspace = f" --memPoolSize=workspace:{target.build.workspace_mb}" if target.build.workspace_mb else ""
     return f"trtexec --onnx=model.onnx --saveEngine=model.engine {sizes}{workspace}"

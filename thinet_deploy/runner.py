@@ -170,7 +170,8 @@ def measure(
 
     Returns:
         Per engine, JSON-ready: load_ms, first_ms, describe, rounds_ms (all samples), summary (see samples.py), machine
-        (see sensors.Watch), clocks_ms by part, memory, energy (None where no sensor is), fps.
+        (see sensors.Watch), clocks_ms by part, launch_ms (None without a GPU), memory, energy (None where no
+        sensor is), fps.
     """
     watch = sensors.Watch()
 
@@ -184,8 +185,10 @@ def measure(
         row: dict[str, Any] = {key: reply[key] for key in ("load_ms", "first_ms", "describe")}
         summary = samples.judged(samples.summarize_rounds(series[name], fps), machine, finite=reply["finite"])
         count = min(100, max(1, len(series[name][0])))
+        parts = worker.ask("clocks", count=count)
+        summary["warnings"] += samples.launch_warnings(parts["launch_ms"], parts["clocks_ms"].get("compute"))
         row.update(rounds_ms=series[name], summary=summary, machine=machine, fps=fps)
-        row.update(clocks_ms=worker.ask("clocks", count=count)["clocks_ms"], memory=worker.ask("memory")["memory"])
+        row.update(clocks_ms=parts["clocks_ms"], launch_ms=parts["launch_ms"], memory=worker.ask("memory")["memory"])
         row["energy"] = meter.measure(functools.partial(_run_for, worker, seconds / 5)) if meter.there else None
         rows[name] = row
     return rows

@@ -68,5 +68,6 @@ def latency_words(row: Mapping[str, Any]) -> str:
 
 def latency_notes(row: Mapping[str, Any]) -> list[str]:
     """What has to be known beside an engine's figures."""
-    summary = row["summary"]
-    return [*(f"INVALID because {reason}" for reason in summary["invalid"]), *summary["warnings"]]
+    summary, graph = row["summary"], row.get("describe", {}).get("cuda_graph", "")
+    slower = [f"launched kernel by kernel, for it is no CUDA graph: {graph[4:]}"] if graph.startswith("no: ") else []
+    return [*(f"INVALID because {reason}" for reason in summary["invalid"]), *summary["warnings"], *slower]

@@ -16,6 +16,7 @@ from typing import Any, Mapping, Sequence
 PERCENTILES = ((90.0, 64), (95.0, 130), (99.0, 662), (99.9, 6636))
 STEADY_VARIATION, STEADY_SHIFT = 0.025, 0.01
 SHIFT_BLOCKS, SHIFT_CHANCE = 60, 0.01
+LAUNCH_SHARE = 0.8  # of the computing's time, from which the GPU may wait for its work
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
@@ -159,3 +160,10 @@ def judged(summary: dict[str, Any], machine: Mapping[str, Any], *, finite: bool)
     invalid = [f"the machine throttled: {', '.join(machine['throttled'])}"] if machine["throttled"] else []
     invalid += [] if finite else ["the outputs hold NaN or infinity"]
     return {**summary, "warnings": [*summary["warnings"], *machine["warnings"]], "invalid": invalid}
+
+
+def launch_warnings(launch_ms: float | None, compute_ms: float | None) -> list[str]:
+    """What to know of a GPU that waits for the host, which launches its work; nothing where neither is known."""
+    if launch_ms is None or compute_ms is None or launch_ms <= LAUNCH_SHARE * compute_ms:
+        return []
+    return [f"bound by the host, which takes {launch_ms:.3g} ms to launch what the GPU computes in {compute_ms:.3g} ms"]

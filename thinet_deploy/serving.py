@@ -82,8 +82,9 @@ class _Server:
         engine = open_engine(runtime, path, threads, precision)
         load_ms = (time.perf_counter_ns() - start) / 1e6
         self.engine, self.fn = engine, functools.partial(engine.run, arrays)
-        reply = {"ok": True, "load_ms": load_ms, "first_ms": time_run(self.fn, 1)[0], "describe": engine.describe()}
-        return {**reply, "finite": all(bool(np.isfinite(array).all()) for array in self.fn().values())}
+        reply = {"ok": True, "load_ms": load_ms, "first_ms": time_run(self.fn, 1)[0]}
+        finite = all(bool(np.isfinite(array).all()) for array in self.fn().values())
+        return {**reply, "finite": finite, "describe": engine.describe()}  # some know only now how they run
 
     def warm(self, seconds: float) -> dict[str, Any]:
         start = time.perf_counter()
@@ -94,13 +95,20 @@ class _Server:
         return {"ok": True, "samples_ms": time_run(self.fn, count, fps)}
 
     def clocks(self, count: int) -> dict[str, Any]:
-        """Medians of what the runtime's own clocks say, and of what is left of the whole run: the host's share."""
+        """Medians of what the runtime's own clocks say, and of what is left of the whole run: the host's share.
+
+        Launching is told apart from them: it goes on beside the computing.
+        """
         parts: list[dict[str, float]] = []
+        launches: list[float | None] = []
         for _ in range(count):
             (total,) = time_run(self.fn, 1)
             own = self.engine.clocks_ms()
             parts.append({**own, "host": max(0.0, total - math.fsum(own.values()))} if own else {})
-        return {"ok": True, "clocks_ms": {name: statistics.median(p[name] for p in parts) for name in parts[0]}}
+            launches.append(self.engine.launch_ms())
+        clocks_ms = {name: statistics.median(p[name] for p in parts) for name in parts[0]}
+        launch_ms = statistics.median(known) if (known := [each for each in launches if each is not None]) else None
+        return {"ok": True, "clocks_ms": clocks_ms, "launch_ms": launch_ms}
 
     def memory(self) -> dict[str, Any]:
         """The highest memory of this process, and of the engine: what came on top of Python and the runtime."""

@@ -261,8 +261,13 @@ class TargetProfile(_Table):
             hint=f"Use --precision {self.precisions.recommended}; supported: {', '.join(self.precisions.supported)}.",
         )
 
-    def require_dla(self, core: int) -> None:
-        """Raise TargetError when there is no such DLA on this target, or its stack cannot drive one."""
+    @property
+    def dla_precisions(self) -> tuple[Precision, ...]:
+        """What a DLA can be asked for: before TensorRT 11 it took INT8 from calibration tables only, not from Q/DQ."""
+        return ("fp16", "int8") if self.stack and self.stack.strong_typing == "always" else ("fp16",)
+
+    def require_dla(self, core: int, precision: Precision | None = None) -> None:
+        """Raise TargetError when there is no such DLA here, its stack cannot drive one, or not in this precision."""
         why = ""
         if self.dla and core >= self.dla.cores:
             why = f"it has {self.dla.cores or 'none'}"
@@ -270,6 +275,9 @@ class TargetProfile(_Table):
             why = f"{self.stack.name} cannot drive one"
         elif not self.dla and not any(stack.dla for stack in self.stacks):
             why = "its profile knows of none"
+        elif precision and precision not in self.dla_precisions:
+            with_stack = f"with {self.stack.name} " if self.stack else ""
+            why = f"{with_stack}it takes ONNX files in {' and '.join(self.dla_precisions)} only, not in {precision}"
         if why:
             raise TargetError(f"DLA {core} was asked for on {self.id}: {why}.", hint="Leave it out: the GPU does it.")
 

@@ -81,6 +81,7 @@ def build(trt: Any, source: Path, engine: Path, settings: Settings, on_progress:
     _add_profile(builder, network, config, settings)
     if settings.dla_core is not None:
         report["gpu_fallback"] = _use_dla(trt, config, network, settings.dla_core)
+        report["dla_core"] = settings.dla_core  # whoever loads the engine has to name it again
     cache = _load_cache(config, settings.cache)
     monitor = _watch(trt, config, on_progress)
     blob = _build(builder, network, config, monitor, logger)

@@ -1,5 +1,7 @@
 """Engines of TensorRT 8.5 to 11 and of TensorRT-RTX: named tensors, one stream, every batch they were built for.
 
+The first run of a shape is launched kernel by kernel, all others as one CUDA graph where the engine can be one.
+
 No engine of it has ever run where this was written: names and signatures are checked against the real bindings of four
 versions, order and memory against a libcuda of the tests' own (tests/test_tensorrt_engine.py).
 
@@ -11,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
 import numpy as np
 
-from .cuda import Buffer, Cuda, has_gpu
+from .cuda import Buffer, Cuda, Graph, has_gpu
 from .engine import Engine, RunnerError, in_steps
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 _DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT8": "i1", "UINT8": "u1", "INT32": "i4", "INT64": "i8", "BOOL": "?"}
 # The inspector's words for a type ("Half", "Row major linear FP16 format", …), the special before the general.
 _TYPES = (("BF16|BFloat16", "bf16"), ("FP16|Half", "fp16"), ("Int8", "int8"), ("FP32|Float", "fp32"))
+_MOVING = ("Reformat", "Constant", "NoOp", "Shuffle")  # layers that compute nothing
 _AGAIN = "an engine belongs to the device, the TensorRT and the system it was built on, so build it there"
 # What TensorRT says when it refuses a file, and what it means.
 _REFUSALS = (
@@ -37,7 +41,12 @@ _REFUSALS = (
 
 
 class TensorRt(Engine):
-    """A TensorRT engine on the first GPU, by a stream of its own; inputs and outputs are copied in every run."""
+    """A TensorRT engine on the first GPU, by a stream of its own; inputs and outputs are copied in every run.
+
+    Attributes:
+        graph: the computing as a CUDA graph, for the shapes of the last run.
+        no_graph: why it cannot be one; "" where that is not known, or it can.
+    """
 
     package = module = "tensorrt"
     to_get = "on a Jetson: apt install python3-libnvinfer; elsewhere: pip install tensorrt"
@@ -60,6 +69,8 @@ class TensorRt(Engine):
 
     def _load(self, path: str) -> None:
         self.runtime = self.trt.Runtime(self.logger)
+        if (core := _dla_core(path)) is not None:
+            self.runtime.DLA_core = core
         self.engine = self.runtime.deserialize_cuda_engine(Path(path).read_bytes())
         self.context: Any = self.engine.create_execution_context() if self.engine else None
         if self.context is None:
@@ -73,7 +84,10 @@ class TensorRt(Engine):
         self.marks = [self.cuda.event() for _ in range(4)]
         self.batches = self._batches()
         self.shapes: dict[str, Any] = {}
+        self.graph: Graph = self.cuda.graph()
+        self.has_run, self.no_graph = False, ""
         self.clocks: dict[str, float] = {}
+        self.launch_s = 0.0
 
     def _said(self) -> str:
         return " ".join(self.logger.lines[-3:]) or "nothing"
@@ -98,6 +112,7 @@ class TensorRt(Engine):
         if missing := [name for name in self.input_names if name not in inputs]:
             raise RunnerError(f"the engine takes {', '.join(missing)}, but was given {', '.join(inputs) or 'nothing'}")
         self.clocks.clear()
+        self.launch_s = 0.0
         count, (low, high) = len(inputs[self.input_names[0]]), self.batches
         if low <= count <= high:
             return self._run_batch(inputs)
@@ -107,28 +122,50 @@ class TensorRt(Engine):
         self._take_shapes({name: inputs[name].shape for name in self.input_names})
         for name in self.input_names:
             np.copyto(self.buffers[name].array, inputs[name], casting="same_kind")
+        self._capture()
         start, uploaded, computed, end = self.marks
         self.cuda.record(start)
         for name in self.input_names:
             self.buffers[name].upload()
         self.cuda.record(uploaded)
-        if not self.context.execute_async_v3(self.cuda.stream):
-            raise RunnerError(f"TensorRT did not run it: {self._said()}")
+        self._compute()
         self.cuda.record(computed)
         for name in self.output_names:
             self.buffers[name].download()
         self.cuda.record(end)
         self.cuda.wait()
+        self.has_run = True
         parts = {"upload": (start, uploaded), "compute": (uploaded, computed), "download": (computed, end)}
         for part, marks in parts.items():
             self.clocks[part] = self.clocks.get(part, 0.0) + self.cuda.elapsed_ms(*marks)
         return {name: self.buffers[name].array.copy() for name in self.output_names}
 
+    def _compute(self) -> None:
+        launched = time.perf_counter()
+        if self.graph.ready:
+            self.graph.launch()
+        else:
+            self._launch()
+        self.launch_s += time.perf_counter() - launched
+
+    def _launch(self) -> None:
+        if not self.context.execute_async_v3(self.cuda.stream):
+            raise RunnerError(f"TensorRT did not run it: {self._said()}")
+
+    def _capture(self) -> None:
+        """Make it a graph, once it has run in these shapes: TensorRT does in the first run what a graph cannot hold."""
+        if self.has_run and not self.graph.ready and not self.no_graph:
+            try:
+                self.graph.capture(self._launch)
+            except RunnerError as error:
+                self.no_graph = str(error)
+
     def _take_shapes(self, shapes: dict[str, Any]) -> None:
         """Tell TensorRT the shapes and where the tensors lie, if they are others than in the run before."""
         if shapes == self.shapes:
             return
-        self.shapes = {}  # nothing holds until all of it does
+        self.shapes, self.has_run = {}, False  # nothing holds until all of it does
+        self.graph.free()
         for name, shape in shapes.items():
             if not self.context.set_input_shape(name, shape):
                 built = tuple(self.engine.get_tensor_shape(name))
@@ -146,6 +183,10 @@ class TensorRt(Engine):
         """By events on the GPU: the way there, computing, the way back."""
         return dict(self.clocks)
 
+    def launch_ms(self) -> float | None:
+        """Of the host, until TensorRT or the graph has put the computing into the stream."""
+        return self.launch_s * 1e3
+
     def _about(self, precision: str) -> dict[str, Any]:
         """What `describe` gives; RunnerError when no layer computes in the type that the engine was built for."""
         executed = executed_types(self.engine.create_engine_inspector(), self.trt)
@@ -157,8 +198,9 @@ class TensorRt(Engine):
         return {**about, **asked, "executed_layers": executed}
 
     def describe(self) -> dict[str, Any]:
-        """The GPU, and how many layers compute in which type, by the inspector."""
-        return dict(self.about)
+        """The GPU, how many layers compute in which type, by the inspector, and whether it runs as a CUDA graph."""
+        graph = "yes" if self.graph.ready else f"no: {self.no_graph}" if self.no_graph else "not yet"
+        return {**self.about, "cuda_graph": graph}
 
     def close(self) -> None:
         """TensorRT's objects go before the memory and the context that they use."""
@@ -173,6 +215,14 @@ class TensorRtRtx(TensorRt):
     """An engine of TensorRT-RTX, whose interface is the same."""
 
     package, module, to_get = "tensorrt-rtx", "tensorrt_rtx", ""
+
+
+def _dla_core(path: str) -> int | None:
+    """The DLA that an engine was built for, as its builder wrote beside it; None for the GPU alone."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        core = json.loads(Path(path).with_suffix(".build.json").read_text(encoding="utf-8")).get("dla_core")
+        return core if isinstance(core, int) else None
+    return None
 
 
 def _logger(trt: Any) -> Any:
@@ -204,10 +254,24 @@ def _meaning(lines: list[str]) -> str:
 def executed_types(inspector: Any, trt: Any) -> dict[str, int]:
     """How many layers read which type; {} for an engine that was built without detailed layer information."""
     found = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    layers = [layer for layer in found.get("Layers", []) if isinstance(layer, dict)]
-    computing = [layer for layer in layers if layer.get("LayerType") not in ("Reformat", "Constant", "NoOp", "Shuffle")]
-    texts = [(layer.get("Inputs") or layer.get("Outputs") or [{}])[0].get("Format/Datatype") for layer in computing]
-    return dict(Counter(_type_of(text) for text in texts if text))
+    return dict(Counter(kind for _, kind in inspected_layers(found)))
+
+
+def inspected_layers(information: Mapping[str, Any]) -> list[tuple[set[str], str]]:
+    """Of each layer that computes, by the inspector's word: the ONNX nodes in it, and the type that it reads."""
+    found = []
+    for layer in information.get("Layers", []):
+        if isinstance(layer, dict) and layer.get("LayerType") not in _MOVING:
+            taken = (layer.get("Inputs") or layer.get("Outputs") or [{}])[0].get("Format/Datatype")
+            if taken:
+                found.append((_nodes_of(layer), _type_of(taken)))
+    return found
+
+
+def _nodes_of(layer: Mapping[str, Any]) -> set[str]:
+    """From "[ONNX Layer: conv1]…[ONNX Layer: relu1]" of TensorRT 10, and from "conv1 + relu1"."""
+    told = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", "")))
+    return {*told, *re.split(r" \+ | \|\| ", str(layer.get("Name", "")))}
 
 
 def _type_of(text: str) -> str:

@@ -41,6 +41,10 @@ _NCNN_PLAIN: dict[str, Callable[[Mapping[str, str]], int]] = {
 }
 
 
+# Operations of Core ML that turn steps of 8 bits back: of weights, of activations.
+_FROM_STEPS = ("constexpr_affine_dequantize", "dequantize")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What an engine has for one or several layers: the names that it gives, and the type it computes in."""
@@ -166,17 +170,21 @@ def _of_xnnpack(graph: dict[str, Any]) -> Iterator[str]:
 
 
 def _coreml(path: Path) -> Iterator[str]:
-    """The types of what the operations give."""
+    """The types of what the operations give, or of what was turned back from steps for them."""
     import coremltools
 
     spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
     types = coremltools.proto.MIL_pb2.DataType
     known = {types.FLOAT32: "fp32", types.FLOAT16: "fp16"}
     for block in spec.mlProgram.functions["main"].block_specializations.values():
+        makers = {each.name: operation.type for operation in block.operations for each in operation.outputs}
         for operation in block.operations:
             if operation.type in ("conv", "conv_transpose", "linear", "matmul"):
                 kind = operation.outputs[0].type.tensorType.dataType
-                yield known.get(kind, f"{UNKNOWN} ({kind})")
+                own = known.get(kind, f"{UNKNOWN} ({kind})")
+                ends = ("y" if operation.type == "matmul" else "weight", "x")
+                taken = (makers.get(operation.inputs[end].arguments[0].name) for end in ends)
+                yield _both(*("int8" if maker in _FROM_STEPS else own for maker in taken))
 
 
 READERS = {"ncnn": _ncnn, "litert": _litert, "executorch": _executorch, "coreml": _coreml}

@@ -41,7 +41,9 @@ class PrecisionPlan:
     notes: tuple[str, ...] = ()
 
 
-def plan_precision(target: TargetProfile, asked: Precision | None, cpu_flags: Collection[str]) -> PrecisionPlan:
+def plan_precision(
+    target: TargetProfile, asked: Precision | None, cpu_flags: Collection[str], dla: int | None = None
+) -> PrecisionPlan:
     """Decide before any work starts.
 
     Without a wish, engines made here are fp32, and a target that builds TensorRT engines gets a file for each shorter
@@ -51,13 +53,17 @@ def plan_precision(target: TargetProfile, asked: Precision | None, cpu_flags: Co
         target: to build for.
         asked: by the user.
         cpu_flags: of this machine, as /proc/cpuinfo spells them.
+        dla: the DLA that is to take the layers that it can; only what it computes in is written then.
 
     Raises:
-        TargetError: the target, or this machine if it is the target, cannot compute in it; nothing makes such engines.
+        TargetError: the target, or this machine if it is the target, cannot compute in it; nothing makes such engines;
+            there is no such DLA.
         MissingError: what makes them, or ONNX Runtime, which runs the calibration images, is not installed.
     """
     if asked:
         target.require_precision(asked)
+    if dla is not None:
+        target.require_dla(dla, asked)
     runtimes = tuple(host_runtimes(target))
     if runs_here(target):
         plan = _here(target, asked or "fp32", runtimes, cpu_flags)
@@ -68,6 +74,8 @@ def plan_precision(target: TargetProfile, asked: Precision | None, cpu_flags: Co
                 hint="Use --precision fp16.",
             )
         short: tuple[Precision, ...] = ("fp16", "bf16", "int8") if target.opset >= BF16_OPSET else ("fp16", "int8")
+        if dla is not None:
+            short = target.dla_precisions
         usual = short if "tensorrt" in target.runtimes else ()
         wanted = (asked,) if asked else tuple(each for each in usual if each in target.precisions.supported)
         plan = PrecisionPlan("fp32", runtimes, tuple(each for each in wanted if each != "fp32"), _layout(target, ()))
