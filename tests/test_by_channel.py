@@ -163,14 +163,15 @@ def test_copies_of_channels_go_without_a_trace(norm: bool) -> None:
         assert torch.allclose(thin(inputs), model(inputs), atol=1e-3)
 
 
+@pytest.mark.parametrize("targets", ["symmetric", "residual"])
 @pytest.mark.parametrize("selection", ["elimination", "thinet", "thinet-omp"])
-def test_what_is_lost_is_repaired(selection: str) -> None:
+def test_what_is_lost_is_repaired(selection: str, targets: str) -> None:
     torch.manual_seed(1)
     model = Flat().eval()
     graph, inputs = graph_of(model), torch.from_numpy(IMAGES.inputs(np.arange(64)))
     errors = {}
     for kind in ("full", "none"):
-        method = Method(selection, kind)  # type: ignore[arg-type]
+        method = Method(selection, kind, targets)  # type: ignore[arg-type]
         sample = Sample(IMAGES, np.arange(64), 16, 0)
         done = prune_once(model, graph, (graph.group("b"),), lambda _: {"b": 4}, sample, SHAPE, method)
         with torch.inference_mode():

@@ -19,10 +19,11 @@ from torch import fx
 from ..interfaces import Progress, silent
 from .calibration import Sample, total
 from .elimination import Removal
-from .graph import ChannelGroup
+from .graph import ChannelGroup, Consumer
 from .moments import Moments
-from .reconstruction import Solver
+from .reconstruction import Solve, Solver
 from .replay import Values, copied
+from .weighing import channels_read, others
 from .wide import Wide
 
 # Images for a group: each costs about half of a run, so that all together cost less than a fifth of the first pass.
@@ -70,7 +71,7 @@ def impacts(
         gone = _gone(group, removals[group.name])
         if error := float(removals[group.name].error[len(gone)]):
             trial.go(_first(wide, group))
-            with _narrowed(wide, group, gone, moments, ridge):
+            with _narrowed(wide, group, gone, others(groups, group), moments, ridge):
                 lost = trial.lost()
             place = max(order[each.weight] for each in group.consumers) / max(1, len(order) - 1)
             found[group.name] = lost / error * (_UNREPAIRED + (1 - _UNREPAIRED) * place)
@@ -94,18 +95,39 @@ def _narrowed(
     wide: Wide,
     group: ChannelGroup,
     gone: NDArray[np.int64],
+    beside: NDArray[np.int64],
     moments: Mapping[str, Moments],
     ridge: float,
 ) -> Iterator[None]:
     """The network without some channels of a group, whose consumers are refitted to say what they said."""
-    readers = [wide.readers[name] for name in {each.weight for each in group.consumers}]
+    consumers = {each.weight: each for each in group.consumers}
+    readers = [wide.readers[name] for name in consumers]
     with wide.restoring(readers):
         own = {each.weight: wide.own(each, moments[each.weight]) for each in readers}
         wide.remove(group, gone)
         for each in readers:
-            stats = wide.centred(each, own.pop(each.weight).among(wide.reads(each)))
-            wide.refit(each, stats, Solver(stats.covariance, wide.counting(each), ridge))
+            stats = wide.centred(each, wide.among(each, own.pop(each.weight)))
+            held = _held(wide, consumers[each.weight], beside)
+            wide.refit(each, stats, _solver(stats.covariance, wide.counting(each), held, ridge))
         yield
+
+
+def _held(wide: Wide, consumer: Consumer, beside: NDArray[np.int64]) -> torch.Tensor:
+    """Which coefficients of a consumer are of other groups that are to go, (G, D)."""
+    held = torch.from_numpy(np.isin(channels_read(wide, consumer), beside))
+    inputs = wide.counting(wide.readers[consumer.weight]).shape[1]
+    return held.repeat_interleave(inputs // held.shape[1], 1)
+
+
+def _solver(covariance_gdd: torch.Tensor, counting_gd: torch.Tensor, held_gd: torch.Tensor, ridge: float) -> Solve:
+    """As `Solver`, with the weights of some inputs as they are."""
+    free = Solver(covariance_gdd, counting_gd & ~held_gd, ridge)
+
+    def solve(cross_god: torch.Tensor, weight_god: torch.Tensor) -> torch.Tensor:
+        stays = weight_god * held_gd[:, None]
+        return free(cross_god - stays @ covariance_gdd, weight_god) + stays
+
+    return solve if bool(held_gd.any()) else free
 
 
 class _Trial:
@@ -149,11 +171,13 @@ class _Trial:
         return [found[node] for node in self._outputs]
 
     def _variances(self) -> torch.Tensor:
-        """Sum of squares of each output around its mean."""
-        moments = torch.zeros(3, len(self._outputs), dtype=torch.float64)
-        for batch in self._batches:
-            for index, each in enumerate(batch.outputs):
-                moments[:, index] += torch.stack([torch.tensor(each.numel()).double(), each.sum(), each.square().sum()])
-        count, sums, squares = total(moments)
-        spread: torch.Tensor = squares - sums.square() / count
-        return spread.clamp_min(1e-12)
+        """Sum of squares of each output around its mean over the images; next to nothing where they say the same."""
+        count, found = float(total(torch.tensor(float(sum(each.count for each in self._batches))))), []
+        for index, node in enumerate(self._outputs):
+            sums, squares = (torch.zeros(node.meta["val"].shape[1:], dtype=torch.float64) for _ in range(2))
+            for batch in self._batches:
+                sums += batch.outputs[index].sum(0)
+                squares += batch.outputs[index].square().sum(0)
+            sums, squares = total(sums), total(squares)
+            found.append((squares - sums.square() / count).sum().clamp_min(1e-6 * float(squares.sum()) + 1e-12))
+        return torch.stack(found)

@@ -25,7 +25,7 @@ from .reconstruction import Solver, scale
 from .repair import Front, repair
 from .scores import apoz, random_scores, taylor, weight_sum
 from .selection import by_score, thinet, thinet_omp
-from .weighing import exact_gram, parts
+from .weighing import exact_gram, others, parts
 from .wide import Wide
 
 Targets = Literal["residual", "asymmetric", "symmetric"]
@@ -158,8 +158,7 @@ def weigh(
     worth = said.worth()
     for number, group in enumerate(groups if method.selection == "elimination" else ()):
         progress("Weighing", number, len(groups), group.name)
-        beside = np.concatenate([each.channels for each in groups if each is not group] or [group.channels[:0]])
-        seen = parts(wide, group, beside, moments, worth, method.ridge)
+        seen = parts(wide, group, others(groups, group), moments, worth, method.ridge)
         removals[group.name] = eliminate(seen, group.cells, group.steps)
     progress("Weighing", len(groups), len(groups))
     curves = {}
@@ -228,7 +227,7 @@ class _Work:
     def _moments(self, readers: Sequence[Reader]) -> Mapping[str, Moments]:
         if self.method.targets != "symmetric":
             return self.front.collect(readers)[0]
-        return {each.weight: self.moments[each.weight].among(self.wide.reads(each)) for each in readers}
+        return {each.weight: self.wide.among(each, self.moments[each.weight]) for each in readers}
 
     def _select(self, group: ChannelGroup, moments: Mapping[str, Moments]) -> NDArray[np.int64]:
         """Indices into the group's channels."""

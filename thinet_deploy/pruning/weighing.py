@@ -28,8 +28,7 @@ def parts(
     Args:
         wide: the network, untouched so far.
         group: whose channels are to go.
-        beside: channels of other groups that are to go too. Where they lie beside this group's in a concatenation they
-            cannot make up for what goes: each group would count on the other one, and both would go.
+        beside: channels of other groups that are to go too (`others`).
         moments: weight → of what the consumer reads.
         worth: weight → what a unit of its squared error counts for.
         ridge: share of the inputs' mean variance.
@@ -37,7 +36,7 @@ def parts(
     place = {channel: index for index, channel in enumerate(group.channels.tolist())}
     found = []
     for consumer in {each.weight: each for each in group.consumers}.values():
-        reader, channels = wide.readers[consumer.weight], _channels(wide, consumer)
+        reader, channels = wide.readers[consumer.weight], channels_read(wide, consumer)
         covariance = wide.centred(reader, moments[consumer.weight]).covariance
         weight = wide.coefficients(reader) * worth[consumer.weight] ** 0.5
         kernel = weight.shape[2] // channels.shape[1]
@@ -54,7 +53,16 @@ def parts(
     return found
 
 
-def _channels(wide: Wide, consumer: Consumer) -> NDArray[np.int64]:
+def others(groups: Sequence[ChannelGroup], group: ChannelGroup) -> NDArray[np.int64]:
+    """Channels of the groups that are to go beside this one.
+
+    Where they lie beside its own in a concatenation they cannot make up for what goes: each group would count on the
+    other one, and both would go.
+    """
+    return np.concatenate([each.channels for each in groups if each is not group] or [group.channels[:0]])
+
+
+def channels_read(wide: Wide, consumer: Consumer) -> NDArray[np.int64]:
     """Channels in the order of a consumer's coefficients, (G, …); each has the same number of these."""
     reader = wide.readers[consumer.weight]
     if span := wide.spans.get(consumer.weight):
@@ -89,7 +97,7 @@ def exact_gram(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments]) 
     where = {channel: index for index, channel in enumerate(group.channels.tolist())}
     for consumer in {each.weight: each for each in group.consumers}.values():
         reader, mine = wide.readers[consumer.weight], moments[consumer.weight]
-        by_channel, channels = consumer.weight in wide.spans, _channels(wide, consumer)
+        by_channel, channels = consumer.weight in wide.spans, channels_read(wide, consumer)
         weight = wide.coefficients(reader) if by_channel else wide.weight(reader)[:, :, wide.reads(reader)]
         kernel = weight.shape[2] // channels.shape[1]
         for block in range(reader.blocks):

@@ -129,6 +129,10 @@ class Wide:
             return saying_by_channel(moments, self._by_channel(reader), shift)
         return moments.saying(self.weight(reader) * self.unit(reader), shift)
 
+    def among(self, reader: Reader, moments: Moments) -> Moments:
+        """Moments of the inputs that it `reads`, from those of all."""
+        return moments if reader.weight in self.spans else moments.among(self.reads(reader))
+
     def centred(self, reader: Reader, moments: Moments) -> Centred:
         """Statistics of its regression, with an intercept if it has a bias or BatchNorm to put it in."""
         intercept = bool(reader.norm or reader.bias)
