@@ -146,18 +146,13 @@ class Original:
 
     rows: dict[Key, torch.Tensor]
 
-    def variance(self) -> dict[str, float]:
-        """Weight → variance of what that layer says, summed over its filters."""
-        return {weight: max(_variance(rows), 1e-12) for (weight, _), rows in self.rows.items()}
-
     def worth(self) -> dict[str, float]:
-        """Weight → what a unit of squared error of that layer counts for, beside those of other layers.
+        """Weight → what a unit of squared error of that layer counts for, beside those of other readers of a group.
 
-        An error matters less where values are large, though not in proportion: later layers repair early errors, and
-        nothing repairs the last ones. Measured on ResNet-20 (benchmarks/reconstruction.py): neither absolute errors
-        (exponent 0) nor relative ones (1) put the widths best.
+        An error matters less where values are large, though not in proportion. What it means for the outputs is another
+        question (`impact`).
         """
-        return {weight: variance**-_WORTH for weight, variance in self.variance().items()}
+        return {weight: max(_variance(rows), 1e-12) ** -_WORTH for (weight, _), rows in self.rows.items()}
 
     def at(self, key: Key, start: int, places: list[Positions]) -> torch.Tensor:
         """The rows of the images from number `start` on, one for each of their places."""

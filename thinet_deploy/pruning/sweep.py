@@ -22,7 +22,7 @@ class Point:
         macs: multiply-accumulates for one input.
         fewer: the original's divided by these.
         size_bytes: of the weights, by the papers' rule.
-        error: predicted, reconstructed and without training: the sum of the curves, from 0 for the original to about 1.
+        error: predicted, reconstructed and without training: the sum of the curves, a share of the outputs' variance.
         widths: group's name → channels that stay.
     """
 
