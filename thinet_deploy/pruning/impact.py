@@ -31,7 +31,7 @@ _SHARE, _FEWEST = 1 / 3, 8
 _LEFT = 1 / 4  # of a group's channels
 _SEEN = 0.01  # of the error of the narrowest width: what is lost with less of it is rounding
 # Of an error in the first layer, what later layers leave once they are refitted, beside one in the last layer.
-_UNREPAIRED = 1 / 4
+_UNREPAIRED = 1 / 2
 
 
 @dataclass(frozen=True)
