@@ -43,7 +43,8 @@ Four small networks for 32×32 images, each through every converter in every pre
 
 - TensorRT: not built. Its library could not be had, and an engine belongs to the device that it is built on. Names and
   signatures are checked on the bindings of 8.6, 10.3, 10.16 and 11.4 (tests/test_tensorrt.py).
-- TensorRT-RTX: built; not run, which takes an RTX GPU.
+- TensorRT-RTX: built; not run, which takes an RTX GPU. What its layers compute in, its builder says in its log: on
+  the papers' networks at their real sizes, all of the MACs in the file's type (tests/test_tensorrt_networks.py).
 - Core ML: built; not run by Core ML, which is for Apple's systems only. tests/test_engines.py runs the saved program
   with torch.
 """

@@ -161,6 +161,7 @@ def _inspector(engine: StandIn) -> StandIn:
 
 def _information(inspector: StandIn, kind: Any) -> str:
     """A copy in float32, then a layer for each node that computes, named as TensorRT 8 does and as 10 does."""
+    key = "Datatype" if VERSION.startswith("11") else "Format/Datatype"
     words = {"HALF": "Half", "INT8": "Row major Int8 format", "FLOAT": "Row major linear FP32"}
     source = inspector.own["source"]
     usual, layers = words[max(_types(source))], []
@@ -174,9 +175,9 @@ def _information(inspector: StandIn, kind: Any) -> str:
                 "LayerType": "gemm",
                 "Metadata": f"[ONNX Layer: {name}]\x1e[ONNX Layer: r]",
             }
-            layers.append({**(old if VERSION.startswith("8") else new), "Inputs": [{"Format/Datatype": text}]})
+            layers.append({**(old if VERSION.startswith("8") else new), "Inputs": [{key: text}]})
     moved = f"Reformatting CopyNode for Input Tensor 0 to {layers[0]['Name']}"
-    copy = {"Name": moved, "LayerType": "Reformat", "Inputs": [{"Format/Datatype": words["FLOAT"]}]}
+    copy = {"Name": moved, "LayerType": "Reformat", "Inputs": [{key: words["FLOAT"]}]}
     return json.dumps({"Layers": [copy, *layers, "a name only"]})
 
 

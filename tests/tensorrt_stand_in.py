@@ -20,6 +20,8 @@ import tensorrt_bindings as trt  # type: ignore[import-not-found]  # downloaded 
 from thinet_deploy.tensorrt_builder import BuildError, Settings, build
 
 CALLED: list[str] = []
+# What the inspector calls the type of a tensor.
+DATATYPE = "Datatype" if trt.__version__.startswith("11") else "Format/Datatype"
 WORLD: dict[str, Any] = {
     "INetworkDefinition.num_inputs": 1,
     "INetworkDefinition.num_layers": 2,
@@ -33,7 +35,7 @@ WORLD: dict[str, Any] = {
     "ParserError.node_operator": "Frobnicate",
     "ParserError.node_name": "layer7",
     "IBuilderConfig.can_run_on_DLA": False,
-    "EngineInspector.get_engine_information": '{"Layers": [{"Outputs": [{"Format/Datatype": "Half"}]}]}',
+    "EngineInspector.get_engine_information": json.dumps({"Layers": [{"Outputs": [{DATATYPE: "Half"}]}]}),
 }
 
 

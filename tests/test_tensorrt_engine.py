@@ -275,7 +275,8 @@ def test_the_inspectors_words_for_types(text: str, kind: str) -> None:
 
     from thinet_deploy.tensorrt_engine import executed_types
 
-    layers = [{"LayerType": "kgen", "Inputs": [{"Format/Datatype": text}]}, {"LayerType": "Reformat"}, "a name only"]
-    inspector = SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": layers}))
-    found = executed_types(inspector, SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON=1)))
-    assert found == {kind: 1}
+    for key in ("Format/Datatype", "Datatype"):  # until 10, and from 11 on
+        layers = [{"LayerType": "kgen", "Inputs": [{key: text}]}, {"LayerType": "Reformat"}, "a name only"]
+        inspector = SimpleNamespace(get_engine_information=lambda form, said=layers: json.dumps({"Layers": said}))
+        found = executed_types(inspector, SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON=1)))
+        assert found == {kind: 1}

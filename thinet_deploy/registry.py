@@ -166,7 +166,8 @@ def device_notes(
             f"so it has to be built on the {target.id}{stack}. "
             "--device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
             f"  {_trtexec(target, input_name, input_shape, dla)}\n"
-            f"  python3 run.py    # checks there what the bundle has engines for (needs numpy and their runtimes)"
+            "  python3 run.py    # checks the engines that came in the bundle, not this one "
+            "(needs numpy and their runtimes)"
         )
     made = host_runtimes(target)
     for runtime in _made_here(target):

@@ -345,7 +345,9 @@ def _inspect(trt: Any, logger: Any, blob: Any, path: Path) -> Any:
 def types_of(information: Any) -> Dict[str, int]:
     """Data types of the first outputs of the inspector's layers, and how many layers have each."""
     layers = [layer for layer in information.get("Layers", []) if isinstance(layer, dict) and layer.get("Outputs")]
-    return dict(Counter(str(layer["Outputs"][0].get("Format/Datatype", "unknown")) for layer in layers))
+    outputs = [layer["Outputs"][0] for layer in layers]
+    # The layout is in there until 10; 11 has the type alone.
+    return dict(Counter(str(each.get("Format/Datatype") or each.get("Datatype", "unknown")) for each in outputs))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -258,14 +258,28 @@ def executed_types(inspector: Any, trt: Any) -> dict[str, int]:
 
 
 def inspected_layers(information: Mapping[str, Any]) -> list[tuple[set[str], str]]:
-    """Of each layer that computes, by the inspector's word: the ONNX nodes in it, and the type that it reads."""
-    found = []
-    for layer in information.get("Layers", []):
-        if isinstance(layer, dict) and layer.get("LayerType") not in _MOVING:
-            taken = (layer.get("Inputs") or layer.get("Outputs") or [{}])[0].get("Format/Datatype")
-            if taken:
-                found.append((_nodes_of(layer), _type_of(taken)))
-    return found
+    """Of each layer that computes, by the inspector's word: the ONNX nodes in it, and the type that it reads.
+
+    A generated kernel that casts or pads for a layer names its nodes too: it has those that no other layer names.
+    """
+    layers = [layer for layer in information.get("Layers", []) if isinstance(layer, dict)]
+    found = [(layer, _taken(layer)) for layer in layers if layer.get("LayerType") not in _MOVING]
+    whole = {node for layer, taken in found if taken and not _is_generated(layer) for node in _nodes_of(layer)}
+    return [
+        (_nodes_of(layer) - (whole if _is_generated(layer) else set()), _type_of(taken))
+        for layer, taken in found
+        if taken
+    ]
+
+
+def _is_generated(layer: Mapping[str, Any]) -> bool:
+    return layer.get("LayerType") == "kgen"
+
+
+def _taken(layer: Mapping[str, Any]) -> str:
+    """In the inspector's words, the type of what a layer reads; TensorRT 11 tells it apart from the layout."""
+    first = (layer.get("Inputs") or layer.get("Outputs") or [{}])[0]
+    return str(first.get("Format/Datatype") or first.get("Datatype") or "")
 
 
 def _nodes_of(layer: Mapping[str, Any]) -> set[str]:

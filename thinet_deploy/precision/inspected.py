@@ -1,7 +1,8 @@
 """What a TensorRT engine computes in, by its inspector's word, beside what the ONNX file says that it was built from.
 
 The engine was built on a device, which left the inspector's JSON there. TensorRT up to 8.6 names a layer after the
-nodes that are in it ("Conv_0 + Relu_1"), later ones in its metadata too. Layers that name no node prove nothing.
+nodes that are in it ("Conv_0 + Relu_1"), later ones in its metadata too. Layers that name no node prove nothing, and
+kernels that only cast or pad for a layer are left out, though they name it (tests/test_tensorrt_networks.py).
 """
 
 from __future__ import annotations
