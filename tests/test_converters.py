@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from thinet_deploy import registry
+from thinet_deploy import registry, tensorrt_builder
 from thinet_deploy.artifact import Artifact, sha256_of, size_of
 from thinet_deploy.engines import ENGINES, open_engine
 from thinet_deploy.errors import ConversionError, InputError, MissingError, TargetError, UnknownNameError
@@ -279,10 +279,20 @@ def test_a_dla_on_a_board_without_one_is_refused_before_any_work(
         registry.convert("tensorrt", job, tmp_path)
 
 
-def test_on_a_dla_trtexec_is_told_one_batch_size() -> None:
-    notes = "\n".join(registry.device_notes(load_profile("jetson-agx-orin"), INPUT, (3, 8, 8), dla=1))
-    assert f"--maxShapes={INPUT}:1x3x8x8 --useDLACore=1 --allowGPUFallback" in notes
-    assert "DLA" not in "\n".join(registry.device_notes(load_profile("jetson-agx-orin"), INPUT, (3, 8, 8)))
+def test_on_a_dla_the_builder_is_told_one_batch_size() -> None:
+    notes = "\n".join(registry.device_notes(load_profile("jetson-agx-orin"), dla=1))
+    assert "--dla-core 1 --batch 1 1 1" in notes
+    assert "DLA" not in "\n".join(registry.device_notes(load_profile("jetson-agx-orin")))
+
+
+@pytest.mark.skipif(util.find_spec("tensorrt") is not None, reason="it would build")
+@pytest.mark.parametrize("dla", [None, 0])
+def test_the_builder_takes_what_is_said_of_it(dla: int | None, capsys: pytest.CaptureFixture[str]) -> None:
+    command = registry.builder_command(load_profile("jetson-agx-orin"), "typed/model-fp16.onnx", "fp16", dla)
+    python, script, *options = command.split()
+    assert (python, script) == ("python3", "tensorrt_builder.py")
+    assert tensorrt_builder.main(options) == 3
+    assert "tensorrt cannot be imported" in capsys.readouterr().out
 
 
 def test_an_unknown_runtime_is_named() -> None:
@@ -295,11 +305,13 @@ def test_an_unknown_runtime_is_named() -> None:
 def test_every_target_is_told_what_is_left_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(util, "find_spec", lambda module: None)
     target = load_profile(name)
-    notes = "\n".join(registry.device_notes(target, INPUT, (3, 8, 8)))
+    notes = "\n".join(registry.device_notes(target))
     local = name == "cpu"
     assert registry.runs_here(target) == local
     assert ("latency was not measured" in notes) != local
-    assert ("trtexec --onnx=model.onnx" in notes) == ("tensorrt" in target.runtimes)
+    assert ("tensorrt_builder.py model.onnx engines/tensorrt-fp32/model.engine" in notes) == (
+        "tensorrt" in target.runtimes
+    )
     assert ("there is no engine in this bundle" in notes) == (name == "ios")
     assert ("python3 run.py latency" in notes) == (not local and target.os == "linux")
     for runtime in ("ncnn", "litert", "coreml", "executorch"):
@@ -310,6 +322,4 @@ def test_every_target_is_told_what_is_left_to_do(name: str, monkeypatch: pytest.
     assert everything == [
         r for r in target.runtimes if r != "torch" and (r != "tensorrt" or not target.builds_on_device)
     ]
-    assert ("coreml engine was made, but" in "\n".join(registry.device_notes(target, INPUT, (3, 8, 8)))) == (
-        name == "ios"
-    )
+    assert ("coreml engine was made, but" in "\n".join(registry.device_notes(target))) == (name == "ios")

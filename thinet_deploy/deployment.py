@@ -26,7 +26,6 @@ from .bundle import BUILDER, KIT
 from .device_site import Machine
 from .environment import fingerprint, machine_id
 from .errors import GateError
-from .export import INPUT
 from .networks import Networks, gate
 from .precision.held import READERS
 from .precision.plan import PrecisionPlan
@@ -216,7 +215,7 @@ class _Deployment:
         """What the user has to know, or to do on the device."""
         dla = self.job.options.dla
         typed = precision_stage.file_notes(onnx.files.report, self.made.labels, self.target, dla)
-        return (*device_notes(self.target, INPUT, self.job.input_shape, dla), *self.plan.notes, *typed)
+        return (*device_notes(self.target, dla), *self.plan.notes, *typed)
 
     def bundle(self, onnx: _Onnx, engines: _Engines, parity: Stage, notes: tuple[str, ...]) -> Stage:
         """What ships."""

@@ -16,13 +16,14 @@ from . import android_site, android_stage, device_site
 from .adb import PREFIX, Adb
 from .android_site import Phone
 from .artifact import read_json, write_bytes, write_json
-from .bundle import MANIFEST, ONNX, EngineEntry, Manifest, built_path, read_manifest
+from .bundle import BUILDER, MANIFEST, ONNX, EngineEntry, Manifest, built_path, read_manifest
 from .device import Done
 from .device_site import Machine, Site
 from .devices import find_device
 from .errors import ConversionError, DeviceError, GateError, InputError, MissingError
 from .interfaces import Precision, Progress
 from .precision.inspected import inspect_built
+from .registry import builder_options
 from .shared_run import SharedRun
 from .store import Stage
 from .target import TargetProfile
@@ -30,7 +31,7 @@ from .target import TargetProfile
 FACTS, VERIFIED, MEASURED = "facts.json", "verify.json", "latency.json"
 EXECUTED = "precision.json"
 SECONDS = 5  # per engine
-_BUILDER, _TIMINGS = "tensorrt_builder.py", "timing.cache"
+_TIMINGS = "timing.cache"
 _NOTHING_RAN, _NO_TENSORRT = 3, 3
 
 
@@ -94,7 +95,7 @@ def on_device(
         names = (FACTS, VERIFIED, MEASURED)
         make = partial(android_stage.fill, machine, bundle.folder, threads, SECONDS, progress, names=names)
     else:
-        building = _builder_options(target, dla) if target.builds_on_device else None
+        building = builder_options(target, dla) if target.builds_on_device else None
         make = partial(_fill, machine, building, bundle.folder, threads, progress)
     stage = run.alone("device", inputs, lambda folder, _: make(folder))
     results = {name.removesuffix(".json"): stage.json(name) for name in (FACTS, VERIFIED, MEASURED)}
@@ -109,7 +110,7 @@ def _fill(
 ) -> None:
     site, manifest = device_site.send(machine, bundle, progress), read_manifest(bundle)
     executed: dict[str, Any] = {}
-    if building is not None and _BUILDER in manifest.files:
+    if building is not None and BUILDER.name in manifest.files:
         _build_all(site, manifest, building, folder, progress)
         for path, precision in _sources(manifest):
             engine = folder / built_path(precision)
@@ -193,13 +194,6 @@ def _sources(manifest: Manifest) -> list[tuple[str, Precision]]:
     return [(typed.path, typed.precision) for typed in manifest.typed] or [(ONNX, "fp32")]
 
 
-def _builder_options(target: TargetProfile, dla: int | None) -> list[str]:
-    """Of tensorrt_builder.py: the target's memory, and the DLA, which takes one batch size only."""
-    values = {"--workspace-mb": target.build.workspace_mb, "--guard-mb": target.build.ram_guard_mb, "--dla-core": dla}
-    options = [word for name, value in values.items() if value is not None for word in (name, str(value))]
-    return options if dla is None else [*options, "--batch", "1", "1", "1"]
-
-
 def _build_all(site: Site, manifest: Manifest, options: Sequence[str], folder: Path, progress: Progress) -> None:
     """Build TensorRT engines there, make them part of the bundle there, and bring them here."""
     for path, precision in _sources(manifest):
@@ -234,7 +228,7 @@ def _build(
 ) -> None:
     """Build one engine there within the target's memory; one that is finished is kept."""
     engine = f"{site.bundle}/{built_path(precision)}"
-    command = [f"{site.bundle}/{_BUILDER}", f"{site.bundle}/{source}", engine]
+    command = [f"{site.bundle}/{BUILDER.name}", f"{site.bundle}/{source}", engine]
     command += ["--precision", precision, "--cache", f"{site.cache}/{_TIMINGS}", *options]
     for needed in (site.cache, engine.rpartition("/")[0]):
         site.tell("folder", needed)

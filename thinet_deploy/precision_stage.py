@@ -28,7 +28,7 @@ from .precision.held import READERS
 from .precision.int8 import left_out
 from .precision.plan import PrecisionPlan, plan_precision
 from .prune_stage import HELD_OUT
-from .registry import converter, runs_here
+from .registry import builder_command, converter, runs_here
 from .target import TargetProfile
 from .tasks.base import Accuracy, Judgement
 from .tasks.classification import CLASSIFICATION
@@ -244,14 +244,10 @@ def file_notes(
                 listed = "; ".join(f"{layer} ({why})" for layer, why in how["kept"].items())
                 yield f"{labels[name]} in {precision}: these layers stay in fp32: {listed}."
             if "path" in how and not runs_here(target):
-                yield f"The bundle has the network in {precision}, for the device: {_use(target, precision, dla)}."
+                yield f"The bundle has the network in {precision}, for the device: {_use(target, precision, dla)}"
 
 
-def _use(target: TargetProfile, precision: str, dla: int | None) -> str:
-    """How an engine is built from a typed file: TensorRT 8, and a DLA before 11, also has to be allowed the type."""
-    if "tensorrt" not in target.runtimes:
-        return f"typed/model-{precision}.onnx"
-    typing = target.stack.strong_typing if target.stack else "opt-in"
-    allowed = f" --{precision}"
-    flags = {"none": allowed, "opt-in": " --stronglyTyped" if dla is None else allowed}.get(typing or "opt-in", "")
-    return f"give trtexec --onnx=typed/model-{precision}.onnx{flags} in place of --onnx=model.onnx"
+def _use(target: TargetProfile, precision: Precision, dla: int | None) -> str:
+    """The file, or how an engine is built from it."""
+    source = f"typed/model-{precision}.onnx"
+    return builder_command(target, source, precision, dla) if "tensorrt" in target.runtimes else source

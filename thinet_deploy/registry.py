@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import cast
 
 from .artifact import Artifact, sha256_of, size_of
+from .bundle import BUILDER, built_path
 from .engines import can_run
 from .errors import InputError, MissingError, UnknownNameError
-from .interfaces import Contract, Conversion, Converter, Progress, silent
+from .interfaces import Contract, Conversion, Converter, Precision, Progress, silent
 from .isolation import LIMIT_S, convert_isolated
 from .reproduce import write_script
 from .target import TargetProfile, load_profile
@@ -154,9 +155,7 @@ def runs_here(target: TargetProfile) -> bool:
     return target.is_local and not target.builds_on_device
 
 
-def device_notes(
-    target: TargetProfile, input_name: str, input_shape: tuple[int, int, int], dla: int | None = None
-) -> list[str]:
+def device_notes(target: TargetProfile, dla: int | None = None) -> list[str]:
     """What is left to do on the device, and what was not run here; `dla` is to take the layers that it can."""
     notes = []
     if target.builds_on_device and "tensorrt" in target.runtimes:
@@ -165,9 +164,9 @@ def device_notes(
             "A TensorRT engine belongs to the device it was built on, "
             f"so it has to be built on the {target.id}{stack}. "
             "--device ssh://user@host does all of it; or copy the bundle there and run in it:\n"
-            f"  {_trtexec(target, input_name, input_shape, dla)}\n"
-            "  python3 run.py    # checks the engines that came in the bundle, not this one "
-            "(needs numpy and their runtimes)"
+            f"  {builder_command(target, 'model.onnx', 'fp32', dla)}\n"
+            "which is where the apps in app/ look for it, whose `check` compares it with the golden outputs (run.py "
+            "checks what came in the bundle, not this one)."
         )
     made = host_runtimes(target)
     for runtime in _made_here(target):
@@ -192,10 +191,14 @@ def device_notes(
     return notes
 
 
-def _trtexec(target: TargetProfile, input_name: str, input_shape: tuple[int, int, int], dla: int | None) -> str:
-    shape = "x".join(map(str, input_shape))
-    batches = (("min", 1), ("opt", 1), ("max", 32 if dla is None else 1))  # a DLA takes one batch size only
-    sizes = " ".join(f"--{size}Shapes={input_name}:{n}x{shape}" for size, n in batches)
-    sizes += "" if dla is None else f" --useDLACore={dla} --allowGPUFallback"
-    workspace = f" --memPoolSize=workspace:{target.build.workspace_mb}" if target.build.workspace_mb else ""
-    return f"trtexec --onnx=model.onnx --saveEngine=model.engine {sizes}{workspace}"
+def builder_options(target: TargetProfile, dla: int | None) -> list[str]:
+    """Of tensorrt_builder.py: the target's memory, and the DLA, which takes one batch size only."""
+    values = {"--workspace-mb": target.build.workspace_mb, "--guard-mb": target.build.ram_guard_mb, "--dla-core": dla}
+    options = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+    return options if dla is None else [*options, "--batch", "1", "1", "1"]
+
+
+def builder_command(target: TargetProfile, source: str, precision: Precision, dla: int | None) -> str:
+    """What builds a TensorRT engine from a file of the bundle, to be run in it on the device."""
+    words = ("python3", BUILDER.name, source, built_path(precision), "--precision", precision)
+    return " ".join((*words, *builder_options(target, dla)))

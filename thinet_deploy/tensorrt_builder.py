@@ -378,6 +378,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         trt = importlib.import_module(name)
         settings = Settings(**{**asked, "batch": tuple(asked["batch"])})
+        engine.parent.mkdir(parents=True, exist_ok=True)
         report = build(trt, source, engine, settings, lambda *step: say(progress=step))
     except ImportError as error:
         say(error=f"{name} cannot be imported: {error}")
