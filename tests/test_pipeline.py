@@ -177,7 +177,6 @@ def test_the_same_seed_gives_the_same_plan_and_another_seed_other_samples(
     assert first[1] != other[1]
     errors = [[layer["error"] for layer in read_json(folder / "report.json")["layers"]] for folder in pruned]
     assert errors[0] == errors[1] != errors[2]
-    assert load_plan(pruned[0] / "plan.json").widths == load_plan(pruned[2] / "plan.json").widths
 
 
 # ---------------------------------------------------------------------------------------------- networks and targets

@@ -249,7 +249,7 @@ def test_a_jetson_gets_its_typed_files(
     assert [(engine.runtime, engine.precision) for engine in manifest.engines] == [("onnxruntime", "fp32")]
     assert verify_bundle(done.bundle)["exit_code"] == 0
     notes = "\n".join(done.notes)
-    assert f"--onnx=typed/model-int8.onnx {'--int8' if old else '--stronglyTyped'} in place" in notes
+    assert "tensorrt_builder.py typed/model-int8.onnx engines/tensorrt-int8/model.engine --precision int8" in notes
     assert {("gap", "FP32 → fp16 ONNX"), ("gap", "FP32 → int8 ONNX")} <= {(hop.model, hop.hop) for hop in done.hops}
 
 
@@ -257,8 +257,8 @@ def test_a_dla_gets_what_it_computes_in(copy: Path, tiny_options: MakeOptions) -
     done = build(again(tiny_options, copy, target="jetson-agx-orin", precision=None, dla=1))
     assert [each.precision for each in read_manifest(done.bundle).typed] == ["fp16"]
     notes = "\n".join(done.notes)
-    assert "--useDLACore=1 --allowGPUFallback" in notes
-    assert "--onnx=typed/model-fp16.onnx --fp16 in place" in notes, "flags decide there, before TensorRT 11"
+    assert "typed/model-fp16.onnx engines/tensorrt-fp16/model.engine --precision fp16" in notes
+    assert "--dla-core 1 --batch 1 1 1" in notes
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_images_without_labels_are_learnt_from_the_teacher(images: ImageSet) -> 
     bare = replace(images, labels=np.where(np.arange(COUNT) < 40, -1, images.labels))
     model = network()
     train(model, bare, Recipe(epochs=12, lr=0.05, batch=16), seed=2, stage="s", teacher=teacher)
-    assert evaluate(model, images).main > 90
+    assert evaluate(model, images).main > 80 > evaluate(network(), images).main
 
 
 def test_images_without_labels_need_a_teacher(images: ImageSet) -> None:
