@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _record import keep
+from _record import keep, kept
 from _trained import RESNET20_WEIGHTS, cifar10, trained_vgg, vgg_weights
 from rich.console import Console
 
@@ -38,16 +38,21 @@ def at_hand(name: str, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def accuracies(name: str, imagenet: Path | None, weights: str, *, quick: bool) -> None:
-    """Run a table's recipes; keep and print what they write."""
+    """Run a table's recipes that are not there yet, keep each at once, and print it."""
     if imagenet:
         common = {"data": imagenet, "weights": weights, "recipe": "iccv2017", "controls": "all"}
         recipes = [{**common, **each} for each in PAPERS[name]]
     else:
         recipes = at_hand(name, quick=quick)
-    tables, console = [], Console(width=160)
+    title = f"paper_tables-{name}-accuracy" + ("-imagenet" if imagenet else "")
+    rows, console = kept(title, quick=quick), Console(width=160)
     for recipe in recipes[:1] if quick else recipes:
+        label = str(recipe.get("preset", f"r={recipe.get('keep')}"))
+        if label in rows:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             done = pipeline.build(make_options({**recipe, "out": Path(folder) / "run"}))
-        tables.append({"options": {key: str(value) for key, value in recipe.items()}, "table": done.table.to_json()})
+        asked = {key: str(value) for key, value in recipe.items()}
+        rows[label] = {"options": asked, "table": done.table.to_json(), "parity": [vars(hop) for hop in done.hops]}
+        keep(title, {"rows": rows}, quick=quick)
         console.print(report.render([done.table], console.width), render_ledger(done.table.ledger))
-        console.print(keep(f"paper_tables-{name}-accuracy", {"imagenet": bool(imagenet), "runs": tables}, quick=quick))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _judge import best
+from _markdown import head, line, top1
 from _record import kept
 from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS
 
@@ -46,16 +47,16 @@ def _reconstruction() -> Iterator[str]:
         if not (rows := kept(f"reconstruction-{network}", quick=False)):
             continue
         columns = [f"{budget}, {how}" for budget in BUDGETS[network] for how in RECONSTRUCTIONS]
-        yield from (f"**{title}**, {_top1(rows['unpruned'])} before:", "", *_head("", columns))
+        yield from (f"**{title}**, {top1(rows['unpruned'])} before:", "", *head("", columns))
         for selection in SELECTIONS:
             names = [f"{budget}, {selection}, {how}" for budget in BUDGETS[network] for how in RECONSTRUCTIONS]
-            yield _row(selection, [_top1(rows.get(name)) for name in names])
+            yield line(selection, [top1(rows.get(name)) for name in names])
         allocated = [
-            _top1(rows.get(f"{budget}, elimination, full, allocated")) if how == "full" else ""
+            top1(rows.get(f"{budget}, elimination, full, allocated")) if how == "full" else ""
             for budget in BUDGETS[network]
             for how in RECONSTRUCTIONS
         ]
-        yield from (_row("**elimination, allocated**", allocated), "")
+        yield from (line("**elimination, allocated**", allocated), "")
 
 
 def _tuned() -> Iterator[str]:
@@ -66,13 +67,13 @@ def _tuned() -> Iterator[str]:
         "ResNet-20 takes a VGG three points below where it started, so those",
         "get one at either rate. `build` [tries the rate](adr/0024-trying-the-rate.md).",
         "",
-        *_head("network", ["row", "before", "rate", "after, each seed"]),
+        *head("network", ["row", "before", "rate", "after, each seed"]),
     )
     for network, title in NETWORKS.items():
         for name, row in kept(f"reconstruction-{network}", quick=False).items():
             for rate, seeds in row.get("tuned", {}).items():
                 if seeds:
-                    yield _row(title, [name, _top1(row), rate, ", ".join(map(_top1, seeds))])
+                    yield line(title, [name, top1(row), rate, ", ".join(map(top1, seeds))])
     yield ""
 
 
@@ -85,7 +86,7 @@ def _longer() -> Iterator[str]:
         "`benchmarks/finetuning.py`;",
         "[what was tried](adr/0015-short-fine-tuning.md)",
         "",
-        *_head("epochs", ["network", "top-1, each seed", "mean"]),
+        *head("epochs", ["network", "top-1, each seed", "mean"]),
     )
     for epochs in (2, 20):
         found: dict[str, list[dict[str, Any]]] = {}
@@ -93,7 +94,7 @@ def _longer() -> Iterator[str]:
             found.setdefault(name.rpartition(", seed")[0], []).append(row)
         for name, seeds in found.items():
             mean = statistics.fmean(row["top1"]["value"] for row in seeds)
-            yield _row(str(epochs), [name, ", ".join(map(_top1, seeds)), f"{mean:.2f}"])
+            yield line(str(epochs), [name, ", ".join(map(top1, seeds)), f"{mean:.2f}"])
     yield ""
 
 
@@ -110,8 +111,8 @@ def _peers() -> Iterator[str]:
             "(of two rates, the one that suited a contender best, where there are two).",
             "Measured before [27](adr/0027-errors-tried-at-the-outputs.md), with dropout on. `benchmarks/peers.py`",
             "",
-            *_head("", ["MMAC", "top-1 without training", "top-1 after the epoch", "behind the original"]),
-            *(_row(name, _contender(rows[name])) for name in order),
+            *head("", ["MMAC", "top-1 without training", "top-1 after the epoch", "behind the original"]),
+            *(line(name, _contender(rows[name])) for name in order),
             "",
         )
 
@@ -119,7 +120,7 @@ def _peers() -> Iterator[str]:
 def _contender(row: dict[str, Any]) -> list[str]:
     after = best(row)
     behind = f"{after['minus_unpruned']['value']:+.2f}" if "minus_unpruned" in after else ""
-    return [f"{row['macs'] / 1e6:.1f}", _top1(row["untuned"]), _top1(after), behind]
+    return [f"{row['macs'] / 1e6:.1f}", top1(row["untuned"]), top1(after), behind]
 
 
 def _photos() -> Iterator[str]:
@@ -130,22 +131,10 @@ def _photos() -> Iterator[str]:
             "Ten of its thousand ImageNet classes, 1,000 photos to train on, 400 to test (intervals of",
             "±4 points), five epochs at the better of two rates. `benchmarks/photos.py`",
             "",
-            *_head("", ["MMAC", "top-1 without training", "fine-tuned"]),
+            *head("", ["MMAC", "top-1 without training", "fine-tuned"]),
         )
         for name, row in rows.items():
-            yield _row(name, [f"{row['macs'] / 1e6:.0f}", _top1(row["untuned"]), _top1(best(row))])
-
-
-def _top1(row: dict[str, Any] | None) -> str:
-    return f"{row['top1']['value']:.2f}" if row else ""
-
-
-def _head(first: str, columns: list[str]) -> tuple[str, str]:
-    return _row(first, columns), "|---|" + "---:|" * len(columns)
-
-
-def _row(first: str, cells: list[str]) -> str:
-    return f"| {first} | " + " | ".join(cells) + " |"
+            yield line(name, [f"{row['macs'] / 1e6:.0f}", top1(row["untuned"]), top1(best(row))])
 
 
 if __name__ == "__main__":
