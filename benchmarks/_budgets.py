@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,12 +18,12 @@ from thinet_deploy.data import ImageSet
 from thinet_deploy.interfaces import Precision, Progress, silent
 from thinet_deploy.latency import EngineLatency, EngineRef
 from thinet_deploy.latency_stage import Bench, engine_for, layer_costs, shaped
-from thinet_deploy.pruning.allocation import Curve
-from thinet_deploy.pruning.budget import Widths, Wish, cost, may_vanish, some, uniform
+from thinet_deploy.pruning.allocation import Costs, Curve
+from thinet_deploy.pruning.budget import Widths, Wish, choices, cost, may_vanish, some, uniform
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import Branch, ChannelGraph, ChannelGroup
-from thinet_deploy.pruning.latency_budget import CORRECTIONS, NEAR, Measured
+from thinet_deploy.pruning.latency_budget import CORRECTIONS, NEAR, Measured, Trial
 from thinet_deploy.pruning.milliseconds import Milliseconds
 from thinet_deploy.pruning.oneshot import Method, weigh
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
@@ -100,6 +100,27 @@ class Subject:
         narrowest = uniform(self.groups, 0.0, wish)
         return next((widths for widths in tried if costs(widths)[0] <= most_ms), narrowest)
 
+    def most(self, costs: Milliseconds, most_ms: float, wish: Wish) -> Widths:
+        """Widths of that time that keep as many multiply-accumulates as they can, whatever is lost by them.
+
+        Again and again the group narrows that loses fewest multiply-accumulates per millisecond saved.
+        """
+        macs = Costs(self.tensors, self.graph, self.groups)
+        widths, open_to = dict(self.whole), {each.name: np.array(choices(each, wish)) for each in self.groups}
+        while (over := costs(widths)[0] - most_ms) > 0:
+            best = (np.inf, "", 0)
+            for name, every in open_to.items():
+                narrower = every[every < widths[name]]
+                saved, lost = costs.saved(widths, name, narrower)[0], macs.saved(widths, name, narrower)[0]
+                enough = saved >= over
+                pays = (saved > 0) & ~(enough & (narrower < narrower[enough].max(initial=0)))
+                for width, ratio in zip(narrower[pays].tolist(), (lost[pays] / saved[pays]).tolist(), strict=True):
+                    best = min(best, (ratio, name, width))
+            if not best[1]:
+                break
+            widths[best[1]] = best[2]
+        return widths
+
 
 def error(curves: dict[str, Curve], widths: Widths) -> float:
     """Predicted: the share of what the consumers say that is lost."""
@@ -162,15 +183,17 @@ class Shop:
         with self.clock("measuring"):
             return self.bench.compared(base, thin)
 
-    def as_fast(self, costs: Milliseconds, wanted: Measured, layers_ms: float, wish: Wish) -> Widths:
-        """Uniform widths whose network takes as long as another one, found as a budget of time is met."""
+    def as_fast(
+        self, make: Callable[[Milliseconds, float, Wish], Widths], costs: Milliseconds, wanted: Trial, wish: Wish
+    ) -> Widths:
+        """Widths of a kind (`Subject.even`, `Subject.most`) that take as long as others, found as a budget is met."""
         tried: list[tuple[float, Widths]] = []
-        budget = layers_ms
+        budget = wanted.layers_ms
         for _ in range(1 + CORRECTIONS):
-            widths = self.subject.even(costs, budget, wish)
+            widths = make(costs, budget, wish)
             if any(widths == each for _, each in tried):
                 break
-            ratio = self.measure(widths).speedup / wanted.speedup
+            ratio = self.measure(widths).speedup / wanted.measured.speedup
             tried.append((abs(ratio - 1), widths))
             if abs(ratio - 1) <= NEAR:
                 break
