@@ -122,6 +122,8 @@ def remote_latency(
 
 def show_device(found: Mapping[str, Any]) -> None:
     """What a build brought back from its device."""
+    from .report import built_notes
+
     verdicts = {(row["runtime"], row["precision"]): row for row in found["verify"]["engines"]}
     typer.echo()
     for line in _measured(found["latency"], found["facts"]):
@@ -130,10 +132,8 @@ def show_device(found: Mapping[str, Any]) -> None:
         error = f", error {row['max_relative_error']:.1e} of scale" if "max_relative_error" in row else ""
         typer.echo(f"  {runtime} {precision}: golden outputs {row['verdict']} there{error}")
     for precision, executed in found["precision"].items():
-        if "text" in executed:
-            typer.echo(f"  tensorrt {precision} runs {executed['text']}")
-        if (left := executed["gpu_fallback"]) is not None:
-            typer.echo(f"  tensorrt {precision}: the DLA left to the GPU: {', '.join(left) or 'nothing'}")
+        for note in built_notes(executed):
+            typer.echo(f"  tensorrt {precision}: {note}")
     typer.echo(f"  engines, logs and all samples: {found['folder']}")
 
 

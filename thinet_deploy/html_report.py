@@ -98,23 +98,18 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
 def _device(found: Mapping[str, Any]) -> dict[str, Any]:
     """What was verified and measured on a device, and what it is."""
     verdicts = {(row["runtime"], row["precision"]): row for row in found["verify"]["engines"]}
-    runs = {("tensorrt", kind): _runs(executed) for kind, executed in found["precision"].items()}
+    built = {("tensorrt", kind): report.built_notes(executed) for kind, executed in found["precision"].items()}
     timing = found["latency"]
     keys = [(row["runtime"], row["precision"]) for row in timing["engines"]]
-    rows = [_on_device(row, verdicts[key], runs.get(key, "")) for key, row in zip(keys, timing["engines"], strict=True)]
+    rows = [
+        _on_device(row, verdicts[key], built.get(key, [])) for key, row in zip(keys, timing["engines"], strict=True)
+    ]
     how = f"batch {timing['batch']}, threads {timing['threads']}"
     return {"processor": timing["processor"], "how": how, "rows": rows, "facts": list(_flat(found["facts"]))}
 
 
-def _runs(executed: Mapping[str, Any]) -> str:
-    """What an engine that was built there computes in, and where."""
-    left = executed["gpu_fallback"]
-    text = [f"runs {executed['text']}"] if "text" in executed else []
-    return "; ".join(text if left is None else [*text, f"the DLA left to the GPU: {', '.join(left) or 'nothing'}"])
-
-
-def _on_device(timed: Mapping[str, Any], verified: Mapping[str, Any], runs: str) -> dict[str, Any]:
-    summary, notes = timed.get("summary"), [verified["reason"] or timed["reason"], runs]
+def _on_device(timed: Mapping[str, Any], verified: Mapping[str, Any], built: Sequence[str]) -> dict[str, Any]:
+    summary, notes = timed.get("summary"), [verified["reason"] or timed["reason"], *built]
     row = {
         "name": f"{timed['runtime']} {timed['precision']}",
         "verdict": verified["verdict"],

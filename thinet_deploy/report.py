@@ -295,6 +295,12 @@ def notes_of(table: Table) -> list[str]:
     return notes + [f"{row.label}: {row.note}." for row in table.rows if row.note]
 
 
+def built_notes(executed: Mapping[str, Any]) -> list[str]:
+    """What an engine that a device built computes in, and what of it runs elsewhere; see `device_stage.on_device`."""
+    notes, left = [f"runs {executed['text']}"] if "text" in executed else [], executed["gpu_fallback"]
+    return notes if left is None else [*notes, f"the DLA left to the GPU: {', '.join(left) or 'nothing'}"]
+
+
 def render(tables: Sequence[Table], width: int) -> RenderableType:
     """The table, then the picture, then the small print, for a console of this width."""
     runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width))
