@@ -200,7 +200,9 @@ def measure_engines(
         for number, group in enumerate(groups):
 
             def on_round(done: int, before: int = number * rounds, runtime: str = group[0].runtime) -> None:
-                progress("Measuring engines", before + done, len(groups) * rounds, runtime)
+                last = before + done == len(groups) * rounds
+                note = f"{len(engines)} engines, {rounds} rounds" if last else runtime
+                progress("Measuring engines", before + done, len(groups) * rounds, note)
 
             found += _measure_group(group, ask, (rounds, seconds, fps), on_round)
     return found

@@ -146,7 +146,7 @@ def _interleave(
         for index in generator("latency", number).permutation(len(names)):
             passes[names[index]].append(_forward_backward(models[names[index]], images, clock))
         watch.look()
-        progress("Measuring forward and backward", number + 1, rounds)
+        progress("Measuring forward and backward", number + 1, rounds, f"{len(models)} models, {rounds} rounds")
     return passes, watch.summary()
 
 
