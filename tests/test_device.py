@@ -71,9 +71,12 @@ def test_verify_and_latency_work_there_too(server: Server, make_bundle: Make, cl
     assert (done.code, done.err.count("Error")) == (0, 0)
     assert "1 of 1 engines ran here" in done.out
     report = tmp_path / "report.json"
-    done = cli("latency", folder, *where, "--seconds", 1, "--out", report)
+    done = cli("latency", folder, *where, "--seconds", 0.5, "--rounds", 6, "--fps", 40.5, "--out", report)
     assert (done.code, "Measured on the device" in done.out) == (0, True)
-    assert read_json(report)["engines"][0]["rounds_ms"]
+    assert len(read_json(report)["engines"][0]["rounds_ms"]) == 6
+    assert (read_json(report)["seconds"], read_json(report)["fps"]) == (0.5, 40.5)
+    done = cli("latency", folder, *where, "--precision", "int8")
+    assert (done.code, "a bundle, which says both itself" in " ".join(done.err.split())) == (2, True)
     assert read_json(report)["environment"]["modules"]["numpy"] == np.__version__
 
 

@@ -298,7 +298,7 @@ def test_what_is_kept_from_before_is_told_before_the_next_work_and_at_the_end(tm
         run = SharedRun(tmp_path / "run", lambda stage, done, total, note="": told.append((stage, note)))
         with run.locked():
             for name, inputs in (("dense", {}), ("prune", {}), ("conv", {"last": last})):
-                run.stage(name, inputs, lambda *_, name=name: told.append(("made", name)))  # type: ignore[misc]
+                run.stage(name, inputs, lambda *_, name=name: told.append(("made", name)))
             run.alone("report", {}, lambda *_: told.append(("made", "report")))
 
     work(last=0)

@@ -22,7 +22,7 @@ DEFAULT_PYTHON = "python3"
 
 
 def ask_device(
-    bundle: Path, address: str, python: str | None, command: str, pace: Mapping[str, int] | None = None
+    bundle: Path, address: str, python: str | None, command: str, pace: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Copy a bundle to a device and run its run.py there; over adb, where no Python is, its programs in C++.
 
@@ -35,7 +35,7 @@ def ask_device(
     from .devices import find_device
 
     manifest, device = read_manifest(bundle), find_device(address)
-    options = [word for name, value in (pace or {}).items() if value for word in (f"--{name}", str(value))]
+    options = [word for name, value in (pace or {}).items() if value for word in (f"--{name}", f"{value:g}")]
     with bars(Console(stderr=True)) as progress:
         if isinstance(device, Adb):
             return _ask_phone(bundle, device, command, pace or {}, progress)
@@ -48,7 +48,7 @@ def ask_device(
 
 
 def _ask_phone(
-    bundle: Path, device: Device, command: str, pace: Mapping[str, int], progress: Progress
+    bundle: Path, device: Device, command: str, pace: Mapping[str, Any], progress: Progress
 ) -> dict[str, Any]:
     from . import android_site, android_stage
     from .errors import InputError
@@ -94,7 +94,7 @@ def remote_latency(
     things: Sequence[str],
     address: str,
     python: str | None,
-    pace: Mapping[str, int],
+    pace: Mapping[str, Any],
     out: Path | None,
     *,
     as_json: bool,

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 from .artifact import write_bytes, write_json
 from .errors import InputError, UnknownNameError
 from .intervals import Interval, unpaired_difference
-from .report import Table, Time
+from .table import Table, Time
 
 Outcome = Literal["met", "not met", "cannot be told apart", "not measured"]
 # Figure → the side it is limited on, its units (the first is the one it is kept in), and what each is worth.

@@ -9,8 +9,8 @@ from typing import Any
 
 from . import comparison, contract, report, report_plots
 from .artifact import hash_json, read_json, sha256_of
-from .report import Row, Table
 from .runner_text import latency_notes
+from .table import Row, Table
 
 TEMPLATE = Path(__file__).with_name("assets") / "report.html.j2"
 
@@ -35,7 +35,8 @@ class Page:
 def digest() -> str:
     """Changes when the page would look different for the same run."""
     here = Path(__file__)
-    return hash_json([sha256_of(path) for path in (TEMPLATE, here, here.with_name("report_plots.py"))])
+    parts = (here.with_name(f"{name}.py") for name in ("report", "report_plots", "contract", "comparison"))
+    return hash_json([sha256_of(path) for path in (TEMPLATE, here, *parts)])
 
 
 def render(pages: Sequence[Page], against: tuple[str, list[comparison.Against]] | None = None) -> str:
