@@ -153,6 +153,7 @@ def _timed(figure: str, table: Table) -> tuple[_Figure | None, str]:
     detail = f"{row.label}, {runtime}, threads: {table.threads}, {table.processor}"
     if time.invalid:
         return None, f"{detail}: invalid because {time.invalid}"
+    detail += ", unstable" if time.unstable else ""
     if figure == "latency":
         return _Figure(time.ms, time.low, time.high), detail
     found = None if time.speedup is None else _Figure(time.speedup, time.speedup_low, time.speedup_high)
