@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from _papers import COSTS
+from _papers import ALSO, COSTS
 from _record import keep
 from rich.console import Console
 from rich.table import Table
@@ -50,20 +50,25 @@ def costs(name: str, batch: int, rounds: int, device: str, mode: Mode, *, quick:
     facts = {"batch": batch, "size": size, "device": device, "mode": mode, "threads": torch.get_num_threads()}
     where = "" if (device, mode) == ("cpu", "eager") else f"-{device}-{mode}".replace(":", "")
     print(keep(f"paper_tables-{name}{where}", {**facts, "rows": rows}, quick=quick))
-    show(name, rows)
+    show(
+        f"{name}: batches of {batch} at {size[1]}×{size[2]}, torch on {device}, {mode}, threads: {facts['threads']}",
+        rows,
+    )
 
 
-def show(name: str, rows: dict[str, Any]) -> None:
+def show(title: str, rows: dict[str, Any]) -> None:
     """Ours, and the papers' in columns of their own."""
     theirs = ("top-1/top-5, paper", "#Param, paper", "#FLOPs, paper", "f./b. (×), paper")
     table = Table("network", "#Param", "#FLOPs", "f. (ms)", "b. (ms)", "f. (×)", "b. (×)", *theirs)
     base = next(iter(rows.values()))["printed"][4]
-    for row in rows.values():
+    for model, row in rows.items():
         label, accuracy, parameters, flops, paper = row["printed"]
         speed = f"{base[0] / paper[0]:.2f}×/{base[1] / paper[1]:.2f}×" if base and paper else "-"
         medians = (f"{row['times'][part]['summary']['median_ms']:.0f}" for part in ("forward", "backward"))
         ratios = ("{:.2f} ({:.2f}-{:.2f})".format(*row[f"{part}_speedup"]) for part in ("forward", "backward"))
         counts = f"{row['count']['parameters'] / 1e6:.2f}M", f"{row['count']['flops'] / 1e9:.2f}B"
-        table.add_row(label, *counts, *medians, *ratios, accuracy, parameters, flops, speed)
-    table.title = name
-    Console(width=180).print(table)
+        measured = [*counts, *medians, *ratios]
+        for who, top in ((label, accuracy), *([ALSO[model]] if model in ALSO else [])):
+            table.add_row(who, *measured, top, parameters, flops, speed)
+    table.title = title
+    Console(width=190).print(table)

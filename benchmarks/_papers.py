@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# --model → what the papers call it; top-1/top-5, #Param, #FLOPs, f./b. in ms (a Tesla M40, Caffe, batches of 32).
+# --model → what the papers call it; top-1/top-5 (of a ResNet-50 as in ICCV, and as in TPAMI), #Param, #FLOPs, f./b. in
+# ms (a Tesla M40, Caffe, batches of 32).
 Printed = tuple[str, str, str, str, tuple[float, float] | None]
 COSTS: dict[str, dict[str, Printed]] = {
     "vgg16": {
@@ -13,12 +14,15 @@ COSTS: dict[str, dict[str, Printed]] = {
         "squeezenet": ("SqueezeNet", "57.67/80.39", "1.24M", "1.72B", (37.30, 68.62)),
     },
     "resnet50": {
-        "resnet50-caffe": ("Original", "72.88/91.14", "25.56M", "7.72B", None),
-        "thinet-70": ("ThiNet-70", "72.04/90.67", "16.94M", "4.88B", None),
-        "thinet-50": ("ThiNet-50", "71.01/90.02", "12.38M", "3.41B", None),
-        "thinet-30": ("ThiNet-30", "68.42/88.30", "8.66M", "2.20B", None),
+        "resnet50-caffe": ("Original", "72.88/91.14, 75.30/92.20", "25.56M", "7.72B", None),
+        "thinet-70": ("ThiNet-70", "72.04/90.67, 74.03/92.11", "16.94M", "4.88B", None),
+        "thinet-50": ("ThiNet-50", "71.01/90.02, 72.03/90.99", "12.38M", "3.41B", None),
+        "thinet-30": ("ThiNet-30", "68.42/88.30, 68.17/88.86", "8.66M", "2.20B", None),
     },
 }
+
+# --model → another row of its architecture, so with its times: what it is called, and top-1/top-5.
+ALSO = {"thinet-conv": ("Train from scratch (Conv)", "67.00/87.45")}
 
 # Method → change of top-1/top-5 against each paper's own original, and ↓#Param/↓#FLOPs; VGG-16 on ImageNet.
 FILTER_PRUNING = {

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from ssh_server import Server, serving
 
 # For tiny networks, threads that wait for each other cost more than they save: minutes, where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -288,3 +289,38 @@ def mixed_values(mixed_model: Any, mixed_images: Any) -> Any:
     from thinet_deploy.precision.calibration import observe
 
     return observe(mixed_model, lambda: [mixed_images[:50], mixed_images[50:]])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A device behind a real sshd on this machine, for all tests of a file."""
+    with serving(tmp_path_factory.mktemp("ssh")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(place: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The device, with `ssh` knowing its key."""
+    from ssh_bundles import on_path
+
+    on_path(place, monkeypatch)
+    return place
+
+
+@pytest.fixture(scope="module")
+def device_spec(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of the bundles that `make_bundle` makes."""
+    from ssh_bundles import typed_spec
+
+    return typed_spec(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def make_bundle(device_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Makes the stage of a bundle, which its device measures for a second."""
+    from ssh_bundles import maker
+
+    from thinet_deploy import device_stage
+
+    monkeypatch.setattr(device_stage, "SECONDS", 1)
+    return maker(device_spec, tmp_path)

@@ -72,6 +72,7 @@ LEVELS = {
         "hops",
         "html_report",
         "report_plots",
+        "table",
         "comparison",
         "contract",
         "plots",

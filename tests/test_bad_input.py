@@ -22,7 +22,7 @@ from thinet_deploy.models.loading import load_function
 
 GOOD = "build --data data --model net.py:tiny --epochs 1 --out run"
 JPG, PNG = Path("data/train/dark/0.jpg"), Path("data/val/light/1.png")
-READING = re.compile(r"^Reading \w+ images: done\n", re.MULTILINE)  # progress, which is no complaint
+READING = re.compile(r"^Reading \w+ images: done( \([\d,]+\))?\n", re.MULTILINE)  # progress, which is no complaint
 Prepare = Callable[[], object]
 
 

@@ -16,8 +16,8 @@ from thinet_deploy.artifact import write_json
 from thinet_deploy.comparison import Against, Difference
 from thinet_deploy.errors import UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
-from thinet_deploy.report import Row, Table, Time, check_machines
 from thinet_deploy.store import Run
+from thinet_deploy.table import Row, Table, Time, check_machines
 
 FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}
 ORIGINAL = Row("original", "Original", FIGURES, 9, 9, Time(9, 8, 10), Time(9, 8, 10), {"ov": Time(8, 7.9, 8.1)}, 800)
@@ -90,7 +90,8 @@ def test_an_invalid_time_is_compared_with_nothing(tmp_path: Path) -> None:
 
 
 def test_an_invalid_time_is_not_shown_as_a_time() -> None:
-    hot = Time.of({"median_ms": 4.0, "interval_ms": [3, 5], "invalid": ["the machine throttled: heat"]}, {"ratio": 2.0})
+    summary = {"median_ms": 4.0, "interval_ms": [3, 5], "invalid": ["the machine throttled: heat"], "warnings": []}
+    hot = Time.of(summary, {"ratio": 2.0})
     assert (hot.speedup, hot.invalid) == (None, "the machine throttled: heat")
     row = replace(CONV, engines={"ov": hot}, forward=hot, backward=hot)
     table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), (row,), (), "conv")
@@ -102,6 +103,27 @@ def test_an_invalid_time_is_not_shown_as_a_time() -> None:
     assert "Thin on ov: invalid because the machine throttled: heat; measure again." in text
     assert report_plots.accuracy_plot(table) == ""
     assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
+    (line,) = csv.DictReader(io.StringIO(report.to_csv([table])))
+    assert {line[name] for name in ("forward_ms", "backward_ms", "ov_ms", "ov_speedup")} == {""}
+
+
+def test_an_unstable_time_is_named_under_the_table() -> None:
+    shaky = Time.of(
+        {"median_ms": 4.0, "interval_ms": [3, 5], "invalid": [], "warnings": ["unstable because busy"]}, None
+    )
+    rows = (ORIGINAL, replace(CONV, engines={"ov": shaky}, forward=shaky, backward=shaky), LONGER)
+    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), rows, (), "conv")
+    (note,) = (note for note in report.notes_of(table) if "Unstable" in note)
+    assert note.endswith("than the intervals say: Thin on torch; Thin on ov.")
+    calm = replace(table, rows=(ORIGINAL, CONV, LONGER))
+    assert not any("Unstable" in note for note in report.notes_of(calm))
+
+
+def test_across_machines_no_interval_is_claimed(tmp_path: Path) -> None:
+    a, b = (finished(tmp_path / name, ORIGINAL, CONV) for name in "ab")
+    there = replace(b, table=replace(b.table, machine="n"))
+    found = by_row(comparison.against([a, there], "a/conv")[1])["b/Thin"].faster["ov"]
+    assert (found.value, found.low, found.high, found.in_turn) == (1.0, None, None, False)
 
 
 def test_newcombes_interval_is_the_published_one() -> None:

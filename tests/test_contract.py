@@ -15,8 +15,8 @@ from thinet_deploy import contract
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import InputError, UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
-from thinet_deploy.report import Row, Table, Time
 from thinet_deploy.store import Run
+from thinet_deploy.table import Row, Table, Time
 
 TORCH = Time(9, 8, 10)
 FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}

@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import sys
 import threading
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from boards import PI_FILES, a_machine
-from ssh_server import Server, serving
+from ssh_bundles import wait_for
+from ssh_server import Server
 
 from thinet_deploy import device_site, latency_stage, pipeline, runner, staircase, tools
 from thinet_deploy.artifact import read_json
@@ -41,21 +40,13 @@ PYTHON = sys.executable
 CONV = LayerShape("conv", (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), 1, (8, 8))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A device that all tests of this file may use."""
-    with serving(tmp_path_factory.mktemp("ssh")) as server:
-        yield server
-
-
 @pytest.fixture
-def server(place: Server, brief: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+def server(server: Server, brief: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """The device; nothing is timed here, and there for moments only."""
     for runtime in staircase.RUNTIMES:
         pytest.importorskip(runtime, reason=f"{runtime} is not installed")
-    monkeypatch.setenv("PATH", f"{place.folder / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(runner, "Worker", lambda: pytest.fail("something is timed on this machine"))
-    return place
+    return server
 
 
 @pytest.fixture
@@ -235,13 +226,6 @@ def test_after_a_cut_only_what_is_missing_is_measured(
     assert found[1] == result, "nor the second, which were finished there"
     assert "0.onnx" not in sent[2], "nor are they sent again"
     assert not list((server.cache / "trials").iterdir())
-
-
-def wait_for(there: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
-    while not there():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
 
 
 def test_a_network_that_the_device_cannot_run_is_named(server: Server, tmp_path: Path) -> None:

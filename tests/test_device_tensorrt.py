@@ -7,16 +7,15 @@ Runtime (see tensorrt_device.py). Neither TensorRT nor a GPU was ever at hand.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ssh_server import Server, serving
+from ssh_server import Server
 from tensorrt_versions import Version, as_tensorrt, fake_engine, version_of
 
 from thinet_deploy import bundle, device_site, device_stage
@@ -40,12 +39,6 @@ ONE = pytest.mark.parametrize("version", ["10.3"], indirect=True)
 def version(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Version:
     """What JetPack 6.0 and 6.2 bring."""
     return version_of(request.param, tmp_path_factory.mktemp("libraries"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("ssh")) as server:
-        yield server
 
 
 def half_onnx(path: Path, kind: str = "FLOAT16") -> Path:
@@ -100,7 +93,6 @@ def stage(tmp_path: Path) -> Stage:
 @pytest.fixture
 def deploy(server: Server, version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deploy:
     """Takes a bundle to the device, whose Python finds the tests' TensorRT; `changes` are of its environment."""
-    monkeypatch.setenv("PATH", f"{server.folder / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(device_stage, "SECONDS", 1)
     python, modules = tmp_path / "python", as_tensorrt(tmp_path / "modules")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_oneshot import NETWORKS, SHAPE, Plain, graph_of, network, sample
+from small_networks import NETWORKS, SHAPE, Plain, graph_of, network, sample
 from torch import nn
 from torch.nn import functional as F
 

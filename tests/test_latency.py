@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from tiny_onnx import pooled_onnx
 
-from thinet_deploy import latency, runner, runner_text, sensors, torch_latency
+from thinet_deploy import latency, runner, runner_text, samples, sensors, torch_latency
 from thinet_deploy.errors import InputError, MissingError, ThinetDeployError
-from thinet_deploy.latency import EngineRef
+from thinet_deploy.interfaces import Precision
+from thinet_deploy.latency import EngineLatency, EngineRef
 
 INPUTS = {"x": np.ones((2, 3, 16, 16), "float32")}
 
@@ -61,15 +62,26 @@ def test_a_report_takes_this_machine_when_none_is_given() -> None:
     assert latency.report().environment
 
 
-def test_the_baseline_of_a_speedup_has_the_same_precision_where_there_is_one(tmp_path: Path) -> None:
-    refs = [EngineRef("original", "a", tmp_path, p) for p in ("fp32", "int8")]
-    thin = EngineRef("thin", "a", tmp_path, "int8")
-    series = [[[8.0]] * 7, [[4.0]] * 7, [[2.0]] * 7]
-    same = latency._engine_speedup(thin, series[2], [*refs, thin], series)
-    assert same == latency.Speedup(2.0, 2.0, 2.0, "original a int8")
-    other = EngineRef("thin", "a", tmp_path, "bf16")
-    first = latency._engine_speedup(other, series[2], [*refs, other], series)
-    assert first == latency.Speedup(4.0, 4.0, 4.0, "original a fp32")
+def a_row(model: str, precision: Precision, ms: float, *, finite: bool = True) -> EngineLatency:
+    """As `runner.measure` gives it, seven rounds of one run each."""
+    machine: dict[str, Any] = {"throttled": [], "warnings": []}
+    summary = samples.judged(samples.summarize_rounds([[ms]] * 7), machine, finite=finite)
+    row = {"rounds_ms": [[ms]] * 7, "summary": summary, "machine": machine, "load_ms": 1.0, "first_ms": 1.0}
+    more: dict[str, Any] = {"describe": {}, "clocks_ms": {}, "memory": {}, "energy": None}
+    return latency.latencies([EngineRef(model, "a", Path("x"), precision)], [{**row, **more}], 1, 1)[0]
+
+
+def test_the_baseline_of_a_speedup_has_the_same_precision_where_there_is_one() -> None:
+    rows = [a_row("original", "fp32", 8.0), a_row("original", "int8", 4.0)]
+    same, other = a_row("thin", "int8", 2.0), a_row("thin", "bf16", 2.0)
+    assert latency._engine_speedup(same, [*rows, same]) == latency.Speedup(2.0, 2.0, 2.0, "original a int8")
+    assert latency._engine_speedup(other, [*rows, other]) == latency.Speedup(4.0, 4.0, 4.0, "original a fp32")
+
+
+@pytest.mark.parametrize("finite", [(False, True), (True, False)])
+def test_no_speedup_is_made_of_a_time_that_does_not_hold(finite: tuple[bool, bool]) -> None:
+    rows = [a_row("original", "fp32", 8.0, finite=finite[0]), a_row("thin", "fp32", 2.0, finite=finite[1])]
+    assert latency._engine_speedup(rows[1], rows) is None
 
 
 def test_failures_are_explained_and_leave_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,9 +254,9 @@ def test_models_are_measured_forward_and_backward_and_left_as_they_were() -> Non
     assert not models["thin"][0].weight.requires_grad
     assert [(f.model, f.device, f.batch) for f in found] == [("original", "cpu", 4), ("thin", "cpu", 4)]
     for one in found:
-        for samples in (one.forward, one.backward):
-            assert len(samples.rounds_ms) == samples.summary["n"] == 7
-            assert len(samples.summary["interval_ms"]) == 2
+        for part in (one.forward, one.backward):
+            assert len(part.rounds_ms) == part.summary["n"] == 7
+            assert len(part.summary["interval_ms"]) == 2
     assert found[0].speedup is None
     assert found[1].speedup is not None
     assert len(seen) == 7

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,17 @@ import torch
 from torch import nn
 
 from thinet_deploy.errors import GateError, InputError
+from thinet_deploy.latency import EngineRef, Samples
+from thinet_deploy.latency_stage import Bench
 from thinet_deploy.layer_networks import LayerShape, layers_of
 from thinet_deploy.pruning.allocation import Curve
 from thinet_deploy.pruning.budget import Widths, Wish, possible, uniform
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.latency_budget import CORRECTIONS, Found, Goal, Measured, meet
 from thinet_deploy.pruning.milliseconds import Milliseconds, sized
-from thinet_deploy.staircase import Points, Task, survey
+from thinet_deploy.staircase import Engine, Points, Task, survey
 from thinet_deploy.surfaces import Timing
+from thinet_deploy.target import load_profile
 
 SHAPE = (3, 16, 16)
 
@@ -239,3 +244,28 @@ def test_predicted_savings_are_differences_of_costs() -> None:
         saved = costs.saved(whole, group.name, there)[0]
         again = [costs(whole)[0] - costs({**whole, group.name: int(width)})[0] for width in there]
         assert saved == pytest.approx(again, abs=1e-9)
+
+
+class Hot:
+    """A machine that throttles in so many measurements."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def engines(self, refs: Sequence[EngineRef], *_: Any) -> list[Any]:
+        self.left -= 1
+        machine = {"throttled": ["cpu0 core_throttle_count rose by 1"] if self.left >= 0 else []}
+        series = {"base": [[4.0]] * 7, "thin": [[2.0]] * 7}
+        return [SimpleNamespace(machine=machine, samples=Samples.of(series[ref.model]), median_ms=2.0) for ref in refs]
+
+
+def test_times_of_a_machine_that_throttles_decide_nothing() -> None:
+    refs = [EngineRef(name, "openvino", Path(name)) for name in ("base", "thin")]
+
+    def compared(times: int) -> Measured:
+        engine = Engine("openvino", timer=Hot(times))  # type: ignore[arg-type]  # all that is asked of it here
+        return Bench(engine, load_profile("cpu"), np.zeros((1, 3, 8, 8), "float32")).compared(refs[0], refs[1])
+
+    assert compared(times=2).speedup == 2.0
+    with pytest.raises(GateError, match=r"throttled in each of 3 attempts \(cpu0 core_throttle_count rose by 1\)"):
+        compared(times=3)

@@ -56,7 +56,7 @@ def test_two_engines_are_measured_in_turn_also_at_a_frame_rate(cli: Cli, tmp_pat
     wide, thin = pooled_onnx(tmp_path / "wide.onnx", 64), pooled_onnx(tmp_path / "thin.onnx", 4)
     done = cli("latency", wide, thin, *FAST, "--fps", 100, "--out", tmp_path / "out.json")
     assert done.code == 0
-    assert done.out.count("times faster than wide fp32") == 2
+    assert done.out.count("times as fast as wide onnxruntime fp32") == 2
     assert done.out.count(", 100 a second") == 2
     document = json.loads((tmp_path / "out.json").read_text())
     assert [(row["model"], row["fps"]) for row in document["engines"]] == [
@@ -67,6 +67,21 @@ def test_two_engines_are_measured_in_turn_also_at_a_frame_rate(cli: Cli, tmp_pat
     ]
     assert document["environment"]["cpu"]
     assert all(row["energy"] is None or row["energy"]["joules_per_run"] for row in document["engines"])
+
+
+def test_engines_and_models_of_other_images_are_not_compared_with_each_other(cli: Cli, tmp_path: Path) -> None:
+    small, large = pooled_onnx(tmp_path / "small.onnx"), pooled_onnx(tmp_path / "large.onnx", size=24)
+    twin = pooled_onnx(tmp_path / "twin.onnx")
+    done = cli("latency", small, large, twin, *FAST, "--json")
+    faster = {row["model"]: row["speedup"] for row in json.loads(done.out)["engines"]}
+    assert faster["small"] is faster["large"] is None, "nothing was measured in turn with them before them"
+    assert faster["twin"]["baseline"] == "small onnxruntime fp32"
+
+
+def test_models_are_compared_with_the_first_of_them(cli: Cli, workplace: Path) -> None:
+    done = cli("latency", "net.py:tiny", "net.py:wider", *FAST)
+    assert done.code == 0, done.err
+    assert done.out.count("times as fast as net.py:tiny torch forward and backward") == 1
 
 
 def test_a_model_is_measured_forward_and_backward(cli: Cli, workplace: Path) -> None:
@@ -144,8 +159,9 @@ def test_a_time_that_does_not_hold_ends_with_1(cli: Cli, tmp_path: Path, monkeyp
         return {"x": np.full((1, 3, 16, 16), np.nan, "float32")}
 
     monkeypatch.setattr(things, "_noise", noise)
-    done = cli("latency", pooled_onnx(tmp_path / "net.onnx"), *FAST)
+    done = cli("latency", pooled_onnx(tmp_path / "net.onnx"), pooled_onnx(tmp_path / "thin.onnx", 4), *FAST)
     assert done.code == 1
+    assert "times as fast" not in done.out
     assert "INVALID because the outputs hold NaN or infinity" in done.out
 
 

@@ -182,6 +182,8 @@ def test_titles() -> None:
     assert titles(keep=0.3) == ["ThiNet-Conv (r=0.3)", "ThiNet-GAP", "ThiNet-GAP (r=0.3)"]
     assert titles(preset="thinet-tiny") == ["ThiNet-Tiny (its head as it was)", *["ThiNet-Tiny"] * 2]
     assert titles(preset="thinet-70") == ["ThiNet-70"] * 3
+    assert titles(keep=0.3, gcos=True) == ["ThiNet-Conv (r=0.3, gcos)", "ThiNet-GAP (gcos)", "ThiNet-GAP (r=0.3, gcos)"]
+    assert titles(preset="thinet-tiny", gcos_layer={"features.2*": 4})[1] == "ThiNet-Tiny (gcos)"
     several = make_options({"preset": "thinet-70", "method": "apoz,random"})
     assert several.title(method="random") == "ThiNet-70 (random)"
     with pytest.raises(InputError):

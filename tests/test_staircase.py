@@ -299,6 +299,7 @@ def test_an_impossible_budget_ends_with_the_smallest_time(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"latency": "8"}, r"--latency is 8: it is not in one of the forms below"),
         ({"latency": "8ms", "macs": "2x"}, "--latency and --macs are 2 budgets"),
         ({"latency": "8ms", "speedup": "2x"}, "--latency and --speedup are 2 budgets"),
         ({"speedup": "2x", "recipe": "iccv2017"}, "with --recipe iccv2017 there are none"),

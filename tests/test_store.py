@@ -12,11 +12,13 @@ import pytest
 
 from thinet_deploy.artifact import sha256_of, write_bytes
 from thinet_deploy.errors import OutputError
+from thinet_deploy.shared_run import SharedRun
 from thinet_deploy.store import Checkpoint, Run, open_run
 
 HOLDS = """
 import sys
 from pathlib import Path
+from thinet_deploy.shared_run import SharedRun
 from thinet_deploy.store import Run
 with Run(Path(sys.argv[1])).locked():
     print("in")
@@ -286,3 +288,22 @@ def test_the_hash_of_a_folder_depends_on_names_and_contents(tmp_path: Path) -> N
 
     assert digest(a="1", b__c="2") == digest(b__c="2", a="1")
     assert len({digest(a="1"), digest(b="1"), digest(a="2"), digest(a="1", b="1"), digest(b__a="1")}) == 5
+
+
+def test_what_is_kept_from_before_is_told_before_the_next_work_and_at_the_end(tmp_path: Path) -> None:
+    told: list[tuple[str, str]] = []
+
+    def work(last: int) -> None:
+        told.clear()
+        run = SharedRun(tmp_path / "run", lambda stage, done, total, note="": told.append((stage, note)))
+        with run.locked():
+            for name, inputs in (("dense", {}), ("prune", {}), ("conv", {"last": last})):
+                run.stage(name, inputs, lambda *_, name=name: told.append(("made", name)))
+            run.alone("report", {}, lambda *_: told.append(("made", "report")))
+
+    work(last=0)
+    assert told == [("made", name) for name in ("dense", "prune", "conv", "report")]
+    work(last=1)
+    assert told == [("Taking from before", "dense, prune"), ("made", "conv"), ("Taking from before", "report")]
+    work(last=1)
+    assert told == [("Taking from before", "dense, prune, conv, report")]

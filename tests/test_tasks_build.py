@@ -14,6 +14,7 @@ import torch
 from voc_shapes import NETWORKS, write_voc
 
 from thinet_deploy import report
+from thinet_deploy import table as tables
 from thinet_deploy.artifact import read_json
 from thinet_deploy.bundle import verify_bundle
 from thinet_deploy.deployment import Build
@@ -99,7 +100,7 @@ def test_every_engine_says_what_the_network_says(built: tuple[str, Build, list[f
 
 def test_it_is_in_the_table_and_in_the_contract(built: tuple[str, Build, list[float]]) -> None:
     kind, done, _ = built
-    table = report.read_table(done.run)
+    table = tables.read_table(done.run)
     assert table == done.table
     head = report.to_markdown([table]).splitlines()[0]
     assert TASKS[kind][0] in head

@@ -1,5 +1,6 @@
 """The transfer table: prune here and fine-tune there, the other way round, or from scratch."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from thinet_deploy.bundle import read_manifest
 from thinet_deploy.deployment import Build
+from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build
 from thinet_deploy.pruning.plan import load_plan
@@ -90,6 +93,18 @@ def test_the_ledger_says_where_each_was_measured(done: Build, there: Path) -> No
     assert ("ThiNet-Conv (r=0.5), data", "fine-tuned, 1 epoch at 0.01, the original as teacher") in steps
     assert ("FT & prune", "fine-tuned, 2 epochs at 0.01, the original as teacher") in steps
     assert ("Train from scratch", "5 epochs") in steps
+
+
+def test_the_ledger_says_on_how_many_images_where_they_differ(done: Build) -> None:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render_ledger(done.table.ledger))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Accuracy, step by step (95 % intervals)" in text
+    page = (done.run / "report" / "report.html").read_text()
+    assert page.count("<h3>Filters, layer by layer, FT &amp; prune</h3>") == 1
+    for network, images in (("Original, data", 15), ("FT &amp; prune", 20)):
+        assert f"{network}, on {images} test images" in page
+        assert f"{network.replace('&amp;', '&')}, on {images} test images" in text
 
 
 def test_only_what_depends_on_the_target_is_made_anew(

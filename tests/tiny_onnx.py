@@ -9,13 +9,13 @@ from thinet_deploy.bundle import BundleSpec, EngineFile
 from thinet_deploy.interfaces import TensorSpec
 
 
-def pooled_onnx(path: Path, width: int = 8) -> Path:
-    """One convolution of `width` filters and a global pool."""
+def pooled_onnx(path: Path, width: int = 8, size: int = 16) -> Path:
+    """One convolution of `width` filters and a global pool, for images of `size` pixels on a side."""
     onnx = pytest.importorskip("onnx", reason="the engines of these tests are made with onnx")
     make = onnx.helper
     weight = np.random.default_rng(0).standard_normal((width, 3, 3, 3)).astype("float32")
     nodes = [make.make_node("Conv", ["x", "w"], ["c"]), make.make_node("GlobalAveragePool", ["c"], ["y"])]
-    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, 16, 16]), ("y", [width, 1, 1]))]
+    ends = [make.make_tensor_value_info(n, 1, ["batch", *s]) for n, s in (("x", [3, size, size]), ("y", [width, 1, 1]))]
     graph = make.make_graph(nodes, "tiny", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
     return path

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .preprocess import Preprocess
     from .pruning.plan import Plan, load_plan
     from .pruning.surgery import load_thin
-    from .report import read_table
+    from .table import read_table
     from .target import TargetProfile, load_profile
     from .torch_latency import measure_torch
 
@@ -50,7 +50,7 @@ _HOME = {
     "measure_engines": "latency",
     "measure_torch": "torch_latency",
     "prune": "pipeline",
-    "read_table": "report",
+    "read_table": "table",
     "verify_bundle": "bundle",
 }
 

@@ -95,26 +95,33 @@ def _fetched(place: Place, source: str, expected: Mapping[str, Array]) -> dict[s
 
 
 def latency(
-    phone: Phone, bundle: Path, progress: Progress, *, threads: int = 1, seconds: float = 5, fps: float = 0
+    phone: Phone,
+    bundle: Path,
+    progress: Progress,
+    *,
+    threads: int = 1,
+    seconds: float = 5,
+    rounds: int = ROUNDS,
+    fps: float = 0,
 ) -> dict[str, Any]:
     """Time every engine there, in turn, each turn in a process of its own; the report of `run.py latency`."""
     manifest, place = read_manifest(bundle), android_site.send(phone, bundle, progress)
     rows = [{**_named(engine), **_ready(place, engine)} for engine in manifest.engines]
     ready = [row for row in rows if row["verdict"] == PASSED]
     thermal = [phone.thermal_status()]
-    for number in range(ROUNDS):
-        progress("Measuring on the device", number, ROUNDS)
+    for number in range(rounds):
+        progress("Measuring on the device", number, rounds)
         order = [row for row in ready if row["verdict"] == PASSED]
         random.Random(f"latency:{number}").shuffle(order)  # so that nobody keeps its neighbour
         for row in order:
-            _take_turn(place, row, (str(threads), f"{seconds / ROUNDS:.6f}", f"{fps:g}"))
+            _take_turn(place, row, (str(threads), f"{seconds / rounds:.6f}", f"{fps:g}"))
         thermal.append(phone.thermal_status())
-    progress("Measuring on the device", ROUNDS, ROUNDS)
+    progress("Measuring on the device", rounds, rounds)
     machine = _machine(thermal)
     for row in ready:
         turns = row.pop("turns")
         row.update(_figures(turns, machine, fps) if row["verdict"] == PASSED else {})
-    how = {"batch": 1, "threads": threads, "seconds": seconds, "rounds": ROUNDS, "fps": fps}
+    how = {"batch": 1, "threads": threads, "seconds": seconds, "rounds": rounds, "fps": fps}
     where = {"processor": phone.processor, "platform": phone.fingerprint["system"]}
     return {
         "bundle": place.bundle,

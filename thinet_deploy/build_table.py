@@ -15,9 +15,8 @@ from .job import Job
 from .ledger import Entry
 from .networks import Networks
 from .registry import host_runtimes, runs_here
-from .report import Row, Table
-from .runner import usable_cores
 from .store import Stage
+from .table import Row, Table
 from .tasks.base import Accuracy
 from .tools import read_accuracy
 
@@ -47,7 +46,7 @@ def build_table(job: Job, made: Networks, files: Files, measured: Stage, drops: 
         machine=machine_id(environment),
         processor=environment.get("cpu", {}).get("model", "unknown processor"),
         threads=job.options.threads,
-        cores=usable_cores(),
+        torch_threads=timing["models"][0]["threads"],
         batch=deploy_stage.TORCH_BATCH,
         runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),

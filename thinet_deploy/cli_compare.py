@@ -46,11 +46,12 @@ def compare(
     [bold]thinet-deploy compare runs/vgg-50 runs/vgg-30 --baseline vgg-50 --format html > report.html[/bold]
     [bold]thinet-deploy compare runs/vgg-50 --require "latency<=8ms" --require "top1-drop<=1.0"[/bold]   (exit code 1)
     """
-    from . import comparison, contract, report
+    from . import comparison, contract
+    from .table import check_machines, read_table
 
-    found = [comparison.Run(run, report.read_table(run)) for run in runs]
+    found = [comparison.Run(run, read_table(run)) for run in runs]
     if not across_machines:
-        report.check_machines([run.table for run in found])
+        check_machines([run.table for run in found])
     against = comparison.against(found, baseline) if baseline else None
     verdicts = [contract.judge(require or (), run.table) for run in found]
     for run, own in zip(found, verdicts, strict=True):

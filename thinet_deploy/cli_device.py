@@ -22,7 +22,7 @@ DEFAULT_PYTHON = "python3"
 
 
 def ask_device(
-    bundle: Path, address: str, python: str | None, command: str, pace: Mapping[str, int] | None = None
+    bundle: Path, address: str, python: str | None, command: str, pace: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Copy a bundle to a device and run its run.py there; over adb, where no Python is, its programs in C++.
 
@@ -35,7 +35,7 @@ def ask_device(
     from .devices import find_device
 
     manifest, device = read_manifest(bundle), find_device(address)
-    options = [word for name, value in (pace or {}).items() if value for word in (f"--{name}", str(value))]
+    options = [word for name, value in (pace or {}).items() if value for word in (f"--{name}", f"{value:g}")]
     with bars(Console(stderr=True)) as progress:
         if isinstance(device, Adb):
             return _ask_phone(bundle, device, command, pace or {}, progress)
@@ -48,7 +48,7 @@ def ask_device(
 
 
 def _ask_phone(
-    bundle: Path, device: Device, command: str, pace: Mapping[str, int], progress: Progress
+    bundle: Path, device: Device, command: str, pace: Mapping[str, Any], progress: Progress
 ) -> dict[str, Any]:
     from . import android_site, android_stage
     from .errors import InputError
@@ -94,7 +94,7 @@ def remote_latency(
     things: Sequence[str],
     address: str,
     python: str | None,
-    pace: Mapping[str, int],
+    pace: Mapping[str, Any],
     out: Path | None,
     *,
     as_json: bool,
@@ -122,6 +122,8 @@ def remote_latency(
 
 def show_device(found: Mapping[str, Any]) -> None:
     """What a build brought back from its device."""
+    from .report import built_notes
+
     verdicts = {(row["runtime"], row["precision"]): row for row in found["verify"]["engines"]}
     typer.echo()
     for line in _measured(found["latency"], found["facts"]):
@@ -130,10 +132,8 @@ def show_device(found: Mapping[str, Any]) -> None:
         error = f", error {row['max_relative_error']:.1e} of scale" if "max_relative_error" in row else ""
         typer.echo(f"  {runtime} {precision}: golden outputs {row['verdict']} there{error}")
     for precision, executed in found["precision"].items():
-        if "text" in executed:
-            typer.echo(f"  tensorrt {precision} runs {executed['text']}")
-        if (left := executed["gpu_fallback"]) is not None:
-            typer.echo(f"  tensorrt {precision}: the DLA left to the GPU: {', '.join(left) or 'nothing'}")
+        for note in built_notes(executed):
+            typer.echo(f"  tensorrt {precision}: {note}")
     typer.echo(f"  engines, logs and all samples: {found['folder']}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from .cli_progress import bars
 from .interfaces import Precision
 
 if TYPE_CHECKING:
-    from .latency import EngineLatency, LatencyReport, TorchLatency
+    from .latency import EngineLatency, LatencyReport, Speedup, TorchLatency
     from .things import Engines, Model
 
 INVALID = 1
@@ -63,9 +63,16 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     [bold]thinet-deploy latency RUN/bundle --device ssh://user@host[/bold]   (there, instead of here)
     """
     from .artifact import write_json
+    from .errors import InputError
 
     if device not in _HERE:
-        pace = {"batch": batch, "threads": threads, "seconds": max(1, round(seconds)), "fps": round(fps)}
+        if precision != "fp32" or input_shape:
+            raise InputError(
+                f"--precision and --input-shape are of engine files; what --device {device} measures is a bundle, "
+                "which says both itself.",
+                hint="Leave them out.",
+            )
+        pace = {"batch": batch, "threads": threads, "seconds": seconds, "rounds": rounds, "fps": fps}
         remote_latency(things, device, device_python, pace, out, as_json=as_json)
         return
 
@@ -79,7 +86,7 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
         _show(found)
     series = [engine.samples for engine in found.engines]
     series += [part for model in found.models for part in (model.forward, model.backward)]
-    if any(samples.summary["invalid"] for samples in series):
+    if any(samples.invalid for samples in series):
         raise typer.Exit(INVALID)
 
 
@@ -111,38 +118,35 @@ def _alike(engines: Sequence[Engines]) -> list[Engines]:
 
 
 def _engines(group: Engines, how: How, progress: Any) -> list[EngineLatency]:
+    """Engines in turn, at every pace; those of one runtime against the first of it, where there is no original."""
     from .engine import to_batch
-    from .latency import measure_engines
+    from .latency import engine_speedup, measure_engines
 
     threads, batch, seconds, rounds, fps, _ = how
     inputs = {name: to_batch(array, batch) for name, array in group.inputs.items()}
-    return [
-        row
-        for pace in ([0.0, fps] if fps else [0.0])
+    found = []
+    for pace in [0.0, fps] if fps else [0.0]:
+        first: dict[str, EngineLatency] = {}
         for row in measure_engines(
             group.refs, inputs, threads=threads, rounds=rounds, seconds=seconds, fps=pace, progress=progress
-        )
-    ]
+        ):
+            base = first.setdefault(row.runtime, row)
+            found.append(row if row is base or row.speedup else replace(row, speedup=engine_speedup(base, row)))
+    return found
 
 
 def _models(models: Sequence[Model], how: How, progress: Any) -> list[TorchLatency]:
-    """Models of one input shape in turn."""
-    from .torch_latency import MIN_ROUNDS, measure_torch
+    """Models of one input shape in turn, against the first of them."""
+    from .torch_latency import MIN_ROUNDS, measure_torch, torch_speedup
 
     _, batch, _, rounds, _, device = how
-    shapes = dict.fromkeys(model.input_shape for model in models)
-    return [
-        row
-        for shape in shapes
-        for row in measure_torch(
-            {model.name: model.module for model in models if model.input_shape == shape},
-            shape,
-            batch=batch,
-            rounds=max(rounds, MIN_ROUNDS),
-            device=device,
-            progress=progress,
-        )
-    ]
+    found = []
+    for shape in dict.fromkeys(model.input_shape for model in models):
+        alike = {model.name: model.module for model in models if model.input_shape == shape}
+        rounds = max(rounds, MIN_ROUNDS)
+        first, *others = measure_torch(alike, shape, batch=batch, rounds=rounds, device=device, progress=progress)
+        found += [first, *(replace(row, speedup=torch_speedup(first, row)) for row in others)]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- printing
@@ -157,13 +161,14 @@ def _show(found: LatencyReport) -> None:
         pace = f", {row.fps:g} a second" if row.fps else ""
         typer.echo(f"\n{row.model}, {row.runtime} {row.precision}, batch {row.batch}, threads: {row.threads}{pace}")
         words = {**asdict(row), "summary": row.samples.summary}
-        _lines(latency_words(words), _ratio(row, found.engines), *latency_notes(words))
+        _lines(latency_words(words), _ratio(row.speedup), *latency_notes(words))
     for model in found.models:
         typer.echo(f"\n{model.model}, torch on {model.device}, batch {model.batch}, threads: {model.threads}")
         for name, samples in (("forward", model.forward), ("backward", model.backward)):
             low, high = samples.summary["interval_ms"]
             _lines(f"{name} {samples.summary['median_ms']:.4g} [{low:.4g} .. {high:.4g}]")
             _lines(*(f"{name}: {note}" for note in latency_notes({"summary": samples.summary})))
+        _lines(_ratio(model.speedup))
         if model.peak_memory_bytes is not None:
             _lines(f"memory of the GPU: {model.peak_memory_bytes / 2**20:.1f} MB at its highest")
 
@@ -174,14 +179,10 @@ def _lines(*texts: str) -> None:
             typer.echo(f"  {text}")
 
 
-def _ratio(row: EngineLatency, rows: Sequence[EngineLatency]) -> str:
-    """Against the first engine that was measured in turn with it: of the same runtime, pace and number of rounds."""
-    from .latency import speedup
-
-    first = next(each for each in rows if (each.runtime, each.fps) == (row.runtime, row.fps))
-    if first is row or len(first.samples.rounds_ms) != len(row.samples.rounds_ms):
+def _ratio(found: Speedup | None) -> str:
+    if found is None:
         return ""
-    found = speedup(first.samples.rounds_ms, row.samples.rounds_ms, first.model)
-    spread = f" [{found.low:.3g}, {found.high:.3g}]" if found.low is not None and found.high is not None else ""
-    noise = " ≈ within the noise" if spread and found.low <= 1 <= found.high else ""  # type: ignore[operator]  # known
-    return f"{found.ratio:.3g}{spread} times faster than {first.model} {first.precision}{noise}"
+    known = found.low is not None and found.high is not None
+    spread = f" [{found.low:.3g}, {found.high:.3g}]" if known else ""
+    noise = " ≈ within the noise" if known and found.low <= 1 <= found.high else ""  # type: ignore[operator]  # known
+    return f"{found.ratio:.3g}{spread} times as fast as {found.baseline}{noise}"

@@ -12,8 +12,8 @@ from typing import Any
 from .artifact import read_json
 from .errors import InputError, UnknownNameError
 from .intervals import unpaired_difference
-from .report import Row, Table
 from .samples import ratio_interval
+from .table import Row, Table
 
 # One engine's time, measured again on another day on the same machine, moved by up to so much (VGG-16 and ResNet-50 on
 # ONNX Runtime and OpenVINO, 2026-11): what was not measured in turn is known no better.
@@ -130,7 +130,8 @@ def _faster(base_run: Run, base: Row, run: Run, row: Row, runtime: str) -> Diffe
     timed, base_timed = _timed(run.table, row), _timed(base_run.table, base)
     if base_run == run and (rounds := _rounds(run, runtime)) and {timed, base_timed} <= set(rounds):
         return Difference(*ratio_interval(rounds[base_timed], rounds[timed]), 1, in_turn=True)
-    if None in (ours.low, ours.high, theirs.low, theirs.high):
+    elsewhere = base_run.table.machine != run.table.machine
+    if elsewhere or None in (ours.low, ours.high, theirs.low, theirs.high):
         return Difference(theirs.ms / ours.ms, None, None, 1, in_turn=False)
     low, high = theirs.low / ours.high, theirs.high / ours.low  # type: ignore[operator]  # None is dealt with above
     return Difference(theirs.ms / ours.ms, low / ANOTHER_TIME, high * ANOTHER_TIME, 1, in_turn=False)
@@ -178,7 +179,8 @@ def lines(comparisons: Sequence[Against]) -> list[list[str]]:
 
 NOTE = (
     "[ ] 95 % interval. ≈: within the noise, no difference is proven. *: not measured in turn, or not known image by "
-    "image, so the interval is wider, and a machine that differed between two measurements shows in it."
+    "image, so the interval is wider, and a machine that differed between two measurements shows in it; none across "
+    "machines."
 )
 
 

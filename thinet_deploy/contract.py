@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 from .artifact import write_bytes, write_json
 from .errors import InputError, UnknownNameError
 from .intervals import Interval, unpaired_difference
-from .report import Table, Time
+from .table import Table, Time
 
 Outcome = Literal["met", "not met", "cannot be told apart", "not measured"]
 # Figure → the side it is limited on, its units (the first is the one it is kept in), and what each is worth.
@@ -153,6 +153,7 @@ def _timed(figure: str, table: Table) -> tuple[_Figure | None, str]:
     detail = f"{row.label}, {runtime}, threads: {table.threads}, {table.processor}"
     if time.invalid:
         return None, f"{detail}: invalid because {time.invalid}"
+    detail += ", unstable" if time.unstable else ""
     if figure == "latency":
         return _Figure(time.ms, time.low, time.high), detail
     found = None if time.speedup is None else _Figure(time.speedup, time.speedup_low, time.speedup_high)

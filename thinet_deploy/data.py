@@ -362,7 +362,7 @@ def _each(work: Callable[[Path], None], files: Sequence[File], progress: Progres
         try:
             for done, _ in enumerate(tasks, 1):
                 if done % 64 == 0 or done == len(files):
-                    progress(stage, done, len(files))
+                    progress(stage, done, len(files), f"{len(files):,}")
         except DataError:
             pool.shutdown(cancel_futures=True)
             raise

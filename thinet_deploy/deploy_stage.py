@@ -43,7 +43,7 @@ def exported(tools: Tools, networks: Mapping[str, Path], folder: Path) -> None:
         if "program" in sources(target):
             export_program(model, tools.job.input_shape, path.with_suffix(".pt2"))
         report[name] = {**asdict(done), "count": asdict(count(model, tools.job.input_shape))}
-    tools.progress("Exporting to ONNX", len(networks), len(networks))
+    tools.progress("Exporting to ONNX", len(networks), len(networks), ", ".join(networks))
     write_json(folder / EXPORTED, report)
 
 
@@ -88,7 +88,7 @@ def engines(tools: Tools, files: Files, names: list[str], runtimes: Sequence[str
         log = tools.job.options.out / "logs" / f"{name}-{runtime}.log"
         artifact = convert(runtime, job, folder, log=log, progress=tools.progress)
         made[f"{name}/{runtime}"] = artifact.to_json()
-    tools.progress("Converting", len(jobs), len(jobs))
+    tools.progress("Converting", len(jobs), len(jobs), f"{len(jobs)} engines")
     write_json(folder / ENGINES, made)
 
 
@@ -102,7 +102,7 @@ def drops(tools: Tools, folders: Mapping[str, Path], files: Files, folder: Path)
         tools.progress("Comparing accuracy", index, len(folders), name)
         typed = name != "original" and files.typed_as(name)
         judged[name] = typed_judgement(tools, files.source(name)) if typed else judge(tools.load(source), images)
-    tools.progress("Comparing accuracy", len(folders), len(folders))
+    tools.progress("Comparing accuracy", len(folders), len(folders), ", ".join(folders))
     lost = {name: asdict(own.behind(judged["original"])) for name, own in judged.items()}
     write_json(folder / DROPS, {name: drop for name, drop in lost.items() if name != "original"})
 
@@ -150,5 +150,5 @@ def _profiled(
             with suppress(ThinetDeployError):
                 times = layer_times(runtime, path, files.engines, source, image, threads)
                 found.setdefault(runtime, {})[name] = times
-    tools.progress("Profiling", len(engine_paths), len(engine_paths))
+    tools.progress("Profiling", len(engine_paths), len(engine_paths), f"layers on {', '.join(found) or 'no runtime'}")
     return found

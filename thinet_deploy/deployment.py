@@ -30,9 +30,9 @@ from .networks import Networks, gate
 from .precision.held import READERS
 from .precision.plan import PrecisionPlan
 from .registry import device_notes, runs_here
-from .report import Table
 from .shared_run import SharedRun
 from .store import Checkpoint, Run, Stage
+from .table import Table
 from .tools import Tools
 
 

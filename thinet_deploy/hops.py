@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from .report import Table
+from .table import Table
 from .verify import Hop
 
 

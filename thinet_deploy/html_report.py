@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import comparison, contract, report, report_plots
+from . import comparison, contract, ledger, report, report_plots
 from .artifact import hash_json, read_json, sha256_of
-from .report import Row, Table
 from .runner_text import latency_notes
+from .table import Row, Table
 
 TEMPLATE = Path(__file__).with_name("assets") / "report.html.j2"
 
@@ -35,7 +35,8 @@ class Page:
 def digest() -> str:
     """Changes when the page would look different for the same run."""
     here = Path(__file__)
-    return hash_json([sha256_of(path) for path in (TEMPLATE, here, here.with_name("report_plots.py"))])
+    parts = (here.with_name(f"{name}.py") for name in ("ledger", "report", "report_plots", "contract", "comparison"))
+    return hash_json([sha256_of(path) for path in (TEMPLATE, here, *parts)])
 
 
 def render(pages: Sequence[Page], against: tuple[str, list[comparison.Against]] | None = None) -> str:
@@ -90,6 +91,7 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
         "layers": list(_layers(page.folder, table)),
         "hops": [{**hop, "label": label} for name, label in labels.items() for hop in hops if hop["model"] == name],
         "ledger": [_entry(table, entry) for entry in table.ledger],
+        "ledger_on": ledger.on_images({entry.images for entry in table.ledger}),
         "environment": list(_flat(timing.get("environment", {}))),
         "device": _device(page.device) if page.device else None,
     }
@@ -98,23 +100,18 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
 def _device(found: Mapping[str, Any]) -> dict[str, Any]:
     """What was verified and measured on a device, and what it is."""
     verdicts = {(row["runtime"], row["precision"]): row for row in found["verify"]["engines"]}
-    runs = {("tensorrt", kind): _runs(executed) for kind, executed in found["precision"].items()}
+    built = {("tensorrt", kind): report.built_notes(executed) for kind, executed in found["precision"].items()}
     timing = found["latency"]
     keys = [(row["runtime"], row["precision"]) for row in timing["engines"]]
-    rows = [_on_device(row, verdicts[key], runs.get(key, "")) for key, row in zip(keys, timing["engines"], strict=True)]
+    rows = [
+        _on_device(row, verdicts[key], built.get(key, [])) for key, row in zip(keys, timing["engines"], strict=True)
+    ]
     how = f"batch {timing['batch']}, threads {timing['threads']}"
     return {"processor": timing["processor"], "how": how, "rows": rows, "facts": list(_flat(found["facts"]))}
 
 
-def _runs(executed: Mapping[str, Any]) -> str:
-    """What an engine that was built there computes in, and where."""
-    left = executed["gpu_fallback"]
-    text = [f"runs {executed['text']}"] if "text" in executed else []
-    return "; ".join(text if left is None else [*text, f"the DLA left to the GPU: {', '.join(left) or 'nothing'}"])
-
-
-def _on_device(timed: Mapping[str, Any], verified: Mapping[str, Any], runs: str) -> dict[str, Any]:
-    summary, notes = timed.get("summary"), [verified["reason"] or timed["reason"], runs]
+def _on_device(timed: Mapping[str, Any], verified: Mapping[str, Any], built: Sequence[str]) -> dict[str, Any]:
+    summary, notes = timed.get("summary"), [verified["reason"] or timed["reason"], *built]
     row = {
         "name": f"{timed['runtime']} {timed['precision']}",
         "verdict": verified["verdict"],
@@ -218,8 +215,13 @@ def _widths(folder: Path) -> Iterator[dict[str, Any]]:
             for layer in layers
         ]
         if rows:
-            method = path.parent.name.partition("-")[2]
-            yield {"title": f"by {method}" if method else "", "rows": rows, "whole": dict(found.get("whole", {}))}
+            yield {"title": _pruning(path.parent.name), "rows": rows, "whole": dict(found.get("whole", {}))}
+
+
+def _pruning(stage: str) -> str:
+    """Which of several prunings a stage is: by another method, or on the images that were transferred to."""
+    method = stage.removesuffix("-there").partition("-")[2]
+    return ", ".join([f"by {method}"] * bool(method) + ["FT & prune"] * stage.endswith("-there"))
 
 
 def _layers(folder: Path, table: Table) -> Iterator[dict[str, Any]]:
@@ -247,7 +249,8 @@ def _entry(table: Table, entry: Any) -> dict[str, Any]:
     lowest, main = min(each.main.low for each in table.ledger), entry.main
     floor = max(0.0, lowest - 0.05 * (100 - lowest) - 0.5)
     at, left, right = (100 * (each - floor) / (100 - floor) for each in (main.value, main.low, main.high))
-    return {**vars(entry), "main": main, "at": at, "left": left, "width": right - left}
+    title = ledger.headline(entry, {each.images for each in table.ledger})
+    return {**vars(entry), "headline": title, "main": main, "at": at, "left": left, "width": right - left}
 
 
 def _flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:

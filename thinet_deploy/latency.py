@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Samples:
         """Keep the samples and summarize them."""
         return cls(tuple(map(tuple, rounds_ms)), samples.summarize_rounds(rounds_ms))
 
+    @property
+    def invalid(self) -> list[str]:
+        """Why it does not hold; empty where it does."""
+        return list(self.summary["invalid"])
+
 
 @dataclass(frozen=True)
 class Speedup:
@@ -78,7 +83,7 @@ class EngineLatency:
         load_ms: from the file to a ready engine, the runtime's import left out.
         first_ms: the first inference.
         describe: what the runtime says of itself, such as the precision it really uses.
-        speedup: against the baseline; None without one, and for the baseline itself.
+        speedup: against the baseline; None without one, for the baseline itself, and where either time is invalid.
         clocks_ms: medians of the parts that the runtime's own clocks tell apart, and "host" for what is left.
         memory: the highest of its process, and the part that the engine brought, in bytes; None where unknown.
         energy: joules per run by sensor, from a run of its own; None without a sensor.
@@ -200,7 +205,9 @@ def measure_engines(
         for number, group in enumerate(groups):
 
             def on_round(done: int, before: int = number * rounds, runtime: str = group[0].runtime) -> None:
-                progress("Measuring engines", before + done, len(groups) * rounds, runtime)
+                last = before + done == len(groups) * rounds
+                note = f"{len(engines)} engines, {rounds} rounds" if last else runtime
+                progress("Measuring engines", before + done, len(groups) * rounds, note)
 
             found += _measure_group(group, ask, (rounds, seconds, fps), on_round)
     return found
@@ -237,8 +244,7 @@ def latencies(
         batch: images per run.
         threads: CPU threads that one inference could use.
     """
-    series = [row.pop("rounds_ms") for row in rows]
-    return [
+    found = [
         EngineLatency(
             model=ref.model,
             runtime=ref.runtime,
@@ -246,12 +252,13 @@ def latencies(
             precision=ref.precision,
             batch=batch,
             threads=threads,
-            samples=Samples(tuple(map(tuple, rounds_ms)), row.pop("summary")),
-            speedup=_engine_speedup(ref, rounds_ms, group, series),
+            samples=Samples(tuple(map(tuple, row.pop("rounds_ms"))), row.pop("summary")),
+            speedup=None,
             **row,
         )
-        for ref, row, rounds_ms in zip(group, rows, series, strict=True)
+        for ref, row in zip(group, rows, strict=True)
     ]
+    return [replace(row, speedup=_engine_speedup(row, found)) for row in found]
 
 
 @contextmanager
@@ -272,15 +279,19 @@ def explained(what: str) -> Iterator[None]:
         raise ThinetDeployError(f"{what} failed. {error}", hint=hint) from error
 
 
-def _engine_speedup(
-    ref: EngineRef, rounds_ms: list[list[float]], group: Sequence[EngineRef], series: Sequence[list[list[float]]]
-) -> Speedup | None:
+def _engine_speedup(own: EngineLatency, rows: Sequence[EngineLatency]) -> Speedup | None:
     """Against the baseline in the same precision where there is one, else in the first that was measured."""
-    baselines = [(b, times) for b, times in zip(group, series, strict=True) if b.model == BASELINE]
-    if not baselines or ref.model == BASELINE:
+    baselines = [row for row in rows if row.model == BASELINE]
+    if not baselines or own.model == BASELINE:
         return None
-    base, base_ms = next((pair for pair in baselines if pair[0].precision == ref.precision), baselines[0])
-    return speedup(base_ms, rounds_ms, f"{base.model} {base.runtime} {base.precision}")
+    return engine_speedup(next((row for row in baselines if row.precision == own.precision), baselines[0]), own)
+
+
+def engine_speedup(base: EngineLatency, own: EngineLatency) -> Speedup | None:
+    """Of two engines that were measured in turn; None where a time is invalid."""
+    if base.samples.invalid or own.samples.invalid:
+        return None
+    return speedup(base.samples.rounds_ms, own.samples.rounds_ms, f"{base.model} {base.runtime} {base.precision}")
 
 
 def speedup(base_ms: Sequence[Sequence[float]], own_ms: Sequence[Sequence[float]], baseline: str) -> Speedup:

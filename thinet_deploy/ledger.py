@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,23 @@ class Entry:
 
 def render_ledger(entries: Sequence[Entry]) -> RenderableType:
     """The ledger, network by network."""
-    grid, last = Grid.grid(padding=(0, 2, 0, 0)), ""
+    grid, last, counts = Grid.grid(padding=(0, 2, 0, 0)), "", {entry.images for entry in entries}
     for entry in entries:
         if entry.network != last:
-            grid.add_row(Text(entry.network, style="bold"))
+            grid.add_row(Text(headline(entry, counts), style="bold"))
             last = entry.network
         grid.add_row(f"  {entry.step}", *_figures(entry))
-    images = entries[0].images if entries else 0
-    return Group(f"\nAccuracy, step by step, on {images} test images (95 % intervals)", grid)
+    return Group(f"\nAccuracy, step by step{on_images(counts)} (95 % intervals)", grid)
+
+
+def on_images(counts: Collection[int]) -> str:
+    """What a title says of the numbers of test images: nothing where they differ, for then each network does."""
+    return f", on {next(iter(counts))} test images" if len(counts) == 1 else ""
+
+
+def headline(entry: Entry, counts: Collection[int]) -> str:
+    """A network's name, with its test images where others have other ones (`counts` of all)."""
+    return entry.network if len(counts) == 1 else f"{entry.network}, on {entry.images} test images"
 
 
 def _figures(entry: Entry) -> tuple[str, ...]:

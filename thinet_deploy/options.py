@@ -237,6 +237,7 @@ class Options(BaseModel):
         else:
             name = "ThiNet-GAP" if head else "ThiNet-Conv"
             more[:0] = [] if head and not alone else [self.widths]
+        more += ["gcos"] if self.gcos or self.gcos_layer else []
         return f"{name} ({', '.join(more)})" if more else name
 
 
@@ -257,8 +258,10 @@ def make_options(values: dict[str, Any]) -> Options:
         name = str(first["loc"][0])
         if first["type"] == "literal_error" and name in _CHOICES:
             raise UnknownNameError(name, str(first["input"]), get_args(_CHOICES[name])) from error
+        form = first["type"] == "string_pattern_mismatch"  # nobody reads regular expressions
+        why = "it is not in one of the forms below" if form else first["msg"][0].lower() + first["msg"][1:]
         raise InputError(
-            f"--{name.replace('_', '-')} is {first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}.",
+            f"--{name.replace('_', '-')} is {first['input']}: {why}.",
             hint=_HINTS.get(name, "See `thinet-deploy build --help`."),
         ) from error
 

@@ -94,7 +94,8 @@ def parity(
             if owner == name and can_run(runtime):  # the others get a note: nothing runs them here
                 tools.progress("Verifying", len(hops), steps, f"{name}: ONNX to {runtime}")
                 hops.append(network.engine_hop(runtime, path))
-    tools.progress("Verifying", len(hops), len(hops))
+    passed = sum(hop.passed for hop in hops)
+    tools.progress("Verifying", len(hops), len(hops), f"{passed} of {len(hops)} hops passed")
     write_json(folder / PARITY, {"hops": [json_ready(hop) for hop in (*hops, *executed)]})
 
 

@@ -36,7 +36,7 @@ def prune(options: Options, progress: Progress = silent) -> Path:
     progress = join().speaking(progress)
     machine, target = _device(options) if options.timed else (None, None)
     job = _placed(load_job(options, progress), machine, target)
-    run = SharedRun(options.out)
+    run = SharedRun(options.out, progress)
     with run.locked():
         run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
@@ -59,7 +59,7 @@ def feasibility(options: Options, progress: Progress = silent) -> Path:
     feasibility_stage.check_curves(options)
     # With weights few images are needed: none of them to solve another budget.
     job = load_job(options, progress, checked=options.weights is None)
-    run = SharedRun(options.out)
+    run = SharedRun(options.out, progress)
     with run.locked():
         tools = Tools(job, progress)
         original = networks.original(run, tools)
@@ -97,7 +97,7 @@ def build(options: Options, progress: Progress = silent) -> Build:
     there = moved(job, options.transfer_to, progress) if options.transfer_to else None
     plan = precision_stage.planned(there or job)
     _check_runtimes(plan)
-    run = SharedRun(options.out)
+    run = SharedRun(options.out, progress)
     with run.locked():
         run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
@@ -224,7 +224,7 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
     _check_contract(require, shipped.target)
     plan = precision_stage.planned(shipped)
     _check_runtimes(plan)
-    run = SharedRun(root)
+    run = SharedRun(root, progress)
     with run.locked():
         tools = Tools(job, progress)
         pruning = networks.prune(run, tools)

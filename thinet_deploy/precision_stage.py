@@ -101,11 +101,11 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
     judged = held_out.sample(JUDGING_IMAGES, seed=job.options.seed, stage="precision")
     judge = Judge(held_out.inputs(judged), held_out.labels[judged] if held_out.labelled else None)
     for index, name in enumerate(names):
-        tools.progress("Calibrating", index, len(names), name)
+        tools.progress("Calibrating types", index, len(names), name)
         model = read_onnx(onnx_folder / f"{name}.onnx")
         values, report[name] = observe(model, batches), {}
         for precision in plan.files:
-            tools.progress("Calibrating", index, len(names), f"{name} in {precision}")
+            tools.progress("Calibrating types", index, len(names), f"{name} in {precision}")
             made, how = _made(tools, plan, precision, _Observed(model, values, batches, judge))
             if made is not None:
                 path = folder / precision / f"{name}.onnx"
@@ -113,7 +113,7 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
                 how |= {"path": path.relative_to(folder).as_posix(), "weights": _stored(made)}
                 how["accuracy"] = asdict(_tested(tools, made))
             report[name][precision] = {"calibration_images": len(chosen), **how}
-    tools.progress("Calibrating", len(names), len(names))
+    tools.progress("Calibrating types", len(names), len(names), f"{', '.join(plan.files)}; {len(chosen)} images")
     if plan.engines == "int8" and any(quantises(runtime) for runtime in plan.runtimes):
         np.save(folder / CALIBRATION, fit.inputs(chosen))
     write_json(folder / TYPED, report)
@@ -211,7 +211,7 @@ def executed(
         does = "holds" if runtime in READERS else "runs"
         hop = verify.Hop(name, f"{runtime} {does} {plan.engines}", not proof.wrong, detail=proof.describe())
         found[f"{name}/{runtime}"] = {**proof.to_json(), "hop": asdict(hop)}
-    tools.progress("Reading precisions back", len(engines), len(engines))
+    tools.progress("Reading precisions back", len(engines), len(engines), f"{len(engines)} engines")
     write_json(folder / EXECUTED, found)
 
 

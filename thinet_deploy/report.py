@@ -1,13 +1,11 @@
-"""The papers' table, from stage results to rows, and as terminal text, Markdown, CSV or JSON."""
+"""The papers' table as terminal text, Markdown or CSV, and what has to stand beside its figures."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,205 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from .artifact import read_json
-from .errors import InputError, first_line
-from .intervals import Interval
-from .ledger import Entry
-from .store import open_run
-from .tasks.base import Accuracy, read_figures
+from .table import Row, Table, Time
 
-_SCHEMA = {"schema": "thinet-deploy/table", "version": 2}
 _BAR = 32
-
-
-@dataclass(frozen=True)
-class Time:
-    """A measured time.
-
-    Attributes:
-        ms: median in milliseconds.
-        low: lower end of its 95 % interval; None with too few samples.
-        high: upper end.
-        speedup: the original's time divided by this one, measured in turn; None for the original.
-        speedup_low: lower end of its 95 % interval.
-        speedup_high: upper end.
-        invalid: why it does not hold, such as a machine that throttled; "" where it does. It has no speed-up then.
-    """
-
-    ms: float
-    low: float | None
-    high: float | None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    invalid: str = ""
-
-    @classmethod
-    def of(cls, summary: dict[str, Any], speedup: dict[str, Any] | None) -> Time:
-        """From a summary of samples and a speed-up as latency.json has them."""
-        low, high = summary["interval_ms"] or (None, None)
-        invalid = "; ".join(summary["invalid"])
-        if invalid or speedup is None:
-            return cls(summary["median_ms"], low, high, invalid=invalid)
-        return cls(summary["median_ms"], low, high, speedup["ratio"], speedup["low"], speedup["high"])
-
-
-@dataclass(frozen=True)
-class Row:
-    """One network of the papers' table.
-
-    Attributes:
-        name: of the network in the run: "original", "conv", "gap" …
-        label: what people read.
-        figures: of the task on the test images, such as "top-1" → percent with its 95 % interval; the first decides.
-        parameters: #Param by the papers' rule.
-        flops: #FLOPs by the papers' rule.
-        forward: milliseconds per batch in torch.
-        backward: milliseconds per batch in torch.
-        engines: runtime → milliseconds per image.
-        size_bytes: of the ONNX file.
-        note: shown under the table; such a row has the times of another, of the same architecture.
-        drop: of the figure that decides against the original on the same images, in percentage points; None where it
-            was not judged.
-    """
-
-    name: str
-    label: str
-    figures: Mapping[str, Interval]
-    parameters: int
-    flops: int
-    forward: Time
-    backward: Time
-    engines: dict[str, Time]
-    size_bytes: int
-    note: str = ""
-    drop: Interval | None = None
-
-    @classmethod
-    def make(
-        cls, name: str, label: str, accuracy: Accuracy, counted: dict[str, int], size: int, timing: dict[str, Any]
-    ) -> Row:
-        """From a stage's accuracy and count, and latency.json."""
-        torch_row = next(row for row in timing["models"] if row["model"] == name)
-        engines = {
-            row["runtime"]: Time.of(row["samples"]["summary"], row["speedup"])
-            for row in timing["engines"]
-            if row["model"] == name
-        }
-        return cls(
-            name=name,
-            label=label,
-            figures=accuracy.figures,
-            parameters=counted["parameters"],
-            flops=counted["flops"],
-            forward=Time.of(torch_row["forward"]["summary"], torch_row["speedup"]),
-            backward=Time.of(torch_row["backward"]["summary"], None),
-            engines=engines,
-            size_bytes=size,
-        )
-
-    def with_weights(self, name: str, label: str, accuracy: Accuracy, note: str) -> Row:
-        """The same architecture with other weights: its times and size are this row's."""
-        return replace(self, name=name, label=label, figures=accuracy.figures, note=note, drop=None)
-
-    @property
-    def main(self) -> Interval:
-        """The figure that decides."""
-        return next(iter(self.figures.values()))
-
-
-@dataclass(frozen=True)
-class Table:
-    """The papers' table of one run.
-
-    Attributes:
-        target: id of the target profile.
-        model: the network's name.
-        data: the data's name.
-        images: number of test images.
-        machine: id of the machine that was measured on.
-        processor: its name.
-        threads: of the engines.
-        cores: usable on the machine; torch uses all.
-        batch: of forward and backward.
-        runtimes: the target's; what was not run here is shown as such.
-        rows: the networks.
-        ledger: accuracy, step by step.
-        precision: that the engines were asked for.
-        ships: name of the row that goes into the bundle.
-    """
-
-    target: str
-    model: str
-    data: str
-    images: int
-    machine: str
-    processor: str
-    threads: int
-    cores: int
-    batch: int
-    runtimes: tuple[str, ...]
-    rows: tuple[Row, ...]
-    ledger: tuple[Entry, ...]
-    precision: str = "fp32"
-    ships: str = ""
-
-    @property
-    def shipped(self) -> Row:
-        """The row that goes into the bundle; of a table that does not say, the last network that was made for it."""
-        made = [row for row in self.rows if not row.note]
-        return next((row for row in self.rows if row.name == self.ships), made[-1])
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
-        return {**_SCHEMA, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Table:
-        """The inverse of `to_json`."""
-        values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows", "runtimes", "ledger")}
-        rows, ledger = tuple(map(_row, data["rows"])), tuple(map(Entry.read, data["ledger"]))
-        return cls(**values, runtimes=tuple(data["runtimes"]), rows=rows, ledger=ledger)
-
-
-def _row(data: dict[str, Any]) -> Row:
-    engines = {runtime: Time(**time) for runtime, time in data["engines"].items()}
-    times = {"forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines}
-    drop = Interval(**data["drop"]) if data.get("drop") else None
-    return Row(**{**data, **times, "figures": read_figures(data["figures"]), "drop": drop})
-
-
-def read_table(run: Path) -> Table:
-    """The table of a finished run.
-
-    Raises:
-        InputError: the run is not finished.
-    """
-    path = open_run(run) / "report" / "table.json"
-    if not path.exists():
-        raise InputError(
-            f"{run} has no table yet: its build is not finished.", hint="Run the same build again to finish it."
-        )
-    try:
-        return Table.from_json(read_json(path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged, or of another version: {first_line(error)}.",
-            hint=f"Delete the folder {path.parent} and run the same build again: all else is kept.",
-        ) from error
-
-
-def check_machines(tables: Sequence[Table]) -> None:
-    """Raise InputError when the tables were measured on different machines."""
-    machines = {table.machine: table.processor for table in tables}
-    if len(machines) > 1:
-        named = ", ".join(f"{processor} ({machine})" for machine, processor in machines.items())
-        raise InputError(
-            f"The runs were measured on different machines: {named}. Their milliseconds do not compare.",
-            hint="Measure them on one machine, or give --across-machines to see them side by side all the same.",
-        )
-
-
 _COUNTED = ("#Param", "#FLOPs")
 _TORCH = "f./b. (ms)"
 
@@ -226,7 +28,7 @@ def cells(row: Row, figures: Sequence[str], runtimes: Sequence[str]) -> list[str
         *(f"{row.figures[name].value:.2f}" if name in row.figures else "–" for name in figures),
         short_count(row.parameters),
         short_count(row.flops),
-        "invalid" if row.forward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
+        "invalid" if row.forward.invalid or row.backward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
         *times,
         f"{row.size_bytes / 2**20:.2f} MB",
     ]
@@ -276,7 +78,7 @@ def headers(tables: Sequence[Table]) -> list[str]:
 def notes_of(table: Table) -> list[str]:
     """What has to stand under a table for its figures to mean something."""
     counted = "#Param and #FLOPs by the papers' rule (weights without biases; 2 × multiply-accumulates)"
-    torch = f"f./b.: forward alone / backward alone in torch, batch {table.batch}, {table.cores} threads"
+    torch = f"f./b.: forward alone / backward alone in torch, batch {table.batch}, threads: {table.torch_threads}"
     engines = f"Engines: {table.precision}, batch 1, threads: {table.threads}"
     ratio = "× = original's time / this one's, measured in turn, with its 95 % interval"
     notes = [
@@ -286,13 +88,31 @@ def notes_of(table: Table) -> list[str]:
     ]
     if any(within_noise(time) for row in table.rows for time in row.engines.values()):
         notes.append("≈: within the noise, no difference from the original is proven.")
-    notes += [
-        f"{row.label} on {runtime}: invalid because {time.invalid}; measure again."
-        for row in table.rows
-        for runtime, time in row.engines.items()
-        if time.invalid and not row.note
-    ]
+    timed = [(row.label, where, time) for row in table.rows if not row.note for where, time in _times(row)]
+    invalid = [(who, where, time.invalid) for who, where, time in timed if time.invalid]
+    notes += [f"{who} on {where}: invalid because {why}; measure again." for who, where, why in dict.fromkeys(invalid)]
+    unstable: dict[str, dict[str, None]] = {}
+    for who, where, time in timed:
+        if time.unstable and not time.invalid:
+            unstable.setdefault(where, {})[who] = None
+    if unstable:
+        every = len({who for who, _, _ in timed})
+        named = {where: ", ".join(who) if len(who) < every else "all" for where, who in unstable.items()}
+        names = "; ".join(f"{who} on {where}" for where, who in named.items())
+        notes.append(f"Unstable, so that another measurement may differ by more than the intervals say: {names}.")
     return notes + [f"{row.label}: {row.note}." for row in table.rows if row.note]
+
+
+def _times(row: Row) -> Iterator[tuple[str, Time]]:
+    """All of its times, and where each was measured."""
+    yield from (("torch", time) for time in (row.forward, row.backward))
+    yield from row.engines.items()
+
+
+def built_notes(executed: Mapping[str, Any]) -> list[str]:
+    """What an engine that a device built computes in, and what of it runs elsewhere; see `device_stage.on_device`."""
+    notes, left = [f"runs {executed['text']}"] if "text" in executed else [], executed["gpu_fallback"]
+    return notes if left is None else [*notes, f"the DLA left to the GPU: {', '.join(left) or 'nothing'}"]
 
 
 def render(tables: Sequence[Table], width: int) -> RenderableType:
@@ -355,7 +175,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """The rows as CSV with full figures; times in milliseconds, sizes in bytes."""
+    """The rows as CSV with full figures; times in milliseconds, empty where they are invalid; sizes in bytes."""
     runtimes, stream = runtimes_of(tables), io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     figures = figures_of(tables)
@@ -369,9 +189,13 @@ def to_csv(tables: Sequence[Table]) -> str:
         for row in table.rows:
             values: list[object] = [table.target, table.data, row.label]
             values += [row.figures[name].value if name in row.figures else None for name in figures]
-            values += [row.parameters, row.flops, row.forward.ms, row.backward.ms, row.size_bytes]
+            values += [row.parameters, row.flops, _valid_ms(row.forward), _valid_ms(row.backward), row.size_bytes]
             for runtime in runtimes:
                 time = row.engines.get(runtime)
-                values += [time.ms, time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
+                values += [_valid_ms(time), time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
             writer.writerow(values)
     return stream.getvalue()
+
+
+def _valid_ms(time: Time) -> float | None:
+    return None if time.invalid else time.ms

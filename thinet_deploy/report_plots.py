@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .report import Row, Table, figures_of
+from .report import figures_of
+from .table import Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

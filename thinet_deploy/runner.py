@@ -43,6 +43,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import platform
 import queue
 import random
@@ -282,8 +283,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     timing.add_argument("--batch", type=_count, default=1, metavar="N", help="images per run (default 1)")
     timing.add_argument("--threads", type=_count, default=usable_cores(), metavar="N", help="default: all, %(default)s")
-    timing.add_argument("--seconds", type=_count, default=5, metavar="N", help="per engine (default 5)")
-    timing.add_argument("--fps", type=_count, default=0, metavar="N", help="runs a second (default: back to back)")
+    timing.add_argument("--seconds", type=_number, default=5, metavar="N", help="per engine (default 5)")
+    timing.add_argument("--rounds", type=_count, default=9, metavar="N", help="turns of every engine (default 9)")
+    timing.add_argument("--fps", type=_number, default=0, metavar="N", help="runs a second (default: back to back)")
     return parser
 
 
@@ -291,6 +293,13 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1 on was expected, not {text!r}")
     return int(text)
+
+
+def _number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"a number above 0 was expected, not {text!r}")
 
 
 def usable_cores() -> int:
@@ -313,7 +322,7 @@ def main(arguments: Sequence[str]) -> int:
             report = verify(asked.bundle)
             text = verify_text(report)
         else:
-            report = latency(asked.bundle, asked.batch, asked.threads, asked.seconds, fps=asked.fps)
+            report = latency(asked.bundle, asked.batch, asked.threads, asked.seconds, asked.rounds, asked.fps)
             text = latency_text(report)
     except RunnerError as error:
         report, text = {"error": str(error), "exit_code": 1}, f"error: {error}"

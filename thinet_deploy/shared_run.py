@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .interfaces import Progress, silent
 from .parallel import join
 from .store import Make, Run, Stage
 
@@ -18,11 +19,15 @@ class SharedRun(Run):
 
     All of them call the same methods in the same order, and see the same folder (on several machines: a shared file
     system). What a method tells one, it tells all. An error ends the process it happens in, and with it the launch.
+
+    Args:
+        root: see `Run`.
+        progress: told which stages are kept from before: ahead of the next one that is made, and at the end.
     """
 
-    def __init__(self, root: Path) -> None:
-        """See `Run`."""
-        self.root, self.team = root, join()
+    def __init__(self, root: Path, progress: Progress = silent) -> None:
+        self.root, self.team, self.progress = root, join(), progress
+        self._kept: list[str] = []
         self.team.once(partial(super().__init__, root))
 
     @contextmanager
@@ -32,12 +37,13 @@ class SharedRun(Run):
             lock = super().locked
             self.team.once(lambda: held.enter_context(lock()))
             yield
+            self._tell()
 
     def stage(self, name: str, inputs: dict[str, Any], make: Make) -> Stage:
         """As `Run.stage`, but all processes make it together; what others than the first write is thrown away."""
-        find, publish = super().find, super().stage
-        if found := self.team.once(lambda: find(name, inputs)):
+        if found := self._before(name, inputs):
             return found
+        publish = super().stage
         if self.team.rank:
             with tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=self.root) as folder:
                 make(Path(folder), self.checkpoint(name, inputs))
@@ -45,7 +51,21 @@ class SharedRun(Run):
 
     def alone(self, name: str, inputs: dict[str, Any], make: Make) -> Stage:
         """As `Run.stage`, made by the first process while the others wait: nothing in it may need these."""
-        return self.team.once(partial(super().stage, name, inputs, make))
+        return self._before(name, inputs) or self.team.once(partial(super().stage, name, inputs, make))
+
+    def _before(self, name: str, inputs: dict[str, Any]) -> Stage | None:
+        """A stage that is there already; where it is not, what was kept so far is told."""
+        found = self.team.once(partial(super().find, name, inputs))
+        if found:
+            self._kept.append(name)
+        else:
+            self._tell()
+        return found
+
+    def _tell(self) -> None:
+        if self._kept:
+            self.progress("Taking from before", 1, 1, ", ".join(self._kept))
+            self._kept.clear()
 
     def discard(self, name: str) -> None:
         """See `Run.discard`."""

@@ -87,18 +87,32 @@ def measure_torch(
         "threads": torch.get_num_threads(),
         "machine": machine,
     }
-    return [
+    found = [
         TorchLatency(
             model=name,
             forward=_judged([one.forward_ms for one in own], own, machine),
             backward=_judged([one.backward_ms for one in own], own, machine),
-            speedup=_torch_speedup(name, passes),
+            speedup=None,
             peak_memory_bytes=peaks[name],
             launch_share=_launch_share(own),
             **about,
         )
         for name, own in passes.items()
     ]
+    base = next((row for row in found if row.model == BASELINE), None)
+    return [replace(row, speedup=torch_speedup(base, row) if base and row is not base else None) for row in found]
+
+
+def torch_speedup(base: TorchLatency, own: TorchLatency) -> Speedup | None:
+    """Of forward and backward together of two models that were measured in turn; None where a time is invalid."""
+    if any(part.invalid for row in (base, own) for part in (row.forward, row.backward)):
+        return None
+    return speedup(_passes_ms(base), _passes_ms(own), f"{base.model} torch forward and backward")
+
+
+def _passes_ms(row: TorchLatency) -> list[list[float]]:
+    both = zip(row.forward.rounds_ms, row.backward.rounds_ms, strict=True)
+    return [[forward_ms + backward_ms] for (forward_ms,), (backward_ms,) in both]
 
 
 def _checked(device: str, rounds: int) -> torch.device:
@@ -146,7 +160,7 @@ def _interleave(
         for index in generator("latency", number).permutation(len(names)):
             passes[names[index]].append(_forward_backward(models[names[index]], images, clock))
         watch.look()
-        progress("Measuring forward and backward", number + 1, rounds)
+        progress("Measuring forward and backward", number + 1, rounds, f"{len(models)} models, {rounds} rounds")
     return passes, watch.summary()
 
 
@@ -207,10 +221,3 @@ def _cuda_clock(device: torch.device) -> Clock:
             return result, start.elapsed_time(end), launch_ms
 
     return clock
-
-
-def _torch_speedup(name: str, passes: Mapping[str, Sequence[_Pass]]) -> Speedup | None:
-    if name == BASELINE or BASELINE not in passes:
-        return None
-    base_ms, own_ms = ([[one.forward_ms + one.backward_ms] for one in passes[key]] for key in (BASELINE, name))
-    return speedup(base_ms, own_ms, f"{BASELINE} torch forward and backward")

@@ -44,7 +44,7 @@ def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, list
         for done, name in enumerate(order):
             on_turn(number * len(networks) + done, rounds * len(networks), networks[name]["what"])
             found[name].append(_turn(ask, {**asked["engine"], **networks[name]}, asked["seconds"]))
-    on_turn(rounds * len(networks), rounds * len(networks), "")
+    on_turn(rounds * len(networks), rounds * len(networks), f"{len(networks)} networks")
     return found
 
 

@@ -46,6 +46,12 @@ class Cost:
     size: int
 
 
+def kept_note(groups: Sequence[ChannelGroup], widths: Widths) -> str:
+    """How much of all channels that can go is left, in words."""
+    whole = {group.name: len(group.channels) for group in groups}
+    return f"{sum(widths.get(name, width) for name, width in whole.items())} of {sum(whole.values())} filters stay"
+
+
 def cost(tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, kept: NDArray[np.bool_]) -> Cost:
     """What a network costs when only some channels stay; nothing is run.
 

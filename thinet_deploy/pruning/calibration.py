@@ -178,10 +178,10 @@ def observe(
     last = max(sampling.images.values(), default=0)
     for images, part in sampling.sample.batches():
         if images.start < last:
-            progress("Calibrating", images.start, last)
+            progress("Gathering statistics", images.start, last)
             values = wide.replay.begin(sampling.sample.inputs(part))
             wide.replay.run(values, 0, nodes, seen.of(images, part))
-    progress("Calibrating", last, last)
+    progress("Gathering statistics", last, last, f"{last} images")
     moments = together({name: each.moments() for name, each in seen.gathered.items()})
     return moments, Original({key: torch.cat(each) for key, each in seen.rows.items()})
 

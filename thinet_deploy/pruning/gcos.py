@@ -135,7 +135,7 @@ def group_convolutions(
     for number, reader in enumerate(wide.readers.values()):
         progress("Grouping", number, len(wide.readers), reader.name)
         work.do(reader)
-    progress("Grouping", len(wide.readers), len(wide.readers))
+    progress("Grouping", len(wide.readers), len(wide.readers), f"{len(wanted)} convolutions")
     plan = _plan(thin, graph, work.partitions)
     return Grouped(wide.model, plan, work.explained)
 

@@ -45,4 +45,4 @@ def fit_head(
         head.weight.copy_(weight[0])
         assert head.bias is not None
         head.bias.copy_(stats.target[0] - weight[0] @ stats.mean[0])
-    progress("Fitting the new head", len(sample.chosen), len(sample.chosen))
+    progress("Fitting the new head", len(sample.chosen), len(sample.chosen), f"{len(sample.chosen)} images")

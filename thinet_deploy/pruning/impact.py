@@ -67,7 +67,7 @@ def impacts(
     order = {name: number for number, name in enumerate(wide.readers)}
     found = {}
     for number, group in enumerate(sorted(groups, key=lambda each: _first(wide, each))):
-        progress("Trying", number, len(groups), group.name)
+        progress("Measuring what errors cost", number, len(groups), group.name)
         gone = _gone(group, removals[group.name])
         if error := float(removals[group.name].error[len(gone)]):
             trial.go(_first(wide, group))
@@ -75,7 +75,9 @@ def impacts(
                 lost = trial.lost()
             place = max(order[each.weight] for each in group.consumers) / max(1, len(order) - 1)
             found[group.name] = lost / error * (_UNREPAIRED + (1 - _UNREPAIRED) * place)
-    progress("Trying", len(groups), len(groups))
+    progress(
+        "Measuring what errors cost", len(groups), len(groups), f"at the outputs, of {len(groups)} groups of filters"
+    )
     return found
 
 

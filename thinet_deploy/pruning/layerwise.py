@@ -15,7 +15,7 @@ from ..interfaces import Progress, silent
 from ..parallel import join
 from ..store import Checkpoint
 from ..training import evaluate
-from .budget import Widths, possible
+from .budget import Widths, kept_note, possible
 from .graph import ChannelGraph, ChannelGroup
 from .plan import Plan, empty_plan, fingerprint
 from .reconstruction import relative_error, scale
@@ -164,7 +164,7 @@ def prune_layerwise(
         }
         if not join().rank:  # the others have loaded the one before: they took part in the statistics since
             checkpoint.save(thin.model.state_dict(), state)
-    progress("Pruning", len(todo), len(todo))
+    progress("Pruning", len(todo), len(todo), kept_note(groups, widths))
     return (thin.model if layers else apply(thin.plan, model)), thin.plan, layers
 
 

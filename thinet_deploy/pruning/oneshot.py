@@ -13,7 +13,7 @@ from torch import nn
 from ..interfaces import Progress, Reconstruction, Selection, silent
 from ..parallel import join
 from .allocation import Curve
-from .budget import Widths, possible
+from .budget import Widths, kept_note, possible
 from .calibration import Original, Sample, Sampling, observe
 from .elimination import Removal, eliminate
 from .graph import ChannelGraph, ChannelGroup
@@ -126,7 +126,7 @@ def prune_once(
         todo = [group for group in todo if group not in mine]
         if not work.kept.all() and method.reconstruction == "full" and name not in unread:
             work.refit(wide.readers[name])
-    progress("Pruning", len(wide.readers), len(wide.readers))
+    progress("Pruning", len(wide.readers), len(wide.readers), kept_note(groups, chosen))
     return Pruned(wide.model, work.kept, chosen, seen.curves)
 
 
@@ -157,12 +157,12 @@ def weigh(
     removals: dict[str, Removal] = {}
     worth = said.worth()
     for number, group in enumerate(groups if method.selection == "elimination" else ()):
-        progress("Weighing", number, len(groups), group.name)
+        progress("Ordering filters", number, len(groups), group.name)
         seen = parts(wide, group, others(groups, group), moments, worth, method.ridge)
         removals[group.name] = eliminate(seen, group.cells, group.steps)
-    progress("Weighing", len(groups), len(groups))
     curves = {}
     if removals:
+        progress("Ordering filters", len(groups), len(groups), f"by elimination, in {len(groups)} groups")
         costs = impacts(wide, sampling.sample, groups, moments, removals, method.ridge, progress)
         ends = {branch.groups[-1] for branch in graph.branches}
         for group in groups:
