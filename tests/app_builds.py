@@ -60,6 +60,12 @@ def build(runtime: str, sources: Path, folder: Path) -> Path:
     return folder / f"thinet-{runtime}"
 
 
+def missing_for_ncnn() -> str:
+    """Why no engine of ncnn can be made here; "" if it can."""
+    missing = [module for module in ("ncnn", "pnnx") if importlib.util.find_spec(module) is None]
+    return f'{" and ".join(missing)}: not installed (pip install "thinet-deploy[ncnn]")' if missing else ""
+
+
 def _openvino(_: Path) -> dict[str, str]:
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     return {"OpenVINO_DIR": str(Path(openvino.__file__).with_name("cmake"))}

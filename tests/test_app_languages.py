@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_builds import PREPROCESSOR, SOURCES, build, compiler
+from app_builds import PREPROCESSOR, SOURCES, build, compiler, missing_for_ncnn
 from PIL import Image
 from tiny_onnx import scored_onnx
 
 from thinet_deploy import apps, bundle, registry
 from thinet_deploy.apps import App, Ends
 from thinet_deploy.bundle import BundleSpec, EngineFile
-from thinet_deploy.interfaces import Conversion, TensorSpec
+from thinet_deploy.engines import open_engine
+from thinet_deploy.interfaces import Conversion, Precision, TensorSpec
 from thinet_deploy.preprocess import Preprocess
 
 STAND_INS = Path(__file__).with_name("app_stand_ins")
@@ -127,19 +128,24 @@ def written(tmp_path: Path) -> Callable[[Path], Path]:
 # ------------------------------------------------------------------------------------------ other runtimes in C++
 
 
-def test_ncnn_in_cpp(tmp_path: Path, written: Callable[..., Path]) -> None:
-    for module in ("ncnn", "pnnx"):
-        if util.find_spec(module) is None:
-            pytest.skip(f'{module} is not installed (pip install "thinet-deploy[ncnn]")')
-    program = build("ncnn", SOURCES / "cpp", tmp_path / "build")
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp32", 0, 1e-5), ("fp16", 1e-5, 1e-2)])
+def test_a_bundles_own_sources_run_ncnn_as_python_does(
+    precision: Precision, least: float, most: float, tmp_path: Path, written: Callable[..., Path]
+) -> None:
+    if why := missing_for_ncnn():
+        pytest.skip(why)
     (tmp_path / "made").mkdir()
-    job = Conversion(scored_onnx(tmp_path / "source.onnx"), tmp_path / "made")
-    artifact = registry.convert("ncnn", job, tmp_path / "made")
-    folder = written(tmp_path / "bundle", (EngineFile("ncnn", tmp_path / "made" / artifact.path, "fp32", 1e-4),))
-    words = said(program, "check", folder)
-    assert words.count("passed") == 2, words
-    assert '"same_preprocessing": true' in said(program, "outputs", folder, "fp32", 1, tmp_path / "out")
-    assert len(said(program, "classify", folder, folder / "app" / "golden" / "picture.ppm").splitlines()) == 3
+    job = Conversion(scored_onnx(tmp_path / "source.onnx"), tmp_path / "made", precision)
+    path = tmp_path / "made" / registry.convert("ncnn", job, tmp_path / "made").path
+    folder = written(tmp_path / "bundle", (EngineFile("ncnn", path, precision, most),))
+    program = build("ncnn", folder / "app" / "cpp", tmp_path / "build")
+    assert said(program, "check", folder).count("passed") == 2
+    assert '"same_preprocessing": true' in said(program, "outputs", folder, precision, 1, tmp_path / "out")
+    got, golden = np.fromfile(tmp_path / "out", np.float32).reshape(-1, 5), np.load(folder / "golden.npz")
+    inputs, exact = golden["input:x"][: len(got)], golden["output:y"][: len(got)]
+    engine = open_engine("ncnn", str(path), 1, precision)
+    np.testing.assert_allclose(got, engine.run({"x": inputs})["y"], atol=1e-5)
+    assert least <= np.abs(got - exact).max() / np.abs(exact).max() <= most
 
 
 @pytest.mark.parametrize(

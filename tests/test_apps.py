@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from app_builds import SOURCES, build, preprocessor
+from app_builds import SOURCES, build, missing_for_ncnn, preprocessor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_onnx import scored_spec
 
-from thinet_deploy import apps, bundle
+from thinet_deploy import apps, bundle, registry
 from thinet_deploy.apps import App, Ends
-from thinet_deploy.bundle import BundleSpec, TypedFile, verify_bundle
+from thinet_deploy.bundle import BundleSpec, EngineFile, TypedFile, verify_bundle
+from thinet_deploy.interfaces import Conversion
 from thinet_deploy.preprocess import Preprocess
 
 HOW = Preprocess(resize=14, crop=(12, 12), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -104,13 +105,23 @@ def test_photos_and_very_long_images_too(in_cpp: Callable[..., np.ndarray], size
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> BundleSpec:
-    """A tiny network with engines of OpenVINO and ONNX Runtime."""
+    """A tiny network with engines of OpenVINO, ONNX Runtime and, where it can be made, ncnn."""
     picture = np.random.default_rng(2).integers(0, 256, (25, 17, 3)).astype(np.uint8)
+    found = scored_spec(tmp_path_factory.mktemp("engines"), 3)
     return replace(
-        scored_spec(tmp_path_factory.mktemp("engines"), 3),
+        found,
+        engines=(*found.engines, *ncnn_engines(found.onnx, tmp_path_factory.mktemp("ncnn"))),
         labels=tuple(f"class {number}" for number in range(5)),
-        app=App(HOW, picture, ("openvino", "onnxruntime"), "linux"),
+        app=App(HOW, picture, ("openvino", "onnxruntime", "ncnn"), "linux"),
     )
+
+
+def ncnn_engines(source: Path, folder: Path) -> tuple[EngineFile, ...]:
+    """One in fp32; none where what makes it is not there."""
+    if missing_for_ncnn():
+        return ()
+    artifact = registry.convert("ncnn", Conversion(source, folder), folder)
+    return (EngineFile("ncnn", folder / artifact.path, "fp32", 1e-4),)
 
 
 def written(folder: Path, spec: BundleSpec) -> Path:
@@ -124,12 +135,14 @@ def said(program: Path, *words: object) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module", params=["openvino", "onnxruntime"])
+@pytest.fixture(scope="module", params=["openvino", "onnxruntime", "ncnn"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program of a runtime."""
     if request.param == "openvino":
         found: Path = request.getfixturevalue("openvino_program")
         return found
+    if request.param == "ncnn" and (why := missing_for_ncnn()):
+        pytest.skip(why)
     return build(request.param, SOURCES / "cpp", tmp_path_factory.mktemp(request.param))
 
 

@@ -5,17 +5,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
-from mixed_onnx import SHAPE, Floats, Mixed, distance
+from mixed_onnx import Floats, distance
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.helper import make_graph, make_node, make_tensor_value_info
 from small_onnx import small
 
-from thinet_deploy.errors import ModelError, TargetError
-from thinet_deploy.export import export_onnx, run_onnx
+from thinet_deploy.errors import ModelError
+from thinet_deploy.export import run_onnx
 from thinet_deploy.precision.accuracy_gate import outputs
 from thinet_deploy.precision.calibration import Values, observe
-from thinet_deploy.precision.graph import read_onnx
 from thinet_deploy.precision.half import kept_names, overflowing, to_half
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -64,24 +62,6 @@ def test_operators_that_lose_too_much_stay(mixed_values: dict[str, Values]) -> N
     assert overflowing(net, {}) == {"soft": "Softmax loses too much in FP16"}
     half = to_half(net, "fp16", keep=["soft"], keep_io=False)
     assert [node.op_type for node in half.graph.node] == ["Cast", "Softmax", "Cast", "Identity"]
-
-
-def test_bf16_needs_the_opset_that_has_it(mixed_model: ModelProto) -> None:
-    with pytest.raises(TargetError, match="bf16 from opset 22 on, but this file has opset 18"):
-        to_half(mixed_model, "bf16")
-
-
-def test_bf16_is_written(mixed_images: Floats, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    export_onnx(Mixed(), SHAPE, tmp_path / "n.onnx", opset=22, ir_version=10)
-    net = read_onnx(tmp_path / "n.onnx")
-    half = to_half(net, "bf16")
-    assert {each.data_type for each in half.graph.initializer} <= {TensorProto.BFLOAT16, TensorProto.INT64}
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed, and nothing else here runs bf16 ONNX")
-    onnx.save(half, tmp_path / "h.onnx")
-    compiled = openvino.Core().compile_model(str(tmp_path / "h.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    got = compiled(mixed_images[:4])[0]
-    assert 0 < distance(outputs(net, mixed_images[:4]), got) < 0.03
 
 
 def test_control_flow_is_refused() -> None:

@@ -253,6 +253,19 @@ def test_a_jetson_gets_its_typed_files(
     assert {("gap", "FP32 → fp16 ONNX"), ("gap", "FP32 → int8 ONNX")} <= {(hop.model, hop.hop) for hop in done.hops}
 
 
+def test_a_thor_gets_a_bf16_file_and_how_to_build_from_it(copy: Path, tiny_options: MakeOptions) -> None:
+    done = build(again(tiny_options, copy, target="jetson-thor", precision="bf16"))
+    (typed,) = read_manifest(done.bundle).typed
+    assert (typed.precision, typed.path) == ("bf16", "typed/model-bf16.onnx")
+    golden, file = np.load(done.bundle / "golden.npz"), read_onnx(done.bundle / typed.path)
+    assert (opset_of(file), opset_of(read_onnx(done.bundle / "model.onnx"))) == (22, 20)
+    assert {each.data_type for each in file.graph.initializer} <= {TensorProto.BFLOAT16, TensorProto.INT64}
+    assert 0 < distance(golden["output:logits"], outputs(file, golden["input:input"])) <= typed.tolerance
+    assert "typed/model-bf16.onnx engines/tensorrt-bf16/model.engine --precision bf16" in "\n".join(done.notes)
+    assert ("gap", "FP32 → bf16 ONNX") in {(hop.model, hop.hop) for hop in done.hops if hop.passed}
+    assert verify_bundle(done.bundle)["exit_code"] == 0
+
+
 def test_a_dla_gets_what_it_computes_in(copy: Path, tiny_options: MakeOptions) -> None:
     done = build(again(tiny_options, copy, target="jetson-agx-orin", precision=None, dla=1))
     assert [each.precision for each in read_manifest(done.bundle).typed] == ["fp16"]

@@ -51,7 +51,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "squeezenet1_1": partial(squeezenet1_1, input_shape=(3, 227, 227)),
     "alexnet": alexnet,  # groups, and local response normalisation, whose powers stay in float32
 }
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 # A layer in the builder's words; its weights follow behind what it reads.
 LAYER = re.compile(r"^Name: (.*), LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[.*, Metadata: (.*)$", re.MULTILINE)
 
@@ -94,8 +94,10 @@ def write_typed(network: Callable[[], nn.Module], folder: Path) -> Typed:
     made = {
         "fp32": source,
         "fp16": to_half(source, "fp16", keep=single),
+        "bf16": to_half(source, "bf16"),
         "int8": quantise(source, bounds, S8S8),
         "mixed-fp16": to_half(source, "fp16", keep=[*single, first]),
+        "mixed-bf16": to_half(source, "bf16", keep=[first]),
         "mixed-int8": quantise(source, bounds, S8S8, keep=[first]),
     }
     for name, each in made.items():

@@ -19,6 +19,7 @@ from .calibration import METHODS, Batches, Floats, Method, Values, limits, sessi
 from .graph import names_of
 from .int8 import quantisable, quantise
 from .refit import refit
+from .rounded import in_float32
 from .weights import Layout
 
 Limits = dict[str, tuple[float, float]]
@@ -167,7 +168,7 @@ def outputs(model: ModelProto, images: Floats) -> Floats:
 
 def speaking(model: ModelProto, *, literal: bool) -> Callable[[Floats], Floats]:
     """A function from images to what a network says of them, in batches of 32; `literal` as in `session`."""
-    running, taken = session(model, literal=literal), model.graph.input[0]
+    running, taken = session(in_float32(model), literal=literal), model.graph.input[0]
     kind = np.float32 if taken.type.tensor_type.elem_type == TensorProto.FLOAT else np.float16
 
     def run(images: Floats) -> Floats:

@@ -15,9 +15,11 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_node
 
-from ..errors import ModelError, TargetError
+from ..errors import ModelError
 from .calibration import Values
 from .graph import constants, copy_of, element_types, names_of, opset_of, put_nodes
+from .upgrade import NEW as BF16_OPSET
+from .upgrade import to_opset_22
 
 Half = Literal["fp16", "bf16"]
 _ELEMENT: dict[Half, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -42,7 +44,6 @@ PRONE = frozenset(
 )
 # Inputs that are float32 whatever the data is: Resize's regions and scales.
 _ALWAYS_SINGLE = {"Resize": (1, 2)}
-BF16_OPSET = 22  # the first in which convolutions take it
 
 
 def overflowing(model: ModelProto, values: Mapping[str, Values]) -> dict[str, str]:
@@ -74,26 +75,22 @@ def to_half(model: ModelProto, kind: Half, *, keep: Collection[str] = (), keep_i
 
     Args:
         model: with named nodes; it is left as it is.
-        kind: "fp16" or "bf16".
+        kind: "fp16" or "bf16", which brings the network to opset 22.
         keep: names of nodes that stay in float32.
         keep_io: whether inputs and outputs stay float32, with casts inside.
 
     Raises:
         ModelError: the network has control flow.
-        TargetError: the opset has no convolutions in that type.
+        TargetError: an operator means something else in opset 22.
     """
-    if kind == "bf16" and opset_of(model) < BF16_OPSET:
-        raise TargetError(
-            f"ONNX has convolutions in bf16 from opset {BF16_OPSET} on, but this file has opset {opset_of(model)}.",
-            hint="Choose a target whose stack reads it, or --precision fp16.",
-        )
     for node in model.graph.node:
         if any(each.HasField("g") for each in node.attribute):
             raise ModelError(
                 f"{node.name} ({node.op_type}) holds a graph of its own, which is not brought to {kind}.",
                 hint="Use --precision fp32, or export the network without control flow.",
             )
-    return _Work(copy_of(model), _ELEMENT[kind], set(keep), keep_io).done()
+    own = to_opset_22(model) if kind == "bf16" and opset_of(model) < BF16_OPSET else copy_of(model)
+    return _Work(own, _ELEMENT[kind], set(keep), keep_io).done()
 
 
 def kept_names(model: ModelProto, reasons: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ..errors import MissingError, TargetError
 from ..interfaces import Precision
 from ..registry import CONVERTERS, converter, host_runtimes, runs_here
 from ..target import TargetProfile
-from .half import BF16_OPSET
+from .upgrade import NEW as BF16_OPSET
 from .weights import S8S8, U8S7, U8S8, Layout
 
 # What these compute in on the CPU here, so that an engine can be checked; all others, in what their converters can be
@@ -68,14 +68,10 @@ def plan_precision(
     if runs_here(target):
         plan = _here(target, asked or "fp32", runtimes, cpu_flags)
     elif target.builds_on_device:
-        if asked == "bf16" and target.opset < BF16_OPSET:
-            raise TargetError(
-                f"ONNX files in bf16 take opset {BF16_OPSET}, and those for {target.id} have {target.opset}.",
-                hint="Use --precision fp16.",
-            )
-        short: tuple[Precision, ...] = ("fp16", "bf16", "int8") if target.opset >= BF16_OPSET else ("fp16", "int8")
-        if dla is not None:
-            short = target.dla_precisions
+        if asked == "bf16":
+            _require_bf16_files(target)
+        # BF16 is as fast as FP16 and rounds more: who needs its range asks for it.
+        short: tuple[Precision, ...] = ("fp16", "int8") if dla is None else target.dla_precisions
         usual = short if "tensorrt" in target.runtimes else ()
         wanted = (asked,) if asked else tuple(each for each in usual if each in target.precisions.supported)
         plan = PrecisionPlan("fp32", runtimes, tuple(each for each in wanted if each != "fp32"), _layout(target, ()))
@@ -87,6 +83,21 @@ def plan_precision(
             hint='Install it: pip install "thinet-deploy[onnxruntime]"',
         )
     return plan
+
+
+def _require_bf16_files(target: TargetProfile) -> None:
+    """Raise TargetError where the target's stack does not read what a file in bf16 takes."""
+    newest = target.stack.opset_max if target.stack else target.opset
+    if newest >= BF16_OPSET:
+        return
+    reads = f"TensorRT of {target.stack.name}" if target.stack else f"what reads it on {target.id}"
+    better = [f"--target {target.id}@{each.name}" for each in target.stacks if each.opset_max >= BF16_OPSET]
+    raise TargetError(
+        f"An ONNX file in bf16 takes opset {BF16_OPSET}, the first that has convolutions in it, and {reads} is known "
+        f"to read opset {newest} at most.",
+        hint="Use --precision fp16: it is as fast, and layers that would overflow in it stay in fp32."
+        + (f" Or build for a later stack: {' or '.join(better)}." if better else ""),
+    )
 
 
 def _here(
