@@ -3,12 +3,14 @@
 #   PIP_OPTIONS     for pip, such as another build of torch:
 #                   PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" (or …/cu130)
 #   CONSTRAINTS     the pinned set of packages
+#   EXTRAS          of the package, as pyproject.toml names them
 #   WORKERS         of the tests; by default two, each with whole files
 #   PYTEST_OPTIONS  for pytest, such as "-k parity"
 #   BENCH_OPTIONS   for the scripts in benchmarks/, such as --quick
 PYTHON ?= python3
 PIP_OPTIONS ?=
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= cpu,train,tasks,dev
 WORKERS ?= -n 2 --dist loadfile
 PYTEST_OPTIONS ?=
 BENCH_OPTIONS ?=
@@ -48,7 +50,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $(UNFINISHED)
 	@echo "Installing into $(VENV): some hundred megabytes, once …"
 	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) "$$(grep '^torch==' $(CONSTRAINTS))"
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[cpu,train,tasks,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	@rm -f $(UNFINISHED)
 	@touch $(STAMP)
 
