@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -62,16 +63,21 @@ class Version(NamedTuple):
 def downloaded(requirement: str) -> Path:
     """A wheel's files, from the cache, or from the package index once."""
     place = CACHE / requirement.replace("==", "-")
-    if not place.exists():
-        wheels = CACHE / "wheels"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(wheels), requirement]
+    if place.exists():
+        return place
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # for each its own: tests run in several processes
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"{requirement} cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
-        stem = requirement.replace("-", "_").replace("==", "-")
-        with zipfile.ZipFile(next(wheels.glob(f"{stem}*.whl"))) as wheel:
-            wheel.extractall(place.with_suffix(".partial"))
-        place.with_suffix(".partial").rename(place)
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            wheel.extractall(Path(folder, "files"))
+        try:
+            Path(folder, "files").rename(place)
+        except OSError:
+            if not place.exists():  # else another process was faster
+                raise
     return place
 
 
