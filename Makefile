@@ -3,7 +3,7 @@
 #   PIP_OPTIONS     for pip, such as another build of torch:
 #                   PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" (or …/cu130)
 #   CONSTRAINTS     the pinned set of packages
-#   EXTRAS          of the package, as pyproject.toml names them
+#   EXTRAS          of the package, as pyproject.toml names them; given ones are added to what is installed
 #   WORKERS         of the tests; by default two, each with whole files
 #   PYTEST_OPTIONS  for pytest, such as "-k parity"
 #   BENCH_OPTIONS   for the scripts in benchmarks/, such as --quick
@@ -34,6 +34,11 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## everything into .venv (the other targets do this themselves)
+
+# Without this, make would do nothing where a first `make install` has been.
+ifeq ($(origin EXTRAS),command line)
+.PHONY: $(STAMP)
+endif
 
 # torch comes first and at its pin: with no torch installed, a range would take the newest CUDA build instead.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
