@@ -72,13 +72,14 @@ def maker(spec: BundleSpec, folder: Path) -> Make:
         bundle.write_bundle(place, replace(known, **changes))
         if builder:
             (place / "tensorrt_builder.py").write_text(builder)
-            _vouch(place, "tensorrt_builder.py")
+            vouch(place, "tensorrt_builder.py")
         return Stage(place, hash_json(str(place)), reused=False)
 
     return make
 
 
-def _vouch(folder: Path, name: str) -> None:
+def vouch(folder: Path, name: str) -> None:
+    """Let a bundle's manifest say of a file what it is now."""
     manifest = read_json(folder / "manifest.json")
     manifest["files"][name] = sha256_of(folder / name)
     write_json(folder / "manifest.json", manifest)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ssh_bundles import PYTHON, Make, builder, deploy, on_path, refused
+from ssh_bundles import PYTHON, Make, builder, deploy, on_path, refused, vouch
 from ssh_server import Server, serving
 
 from thinet_deploy import device_site
@@ -63,6 +63,19 @@ def test_a_damaged_bundle_is_not_sent(server: Server, make_bundle: Make, tmp_pat
     (stage.folder / "model.onnx").write_bytes(b"nonsense")
     with pytest.raises(BundleError, match=r"model\.onnx is not as the manifest says"):
         deploy(server, stage, tmp_path / "run")
+
+
+def test_a_bundle_whose_run_py_is_of_another_version_is_to_be_built_again(
+    server: Server, make_bundle: Make, cli: Any
+) -> None:
+    folder = make_bundle().folder
+    script = folder / "run.py"
+    script.write_text(script.read_text().replace('"--rounds"', '"--turns"'))
+    vouch(folder, "run.py")
+    done = cli("latency", folder, "--device", server.address, "--device-python", PYTHON)
+    said = " ".join(done.err.split())
+    assert (done.code, "unrecognized arguments: --rounds 15" in said) == (3, True), said
+    assert "Build it again with this one" in said
 
 
 def test_a_wrong_host_key_is_no_host(server: Server, make_bundle: Make, cli: Any) -> None:

@@ -32,7 +32,7 @@ FACTS, VERIFIED, MEASURED = "facts.json", "verify.json", "latency.json"
 EXECUTED = "precision.json"
 SECONDS = 5  # per engine
 _TIMINGS = "timing.cache"
-_NOTHING_RAN, _NO_TENSORRT = 3, 3
+_USAGE, _NOTHING_RAN, _NO_TENSORRT = 2, 3, 3
 
 
 def reach(address: str, python: str, target: TargetProfile) -> tuple[Machine | Phone, TargetProfile]:
@@ -170,7 +170,9 @@ def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str
         last = (done.err.splitlines() or ["it said nothing"])[-1]
         raise DeviceError(
             f"run.py {command} on {site.machine.device.name} ended with code {code}: {last}",
-            hint="Run the same command again; `thinet-deploy verify` shows here whether the bundle is whole.",
+            hint="The bundle was made by another version of thinet-deploy. Build it again with this one."
+            if code == _USAGE
+            else "Run the same command again; `thinet-deploy verify` shows here whether the bundle is whole.",
         ) from None
     if "error" in report:
         raise DeviceError(f"{site.machine.device.name}: {report['error']}", hint="Build the bundle again.")
