@@ -78,6 +78,14 @@ def test_engines_and_models_of_other_images_are_not_compared_with_each_other(cli
     assert faster["twin"]["baseline"] == "small onnxruntime fp32"
 
 
+def test_the_original_is_what_others_are_compared_with_wherever_it_stands(cli: Cli, tmp_path: Path) -> None:
+    thin, original = pooled_onnx(tmp_path / "thin.onnx", 4), pooled_onnx(tmp_path / "original.onnx", 64)
+    done = cli("latency", thin, original, *FAST, "--json")
+    faster = {row["model"]: row["speedup"] for row in json.loads(done.out)["engines"]}
+    assert faster["thin"]["baseline"] == "original onnxruntime fp32"
+    assert faster["original"] is None
+
+
 def test_models_are_compared_with_the_first_of_them(cli: Cli, workplace: Path) -> None:
     done = cli("latency", "net.py:tiny", "net.py:wider", *FAST)
     assert done.code == 0, done.err

@@ -131,7 +131,8 @@ def _engines(group: Engines, how: How, progress: Any) -> list[EngineLatency]:
             group.refs, inputs, threads=threads, rounds=rounds, seconds=seconds, fps=pace, progress=progress
         ):
             base = first.setdefault(row.runtime, row)
-            found.append(row if row is base or row.speedup else replace(row, speedup=engine_speedup(base, row)))
+            known = row is base or row.speedup or base.speedup
+            found.append(row if known else replace(row, speedup=engine_speedup(base, row)))
     return found
 
 
