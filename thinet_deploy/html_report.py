@@ -35,7 +35,8 @@ class Page:
 def digest() -> str:
     """Changes when the page would look different for the same run."""
     here = Path(__file__)
-    parts = (here.with_name(f"{name}.py") for name in ("ledger", "report", "report_plots", "contract", "comparison"))
+    names = ("ledger", "report", "report_plots", "runner_text", "contract", "comparison")
+    parts = (here.with_name(f"{name}.py") for name in names)
     return hash_json([sha256_of(path) for path in (TEMPLATE, here, *parts)])
 
 
