@@ -18,7 +18,6 @@ from thinet_deploy.store import Checkpoint, Run, open_run
 HOLDS = """
 import sys
 from pathlib import Path
-from thinet_deploy.shared_run import SharedRun
 from thinet_deploy.store import Run
 with Run(Path(sys.argv[1])).locked():
     print("in")
