@@ -88,12 +88,14 @@ class Done(NamedTuple):
     err: str
 
 
-@pytest.fixture(autouse=True)
-def _usual_toolchains(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _usual_toolchains() -> Iterator[None]:
     """Builds make the engines that always belong to a target, whatever else is installed and would take minutes."""
     from thinet_deploy import registry
 
-    monkeypatch.setattr(registry, "installed", lambda runtime: False)
+    with pytest.MonkeyPatch.context() as patch:  # of the session, so that it holds for what a whole file shares
+        patch.setattr(registry, "installed", lambda runtime: False)
+        yield
 
 
 @pytest.fixture

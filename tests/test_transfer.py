@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 
 from thinet_deploy.bundle import read_manifest
 from thinet_deploy.deployment import Build
+from thinet_deploy.job import load_job, moved
 from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build
 from thinet_deploy.pruning.plan import load_plan
+from thinet_deploy.tools import Tools
+from thinet_deploy.training import logits
 
 Made = Callable[[Callable[[], Any]], tuple[Any, list[str]]]
 
@@ -82,6 +85,22 @@ def test_nothing_learnt_nothing_changed(there: Path, tiny_options: Callable[...,
     assert same
     for name in same:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
+
+
+def test_the_new_last_layer_says_what_the_teacher_says_before_any_training(
+    there: Path, tiny_options: Callable[..., Options], tmp_path: Path
+) -> None:
+    options = tiny_options(
+        tmp_path / "run", "residual", keep=0.7, transfer_to=there, transfer_epochs=0, controls="none"
+    )
+    found, job = build(options), load_job(options)
+    tools = Tools(moved(job, there), lambda *_: None)
+    says = {name: logits(tools.load(found.run / name), tools.job.data.train) for name in ("original-there", "thin-there")}
+    original, transferred = (each - each.mean(0) for each in says.values())
+    assert (transferred - original).square().sum() < 0.5 * original.square().sum(), "which is what a fresh one misses"
+    assert ("ThiNet-Conv (r=0.7), then fine-tuned to columns", "new last layer fitted") in {
+        (entry.network, entry.step) for entry in found.table.ledger
+    }
 
 
 def test_the_ledger_says_where_each_was_measured(done: Build, there: Path) -> None:

@@ -10,7 +10,8 @@ from .networks import Networks, accuracy_of, finish, from_scratch, last_epochs, 
 from .shared_run import SharedRun
 from .stages import FineTuning
 from .store import Stage
-from .tools import Tools
+from .tasks.base import Accuracy
+from .tools import REPORT, Tools
 from .transfer_stage import carried
 
 THERE = "-there"  # ends the names of the stages that work on the target's images
@@ -57,6 +58,8 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
         Entry.of(tuned(FineTuning(epochs, rate, None)), accuracy_of(original), networks.labels["original"])
     ]
     networks.ledger += [replace(each, network="FT & prune") for each in there.ledger if each.network != "Original"]
+    if before := thin.json(REPORT).get("before"):
+        networks.ledger.append(Entry.of("new last layer fitted", Accuracy.read(before), label))
     how = tuned(FineTuning(epochs, rate, teacher.folder if teacher else None))
     networks.ledger.append(Entry.of(how, accuracy_of(thin), label))
     if target.job.options.controls == "all":

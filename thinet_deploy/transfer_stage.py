@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .artifact import write_json
 from .models.loading import build_model
+from .prune_stage import calibration
+from .pruning.head import fit_head
 from .pruning.plan import Plan, fingerprint, load_plan
 from .pruning.surgery import apply
 from .seeds import derive
@@ -21,7 +24,10 @@ from .tools import PLAN, REPORT, Tools, fine_tuning, write_network
 def carried(
     source: Tools, target: Tools, label: str, how: FineTuning, start: Path, folder: Path, checkpoint: Checkpoint
 ) -> None:
-    """The network that a stage of `source` left in `start`, with a new last layer, fine-tuned to `target`'s images."""
+    """The network that a stage of `source` left in `start`, with a new last layer, fine-tuned to `target`'s images.
+
+    With a teacher the new layer is first fitted to what that says, but for the papers' recipes, which leave it fresh.
+    """
     options, classes = target.job.options, len(target.job.data.classes)
     plan = load_plan(start / PLAN) if (start / PLAN).exists() else None
     model, plan = _fresh(target, plan, classes)
@@ -31,11 +37,25 @@ def carried(
         {name: taken[name] if fresh[name].shape == other[name].shape else fresh[name] for name in fresh}
     )
     teacher = target.load(how.teacher) if how.teacher else None
+    report: dict[str, Any] = {"epochs": how.epochs}
+    last = _only_linear(model, {name for name in fresh if fresh[name].shape != other[name].shape})
+    if teacher and last and not options.layerwise:
+        fit_head(model.eval(), last, teacher, calibration(target)[0], target.progress)
+        report["before"] = asdict(target.test(model, label))
     stage = f"Fine-tuning {label} to {target.job.data.name}"
     schedule = fine_tuning(options)
     target.train(model, stage, how.epochs, how.lr, checkpoint, teacher=teacher, schedule=schedule)
     write_network(folder, model.eval(), plan)
-    write_json(folder / REPORT, {"accuracy": asdict(target.test(model, label)), "epochs": how.epochs})
+    write_json(folder / REPORT, {"accuracy": asdict(target.test(model, label)), **report})
+
+
+def _only_linear(model: nn.Module, new: set[str]) -> nn.Linear | None:
+    """The layer that all new parameters belong to, if it is a linear one with a bias."""
+    owners = {name.rpartition(".")[0] for name in new}
+    if len(owners) != 1:
+        return None
+    layer = model.get_submodule(*owners)
+    return layer if isinstance(layer, nn.Linear) and layer.bias is not None else None
 
 
 def _fresh(tools: Tools, plan: Plan | None, classes: int) -> tuple[nn.Module, Plan | None]:
