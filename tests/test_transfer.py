@@ -95,8 +95,8 @@ def test_the_new_last_layer_says_what_the_teacher_says_before_any_training(
     )
     found, job = build(options), load_job(options)
     tools = Tools(moved(job, there), lambda *_: None)
-    says = {name: logits(tools.load(found.run / name), tools.job.data.train) for name in ("original-there", "thin-there")}
-    original, transferred = (each - each.mean(0) for each in says.values())
+    networks = (tools.load(found.run / name) for name in ("original-there", "thin-there"))
+    original, transferred = (each - each.mean(0) for each in (logits(net, tools.job.data.train) for net in networks))
     assert (transferred - original).square().sum() < 0.5 * original.square().sum(), "which is what a fresh one misses"
     assert ("ThiNet-Conv (r=0.7), then fine-tuned to columns", "new last layer fitted") in {
         (entry.network, entry.step) for entry in found.table.ledger
