@@ -8,7 +8,7 @@ from typing import Any
 
 from _markdown import head, line, top1
 from _paper_criteria import EPOCHS, METHODS, NAME, RATE, RATIOS
-from _papers import COSTS, CRITERIA, FILTER_PRUNING, TRANSFER
+from _papers import ALSO, COSTS, CRITERIA, FILTER_PRUNING, TRANSFER
 from _record import kept
 
 from thinet_deploy.report import to_markdown
@@ -44,7 +44,7 @@ def _costs(name: str) -> Iterator[str]:
         *head("", ["#Param", "#FLOPs", "f./b. (s)", "faster, f.", "faster, b.", *theirs]),
     )
     base = next(iter(rows.values()))["printed"][4]
-    for row in rows.values():
+    for model, row in rows.items():
         label, _, parameters, flops, paper = row["printed"]
         speed = f"{base[0] / paper[0]:.2f}×/{base[1] / paper[1]:.2f}×" if base and paper else ""
         medians = "/".join(
@@ -52,7 +52,8 @@ def _costs(name: str) -> Iterator[str]:
         )
         ratios = ["{:.2f}× [{:.2f}, {:.2f}]".format(*row[f"{part}_speedup"]) for part in ("forward", "backward")]
         counts = [f"{row['count']['parameters'] / 1e6:.2f}M", f"{row['count']['flops'] / 1e9:.2f}B"]
-        yield line(label, [*counts, medians, *ratios, parameters, flops, speed])
+        for who in (label, *([ALSO[model][0]] if model in ALSO else [])):
+            yield line(who, [*counts, medians, *ratios, parameters, flops, speed])
     yield ""
 
 
