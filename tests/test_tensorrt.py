@@ -248,6 +248,8 @@ from pathlib import Path
 import tensorrt_rtx
 from thinet_deploy.tensorrt_builder import Settings, build
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
+
 def interrupt(*step):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.2)
