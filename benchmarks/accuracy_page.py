@@ -57,11 +57,6 @@ def _reconstruction() -> Iterator[str]:
             for how in RECONSTRUCTIONS
         ]
         yield from (line("**elimination, allocated**", allocated), "")
-        if network == "vgg":
-            yield from (
-                "(The last row, and its epochs below, are of before [27](adr/0027-errors-tried-at-the-outputs.md).)",
-                "",
-            )
 
 
 def _tuned() -> Iterator[str]:
