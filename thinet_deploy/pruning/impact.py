@@ -26,8 +26,8 @@ from .replay import Values, copied
 from .weighing import channels_read, others
 from .wide import Wide
 
-# Images for a group: each costs about half of a run, so that all together cost less than a fifth of the first pass.
-_SHARE, _FEWEST = 1 / 3, 8
+# Images for a group: each costs about half of a run, so that all together cost about a tenth of the first pass.
+_SHARE, _FEWEST = 1 / 5, 8
 _LEFT = 1 / 4  # of a group's channels
 _SEEN = 0.01  # of the error of the narrowest width: what is lost with less of it is rounding
 # Of an error in the first layer, what later layers leave once they are refitted, beside one in the last layer.
