@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from boards import PI_FILES, a_machine
 from ssh_bundles import wait_for
 from ssh_server import Server
 
-from thinet_deploy import device_site, latency_stage, pipeline, runner, staircase, tools
+from thinet_deploy import device_site, device_timer, latency_stage, pipeline, runner, staircase, timers, tools
 from thinet_deploy.artifact import read_json
 from thinet_deploy.device_timer import DeviceTimer
 from thinet_deploy.devices import find_device
@@ -256,6 +257,20 @@ class Scripted(DeviceTimer):
 
     def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, list[float]]:
         return {name: [2.0, 2.0, 2.0] if pair_of(asked, name) else [0.5, 0.5, 0.5] for name in asked["networks"]}
+
+
+def test_a_device_that_throttles_in_every_attempt_is_told_of() -> None:
+    words = "The machine throttled in each of 3 attempts (throttled)."
+
+    class Site:
+        bundle, machine = "bundle", SimpleNamespace(device=SimpleNamespace(name="ssh://pi"))
+
+        def job(self, *_: Any, **__: Any) -> tuple[int, Any]:
+            return 4, SimpleNamespace(out=json.dumps({"error": words}).encode(), err="")
+
+    with pytest.raises(GateError, match=r"^ssh://pi: The machine throttled in each of 3 attempts") as stop:
+        device_timer._ask(Site(), "request.json", timers.LAYERS, silent)  # type: ignore[arg-type]  # all that is asked
+    assert stop.value.hint.startswith("Cool it")
 
 
 def pair_of(asked: Mapping[str, Any], name: str) -> bool:

@@ -19,8 +19,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from thinet_deploy import pipeline, runner, staircase, timers
-from thinet_deploy.artifact import read_json
+from thinet_deploy import pipeline, runner, sensors, staircase, timers
+from thinet_deploy.artifact import read_json, write_json
 from thinet_deploy.counting import count
 from thinet_deploy.engines import open_engine
 from thinet_deploy.environment import cache_folder
@@ -145,6 +145,37 @@ def test_a_layer_that_is_known_gets_no_further_turns(steady: bool, monkeypatch: 
     turns = set(worker.opened.values())
     assert turns == {staircase.ROUNDS_AT_LEAST} if steady else staircase.ROUNDS in turns
     assert all(each.spread_ms == 0 for each in found) == steady
+
+
+class Hot(sensors.Watch):
+    """Of a machine that throttles in so many rounds."""
+
+    left = 0
+
+    def summary(self) -> dict[str, Any]:
+        type(self).left -= 1
+        return {"throttled": ["cpu0 core_throttle_count rose by 1"] if self.left >= 0 else []}
+
+
+def test_a_round_of_a_machine_that_throttles_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker = Simulated()
+    monkeypatch.setattr(runner, "Worker", worker)
+    monkeypatch.setattr(sensors, "Watch", Hot)
+    tasks = [(each.shape, each.ins, each.outs) for each in layers_of(Mixed(), (3, 16, 16))]
+    monkeypatch.setattr(Hot, "left", 2)
+    Engine("openvino").time(tasks)
+    assert set(worker.opened.values()) == {staircase.ROUNDS_AT_LEAST + 2}
+    monkeypatch.setattr(Hot, "left", 3)
+    with pytest.raises(GateError, match=r"throttled in each of 3 attempts \(cpu0 .* rose by 1\)") as raised:
+        Engine("openvino").time(tasks)
+    assert raised.value.hint.startswith("Cool it")
+    asked = {"engine": {}, "networks": {"0": {"path": "0.onnx", "what": "conv"}}, "pairs": [["0", None]]}
+    write_json(tmp_path / "asked.json", {"layers": {**asked, "rounds": 3, "at_least": 3, "seconds": 1, "steady": 1}})
+    monkeypatch.setattr(Hot, "left", 3)
+    assert runner.main(["trial", str(tmp_path / "asked.json")]) == 4, "device_timer takes that for a hot device"
+    assert "throttled in each of 3 attempts" in capfd.readouterr().out
 
 
 def test_points_are_kept_and_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ import numpy as np
 from .artifact import hash_json, sha256_of, write_json
 from .bundle import KIT
 from .device_site import SCRIPT, Machine, Site
-from .errors import MissingError, ThinetDeployError
+from .errors import GateError, MissingError, ThinetDeployError
 from .interfaces import Array, Progress
-from .latency import EngineLatency, EngineRef, latencies
+from .latency import COOL_IT, EngineLatency, EngineRef, latencies
 from .timers import LAYERS
 
 _REQUEST, _INPUTS, _ARCHIVE = "request.json", "inputs.npz", "files.zip"
-_RUNTIME_MISSING = 3
+_RUNTIME_MISSING, _THROTTLED = 3, 4
 # A version comes from the device, and gets into the name of a file here.
 _STRANGE = re.compile(r"[^A-Za-z0-9.+_-]")
 
@@ -136,6 +136,7 @@ def _ask(site: Site, request: str, stage: str, progress: Progress) -> Any:
 
     Raises:
         MissingError: the runtime is not installed there.
+        GateError: the device throttled in every attempt.
         ThinetDeployError: the runtime cannot run a network.
         DeviceError: the connection was cut.
     """
@@ -148,6 +149,8 @@ def _ask(site: Site, request: str, stage: str, progress: Progress) -> Any:
     words = report.get("error") or f"run.py ended with code {code}: {last}"
     if code == _RUNTIME_MISSING:
         raise MissingError(f"{device}: {words}", hint="--device-python names the Python of an environment there.")
+    if code == _THROTTLED:
+        raise GateError(f"{device}: {words}", hint=COOL_IT)
     raise ThinetDeployError(
         f"Networks cannot be timed on {device}: {words}",
         hint="A runtime there that is older than the one here may not know an operator: update it there.",

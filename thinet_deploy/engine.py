@@ -23,6 +23,10 @@ class MissingRuntimeError(RunnerError):
     """The runtime, or the GPU that it needs, is not there; the message says how to get it."""
 
 
+class ThrottledError(RunnerError):
+    """The machine slowed itself down in every attempt to measure something; the message says how."""
+
+
 class Engine(abc.ABC):
     """An engine loaded by its runtime; see `open_engine`. A new runtime is a subclass and a line in ENGINES.
 

@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 
 from . import runner, samples
-from .engine import MissingRuntimeError, RunnerError
-from .errors import InputError, MissingError, ThinetDeployError
+from .engine import MissingRuntimeError, RunnerError, ThrottledError
+from .errors import GateError, InputError, MissingError, ThinetDeployError
 from .interfaces import Array, Precision, Progress, silent
 
 BASELINE = "original"
 VERSION = 2  # of latency.json
+# What to do where a machine throttles; the measured layers are kept as staircases, see staircase.Points.
+COOL_IT = (
+    "Cool it, or lower its clock to one that it can hold, and run the same again: what is known of layers is kept."
+)
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,8 @@ def explained(what: str) -> Iterator[None]:
         raise MissingError(
             f"{what} cannot be measured. {error}", hint="`thinet-deploy doctor` shows the rest."
         ) from error
+    except ThrottledError as error:
+        raise GateError(f"{what} failed. {error}", hint=COOL_IT) from error
     except RunnerError as error:
         hint = "`thinet-deploy verify` checks whether the engine is whole; convert it again if it is not."
         raise ThinetDeployError(f"{what} failed. {error}", hint=hint) from error

@@ -22,7 +22,7 @@ from .errors import GateError, InputError
 from .export import INPUT, export_onnx
 from .interfaces import Array, Conversion, Precision, Progress, silent
 from .job import Job
-from .latency import EngineLatency, EngineRef, speedup
+from .latency import COOL_IT, EngineLatency, EngineRef, speedup
 from .layer_networks import layers_of
 from .models.loading import InputShape
 from .precision.graph import read_onnx
@@ -39,11 +39,11 @@ from .registry import check, convert, runs_here
 from .staircase import RUNTIMES, Engine, Points, Stopwatch, survey
 from .target import TargetProfile
 from .timers import HERE
+from .turns import ATTEMPTS
 
 # Points of one line of a surface: the grid leaves few widths, and the whole network has the last word.
 POINTS = 12
 ROUNDS, SECONDS = 11, 4.0  # of the original and of a thin network, in turn
-ATTEMPTS = 3  # where the machine throttles
 Meter = Callable[[nn.Module], Measured]
 
 
@@ -187,8 +187,7 @@ class Bench:
         raise GateError(
             "A network for the budget of time cannot be measured: the machine throttled in each of "
             f"{ATTEMPTS} attempts ({', '.join(throttled)}).",
-            hint="Cool it, or lower its clock to one that it can hold, and run the same again: what is known of layers "
-            "is kept.",
+            hint=COOL_IT,
         )
 
     def made(self, model: nn.Module, name: str, folder: Path) -> EngineRef:

@@ -54,7 +54,7 @@ from pathlib import Path
 from typing import IO, Any, Callable, Mapping, NoReturn, Sequence
 
 from . import samples, sensors
-from .engine import MissingRuntimeError, RunnerError
+from .engine import MissingRuntimeError, RunnerError, ThrottledError
 from .engines import ENGINES
 from .runner_text import latency_text, verify_text
 from .self_test import PASSED, check_files, each_engine, load_manifest, verify
@@ -339,8 +339,9 @@ def _try(file: str, out: IO[str]) -> int:
 
     try:
         report = trial(file, on_turn)
-    except (MissingRuntimeError, RunnerError) as error:
-        report = {"error": str(error), "exit_code": 3 if isinstance(error, MissingRuntimeError) else 1}
+    except RunnerError as error:
+        codes = {MissingRuntimeError: 3, ThrottledError: 4}
+        report = {"error": str(error), "exit_code": codes.get(type(error), 1)}
     print(json.dumps(report), file=out, flush=True)
     return int(report["exit_code"])
 
