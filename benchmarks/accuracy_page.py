@@ -98,6 +98,17 @@ def _longer() -> Iterator[str]:
     yield ""
 
 
+_PEERS_NOTES = {
+    "resnet20": (
+        "*Inner*: the first convolution of each block alone may become thinner, as in ours; *all*: what",
+        "Torch-Pruning would take by default, the residual streams too, of which it takes the padding of the",
+        "shortcuts for an addition, so that channels behind it no longer meet their own; *1×1*: the same with",
+        "shortcuts written as convolutions, which it follows rightly (and which are not counted).",
+    ),
+    "vgg_bn": ("Measured before [27](adr/0027-errors-tried-at-the-outputs.md), with dropout on.",),
+}
+
+
 def _peers() -> Iterator[str]:
     for network, title in NETWORKS.items():
         if not (rows := kept(f"peers-{network}", quick=False)):
@@ -109,7 +120,8 @@ def _peers() -> Iterator[str]:
             "Half of the multiply-accumulates at most, its own importance criteria and ways to spread",
             "widths, the same data and the same epoch for everybody",
             "(of two rates, the one that suited a contender best, where there are two).",
-            "Measured before [27](adr/0027-errors-tried-at-the-outputs.md), with dropout on. `benchmarks/peers.py`",
+            *_PEERS_NOTES.get(network, ()),
+            "`benchmarks/peers.py`",
             "",
             *head("", ["MMAC", "top-1 without training", "top-1 after the epoch", "behind the original"]),
             *(line(name, _contender(rows[name])) for name in order),
