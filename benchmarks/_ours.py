@@ -38,12 +38,18 @@ def unshifted(preprocess: Preprocess) -> Preprocess:
 
 
 def tuned(
-    model: nn.Module, data: Dataset, teacher: nn.Module | None, epochs: int, seed: int = 0, rate: float = TUNING.lr
+    model: nn.Module,
+    data: Dataset,
+    teacher: nn.Module | None,
+    epochs: int,
+    seed: int = 0,
+    rate: float = TUNING.lr,
+    share: float = TUNING.distill,
 ) -> nn.Module:
-    """The network, fine-tuned in place."""
+    """The network, fine-tuned in place; a share of the loss from the teacher, if there is one."""
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = data.train if epochs >= SHIFTS_FROM else replace(data.train, preprocess=unshifted(data.preprocess))
-    recipe = replace(TUNING, epochs=epochs, lr=rate)
+    recipe = replace(TUNING, epochs=epochs, lr=rate, distill=share)
     train(model, images, recipe, seed=seed, stage="benchmark", teacher=teacher)
     return model.eval()
 
