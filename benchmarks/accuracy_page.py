@@ -82,7 +82,6 @@ def _longer() -> Iterator[str]:
         "## Fine-tuned, beside the original trained for as long",
         "",
         "ResNet-20 at half of its multiply-accumulates. *Taught*: with the original as teacher.",
-        "Over 20 epochs: widths of before [27](adr/0027-errors-tried-at-the-outputs.md).",
         "`benchmarks/finetuning.py`;",
         "[what was tried](adr/0015-short-fine-tuning.md)",
         "",
