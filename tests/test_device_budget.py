@@ -259,6 +259,10 @@ class Scripted(DeviceTimer):
         return {name: [2.0, 2.0, 2.0] if pair_of(asked, name) else [0.5, 0.5, 0.5] for name in asked["networks"]}
 
 
+def pair_of(asked: Mapping[str, Any], name: str) -> bool:
+    return any(name == network for network, _ in asked["pairs"])
+
+
 def test_a_device_that_throttles_in_every_attempt_is_told_of() -> None:
     words = "The machine throttled in each of 3 attempts (throttled)."
 
@@ -271,10 +275,6 @@ def test_a_device_that_throttles_in_every_attempt_is_told_of() -> None:
     with pytest.raises(GateError, match=r"^ssh://pi: The machine throttled in each of 3 attempts") as stop:
         device_timer._ask(Site(), "request.json", timers.LAYERS, silent)  # type: ignore[arg-type]  # all that is asked
     assert stop.value.hint.startswith("Cool it")
-
-
-def pair_of(asked: Mapping[str, Any], name: str) -> bool:
-    return any(name == network for network, _ in asked["pairs"])
 
 
 def test_layers_there_are_their_networks_less_their_frames() -> None:
