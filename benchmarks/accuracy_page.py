@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _judge import best
+from _judge import best, unpack
 from _markdown import head, line, top1
 from _record import kept
 from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS
 
+from thinet_deploy.intervals import difference_interval
+
+TEST_IMAGES = 10_000
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 NETWORKS = {"resnet20": "ResNet-20", "vgg_bn": "VGG with BatchNorm", "vgg": "VGG without BatchNorm"}
 BUDGETS = {"resnet20": [f"r={ratio}" for ratio in sorted(RATIOS, reverse=True)], "vgg_bn": ["2x"], "vgg": ["2x"]}
@@ -118,14 +121,24 @@ def _peers() -> Iterator[str]:
             "",
             "Half of the multiply-accumulates at most, its own importance criteria and ways to spread",
             "widths, the same data and the same epoch for everybody",
-            "(of two rates, the one that suited a contender best, where there are two).",
+            "(of two rates, the one that suited a contender best, where there are two), one run each.",
             *_PEERS_NOTES.get(network, ()),
+            _lead(rows, order),
             "`benchmarks/peers.py`",
             "",
             *head("", ["MMAC", "top-1 without training", "top-1 after the epoch", "behind the original"]),
             *(line(name, _contender(rows[name])) for name in order),
             "",
         )
+
+
+def _lead(rows: dict[str, Any], order: list[str]) -> str:
+    """By how much ours is ahead of Torch-Pruning's best, on the same images."""
+    ours, theirs = ("thinet-deploy best", next(name for name in order if name.startswith("Torch-Pruning")))
+    right, other = (unpack(best(rows[name])["right"], TEST_IMAGES) for name in (ours, theirs))
+    ahead = difference_interval(right, other)
+    between = f"[{ahead.low:+.2f}, {ahead.high:+.2f}]"
+    return f"Ours after the epoch minus Torch-Pruning's best: {ahead.value:+.2f} {between} (95 %, of the test images only)."
 
 
 def _contender(row: dict[str, Any]) -> list[str]:
