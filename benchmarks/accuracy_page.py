@@ -138,7 +138,7 @@ def _lead(rows: dict[str, Any], order: list[str]) -> str:
     right, other = (unpack(best(rows[name])["right"], TEST_IMAGES) for name in (ours, theirs))
     ahead = difference_interval(right, other)
     between = f"[{ahead.low:+.2f}, {ahead.high:+.2f}]"
-    return f"Ours after the epoch minus Torch-Pruning's best: {ahead.value:+.2f} {between} (95 %, of the test images only)."
+    return f"Ours after the epoch minus Torch-Pruning's best: {ahead.value:+.2f} {between}, by the test images alone."
 
 
 def _contender(row: dict[str, Any]) -> list[str]:
