@@ -180,11 +180,12 @@ def test_a_full_disk(cli: Cli, workplace: Path, small_disk: Path) -> None:
 # ---------------------------------------------------------------------------------------------- compare, verify
 
 
-def write_run(root: Path, machine: str = "a") -> Path:
+def write_run(root: Path, machine: str = "a", threads: int = 1) -> Path:
     """A finished run with an invented table."""
     time = Time(1.0, 0.9, 1.1)
     row = Row("original", "Original", {"top-1": Interval(90, 40, 99)}, 1000, 2000, time, time, {"openvino": time}, 4096)
-    table = Table("cpu", "tiny", "photos", 6, machine, f"Processor {machine}", 1, 2, 32, ("openvino",), (row,), ())
+    where = (machine, f"Processor {machine}", threads)
+    table = Table("cpu", "tiny", "photos", 6, *where, 2, 32, ("openvino",), (row,), ())
     Run(root)
     write_json(root / "report" / "table.json", table.to_json())
     return root
@@ -200,6 +201,10 @@ def test_compare(cli: Cli, workplace: Path) -> None:
     done = cli("compare", "a", "c", "--across-machines", "--json")
     assert done.code == 0
     assert [table["machine"] for table in json.loads(done.out)] == ["a", "c"]
+    write_run(workplace / "threads", machine="a", threads=8)
+    text = refused(cli, "compare", "a", "threads")
+    assert "different numbers of threads: 1 (and 2 in torch), 8 (and 2 in torch)" in text
+    assert cli("compare", "a", "threads", "--baseline", "a", "--across-machines").code == 0
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ LONGER = replace(ORIGINAL, name="longer", label="More epochs", note="the same ti
 
 def finished(folder: Path, *rows: Row, scale: float = 1.0) -> comparison.Run:
     """A run whose raw samples give a ratio of exactly 2 in every round."""
-    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), rows, (), "conv")
+    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), rows, (), ships="conv")
     Run(folder)
     write_json(folder / "report" / "table.json", table.to_json())
     pace = [scale * (8 + number / 10) for number in range(9)]
@@ -54,11 +54,12 @@ def test_rows_of_one_run_are_compared_round_by_round(tmp_path: Path) -> None:
     rows = by_row(found)
     assert rows["a/Thin"].faster["ov"] == Difference(2.0, 2.0, 2.0, 1, in_turn=True)
     assert rows["a/Thin"].accuracy == Difference(-1.0, -1.8, -0.2, 0, in_turn=True)
-    assert not rows["a/Thin"].accuracy.noise
+    assert not Difference(-1.0, -1.8, -0.2, 0, in_turn=True).noise
     assert rows["a/Thin"].smaller == 2.0
     control = rows["a/More epochs"]
     assert control.faster["ov"] == Difference(1.0, 1.0, 1.0, 1, in_turn=True), "it has the original's times"
     assert control.faster["ov"].noise
+    assert control.accuracy
     assert control.accuracy.noise
 
 
@@ -70,6 +71,16 @@ def test_another_run_is_compared_with_room_for_another_day(tmp_path: Path) -> No
     assert found.noise, "5 % between two days is no news"
     assert found.low is not None
     assert found.low < 3.9 / 4.25 < found.value < 1
+
+
+def test_other_threads_and_other_images_do_not_compare(tmp_path: Path) -> None:
+    run = finished(tmp_path / "a", ORIGINAL, CONV)
+    other = comparison.Run(tmp_path / "b", replace(run.table, threads=8, data="digits"))
+    found = by_row(comparison.against([run, other], "a")[1])["b/Thin"]
+    assert found.accuracy is None, "its images are others"
+    assert (found.faster["ov"].low, found.faster["ov"].in_turn) == (None, False)
+    assert comparison.lines([found])[0][2] == "–"
+    assert "accuracy_points" not in comparison.to_csv("a", [found])
 
 
 def test_the_baseline_may_be_a_row_a_label_or_a_run(tmp_path: Path) -> None:
@@ -94,7 +105,7 @@ def test_an_invalid_time_is_not_shown_as_a_time() -> None:
     hot = Time.of(summary, {"ratio": 2.0})
     assert (hot.speedup, hot.invalid) == (None, "the machine throttled: heat")
     row = replace(CONV, engines={"ov": hot}, forward=hot, backward=hot)
-    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), (row,), (), "conv")
+    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), (row,), (), ships="conv")
     assert report.cells(row, ["top-1", "top-5"], ["ov"])[5:7] == ["invalid", "invalid"]
     console = Console(file=io.StringIO(), width=160)
     console.print(report.render([table], 160))
@@ -112,7 +123,7 @@ def test_an_unstable_time_is_named_under_the_table() -> None:
         {"median_ms": 4.0, "interval_ms": [3, 5], "invalid": [], "warnings": ["unstable because busy"]}, None
     )
     rows = (ORIGINAL, replace(CONV, engines={"ov": shaky}, forward=shaky, backward=shaky), LONGER)
-    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), rows, (), "conv")
+    table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), rows, (), ships="conv")
     (note,) = (note for note in report.notes_of(table) if "Unstable" in note)
     assert note.endswith("than the intervals say: Thin on torch; Thin on ov.")
     calm = replace(table, rows=(ORIGINAL, CONV, LONGER))

@@ -15,6 +15,7 @@ from thinet_deploy import contract
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import InputError, UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
+from thinet_deploy.samples import judged, summarize
 from thinet_deploy.store import Run
 from thinet_deploy.table import Row, Table, Time
 
@@ -34,7 +35,7 @@ THIN = replace(
 
 def table(**changes: Any) -> Table:
     thin = replace(THIN, **changes)
-    return Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov", "ort"), (ORIGINAL, thin), (), "conv")
+    return Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov", "ort"), (ORIGINAL, thin), (), ships="conv")
 
 
 def outcome(required: str, **changes: Any) -> str:
@@ -88,6 +89,27 @@ def test_what_was_not_measured_breaks_a_contract_and_is_no_zero() -> None:
     assert hot.outcome == "not measured"
     assert "invalid because the machine throttled" in hot.detail
     assert outcome("latency<=8ms", engines={"ov": Time(4, None, None)}) == "cannot be told apart"
+
+
+def test_with_a_device_its_latency_is_judged() -> None:
+    def timed(runtime: str, precision: str, ms: float, hot: bool = False) -> dict[str, Any]:
+        machine: dict[str, Any] = {"throttled": ["heat"] if hot else [], "warnings": []}
+        summary = judged(summarize([ms] * 10), machine, finite=True)
+        return {"runtime": runtime, "precision": precision, "summary": summary, "reason": ""}
+
+    def verdict(*rows: dict[str, Any]) -> contract.Verdict:
+        device = {"latency": {"engines": rows, "threads": 4, "processor": "ARM"}}
+        (latency, size) = contract.judge(["latency<=8ms", "size<=4MB"], table(), device)
+        assert size.outcome == "met", "the file is the same everywhere"
+        return latency
+
+    absent = {"runtime": "ov", "precision": "fp32", "summary": None, "reason": "not installed"}
+    found = verdict(absent, timed("ort", "int8", 3), timed("ort", "fp32", 30), timed("else", "fp32", 1))
+    assert (found.outcome, found.value) == ("not met", 30.0), "the host's 4 ms do not count"
+    assert found.detail == "Thin, ort fp32, threads: 4, ARM (the device)"
+    assert verdict(timed("ort", "int8", 3)).outcome == "met"
+    assert verdict(timed("ov", "fp32", 3, hot=True)).outcome == "not measured"
+    assert verdict(absent).detail == "no engine of Thin ran on the device"
 
 
 def test_a_drop_that_is_not_paired_is_known_less_well() -> None:

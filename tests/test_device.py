@@ -87,8 +87,14 @@ def test_a_build_ends_on_the_device(server: Server, cli: Any, workplace: Path, m
     monkeypatch.setattr(device_stage, "SECONDS", 1)
     given = ("build", "--model", "net.py:tiny", "--data", "data", "--epochs", 1, "--finetune-epochs", 1)
     where = ("--controls", "none", "--device", server.address, "--device-python", PYTHON, "--out", "run")
+    where = (*where, "--require", "latency<=100s")
     done = cli(*given, *where)
     assert done.code == 0, done.err
+    (judged,) = read_json(workplace / "run" / "contract" / "contract.json")["verdicts"]
+    assert judged["outcome"] == "met"
+    assert judged["detail"].endswith("(the device)")
+    compared = cli("compare", "run", "--format", "html", "--require", "latency<=1us")
+    assert (compared.code, "<h3>On the device: " in compared.out) == (1, True)
     assert "Measured on the device" in done.out
     assert done.out.count("golden outputs passed there") == 2
     page = (workplace / "run" / "report" / "report.html").read_text()

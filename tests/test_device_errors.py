@@ -144,6 +144,8 @@ def test_a_build_for_another_device_is_refused_before_any_work(server: Server, c
     assert (done.code, "is no jetson, as far as can be seen: it is x86_64" in done.err) == (2, True), done.err
     done = cli("build", "--model", "net.py:tiny", "--data", "data", *where[:2], "--device-python", "python9")
     assert (done.code, "There is no python9" in done.err) == (3, True)
+    done = cli("build", "--model", "net.py:tiny", "--data", "data", *where[:2], "--require", "speedup>=2")
+    assert (done.code, "the thin network is all" in " ".join(done.err.split())) == (2, True)
     assert not (workplace / "run").exists()
 
 

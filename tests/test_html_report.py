@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,23 @@ def test_a_run_without_engines_or_with_lost_files_leaves_sections_out(built: Bui
     assert '<section class="papers">' in text
 
 
+def test_a_budget_of_time_is_shown_with_what_was_tried_for_it(built: Build, tmp_path: Path) -> None:
+    shutil.copytree(built.run, tmp_path / "run")
+    path = next((tmp_path / "run").glob("prune*/report.json"))
+    whole: dict[str, Any] = {"ms": 8.0, "original_ms": 8.0, "speedup": 1.0, "low": None, "high": None, "warnings": []}
+    first = {**whole, "predicted_ms": 8.0}
+    best = {**whole, "predicted_ms": 3.9, "ms": 4.0, "speedup": 2.0, "low": 1.9, "high": 2.1, "warnings": ["busy"]}
+    where = {"runtime": "openvino", "threads": 1, "precision": "int8"}
+    timing = {"latency": None, "speedup": "2x", **where, "factor": 1.0, "trials": [first, best], "best": best}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "timing": timing}), encoding="utf-8")
+    text = html_report.render([Page(tmp_path / "run", built.table)])
+    assert "Budget of time: 2x faster" in text
+    assert "On openvino in int8, threads: 1." in text
+    assert '<tr class="ships"><td>trial 1</td><td>3.9</td><td>4</td><td>8</td><td>2 [1.9, 2.1]</td>' in text
+    assert ">busy<" in text
+    assert "Budget of time" not in html_report.render([Page(built.run, built.table)])
+
+
 def test_layers_have_times_in_both_networks(built: Build, page: str) -> None:
     found = json.loads((built.run / "latency" / "layers.json").read_text(encoding="utf-8"))
     assert found.keys() == {"openvino", "onnxruntime"}
@@ -106,6 +124,23 @@ def test_chromium_shows_it_without_complaint(built: Build, page: str, tmp_path: 
     assert done.stdout.count("<table") == 8, "contract, papers, widths, layers on two runtimes, latency, parity, ledger"
     assert done.stdout.count("<svg") == 2
     assert "ERR_" not in done.stderr
+
+
+@pytest.mark.slow
+@needs_browser
+def test_chromium_shows_the_demo_without_complaint(tmp_path: Path) -> None:
+    """The run of `make demo`, undisturbed by what makes the builds of tests quick."""
+    makefile = Path(__file__).parents[1].joinpath("Makefile").read_text(encoding="utf-8")
+    (options,) = re.findall(r"thinet-deploy (build .*) --out runs/demo", makefile)
+    command = [sys.executable, "-m", "thinet_deploy", *options.split(), "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, capture_output=True, timeout=3600)
+    done = browse(tmp_path / "run" / "report" / "report.html", "--dump-dom", f"--screenshot={tmp_path / 'demo.png'}")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert "ERR_" not in done.stderr
+    for section in SECTIONS[1:]:  # it has no contract
+        assert f'<section class="{section}">' in done.stdout
+    assert done.stdout.count("<svg") == 2
+    assert "Train from scratch" in done.stdout
 
 
 @needs_browser

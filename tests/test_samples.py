@@ -60,6 +60,12 @@ def test_a_steady_series_has_no_warning_and_an_unsteady_one_says_why() -> None:
     assert "there are 5 samples only" in samples.summarize([1.0] * 5)["warnings"][0]
 
 
+def test_too_few_samples_to_see_a_change_are_said_to_be_so() -> None:
+    (few,) = samples.summarize([1.0] * 9)["warnings"]
+    assert few == "a change over time would not be seen because there are 9 samples only; at least 10 are needed"
+    assert samples.summarize([1.0] * 10)["warnings"] == []
+
+
 def test_one_sample_is_a_median_without_an_interval() -> None:
     found = samples.summarize_rounds([[2.5]])
     assert (found["n"], found["median_ms"], found["interval_ms"], found["percentiles_ms"]) == (1, 2.5, None, {})
@@ -90,7 +96,33 @@ def test_a_drift_is_caught(n: int, slope: float) -> None:
         assert change * slope > 0
 
 
-@pytest.mark.parametrize("n", [9, 30, 90, 2000])
+@pytest.mark.parametrize("n", [10, 11, 15, 20])
+def test_a_short_series_that_doubles_half_way_is_caught(n: int) -> None:
+    series = np.random.default_rng(n).normal(10, 0.1, n)
+    series[n // 2 :] *= 2
+    change, at = samples.shift(series.tolist())
+    assert change == pytest.approx(1, abs=0.1)
+    assert at == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("n", [10, 11, 12])
+def test_the_exact_chances_of_short_series(n: int) -> None:
+    """Counted over all orders, by the sets of ranks that a beginning can have."""
+
+    def chance(least: int) -> float:
+        ways = np.zeros(1 << n)
+        ways[0] = 1
+        for taken in range(1, 1 << n):
+            ranks = [rank for rank in range(n) if taken >> rank & 1]
+            if abs(2 * sum(rank + 1 for rank in ranks) - len(ranks) * (n + 1)) < least:
+                ways[taken] = sum(ways[taken ^ (1 << rank)] for rank in ranks)
+        return 1 - float(ways[-1]) / math.factorial(n)
+
+    least = samples.PROVEN[n]
+    assert chance(least) <= samples.SHIFT_CHANCE < chance(least - 1)
+
+
+@pytest.mark.parametrize("n", [9, 10, 15, 20, 30, 90, 2000])
 def test_a_steady_series_rarely_cries_wolf(n: int) -> None:
     draw = np.random.default_rng(n)
     heavy_tailed = (draw.lognormal(0, 0.5, n).tolist() for _ in range(1000))
@@ -156,7 +188,7 @@ def test_frames_that_come_too_late_are_counted() -> None:
 
 
 def test_a_throttled_or_senseless_series_is_invalid() -> None:
-    fine = samples.summarize([1.0] * 9)
+    fine = samples.summarize([1.0] * 10)
     quiet: dict[str, Any] = {"throttled": None, "warnings": []}
     assert samples.judged(fine, quiet, finite=True) == fine
     hot = samples.judged(fine, {"throttled": ["temperature"], "warnings": ["busy"]}, finite=False)

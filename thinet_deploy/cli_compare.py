@@ -35,7 +35,7 @@ def compare(
         Format, typer.Option("--format", help="How to print it; html is one page that works offline.")
     ] = "table",
     across_machines: Annotated[
-        bool, typer.Option("--across-machines", help="Show runs of different machines side by side all the same.")
+        bool, typer.Option("--across-machines", help="Show runs of different machines or threads side by side anyway.")
     ] = False,
     require: Require = None,
     as_json: Json = False,
@@ -47,13 +47,14 @@ def compare(
     [bold]thinet-deploy compare runs/vgg-50 --require "latency<=8ms" --require "top1-drop<=1.0"[/bold]   (exit code 1)
     """
     from . import comparison, contract
+    from .html_report import read_device
     from .table import check_machines, read_table
 
     found = [comparison.Run(run, read_table(run)) for run in runs]
     if not across_machines:
         check_machines([run.table for run in found])
     against = comparison.against(found, baseline) if baseline else None
-    verdicts = [contract.judge(require or (), run.table) for run in found]
+    verdicts = [contract.judge(require or (), run.table, read_device(run.folder)) for run in found]
     for run, own in zip(found, verdicts, strict=True):
         if own:
             contract.write(run.folder / "contract", own)
@@ -77,7 +78,8 @@ def _print(
     if output == "json":
         typer.echo(json.dumps(_document(runs, against, verdicts), indent=1))
     elif output == "html":
-        pages = [html_report.Page(run.folder, run.table, tuple(own)) for run, own in zip(runs, verdicts, strict=True)]
+        of_runs = zip(runs, verdicts, strict=True)
+        pages = [html_report.Page(r.folder, r.table, tuple(v), html_report.read_device(r.folder)) for r, v in of_runs]
         try:
             typer.echo(html_report.render(pages, against), nl=False)
         except (KeyError, TypeError, ValueError) as error:

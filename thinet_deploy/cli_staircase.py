@@ -101,6 +101,8 @@ def _show(console: Console, found: Staircase) -> None:
         "Half of them: how many times faster with half of the channels that can go, of as many times fewer "
         "multiply-accumulates."
     )
+    for warning in found.warnings:
+        typer.echo(f"The whole network's time is {warning}." if warning.startswith("unstable") else f"{warning}.")
     for name, why in found.unpaid.items():
         typer.echo(f"Does not pay: {name}: {why}")
 

@@ -58,14 +58,15 @@ class Against:
     Attributes:
         run: the folder's name.
         row: the row's label.
-        accuracy: the figure that decides, in percentage points, positive where better than the baseline.
+        accuracy: the figure that decides, in percentage points, positive where better than the baseline; None where
+            the two were not judged on the same images.
         faster: by runtime, how many times faster than the baseline.
         smaller: how many times smaller the file is; exact.
     """
 
     run: str
     row: str
-    accuracy: Difference
+    accuracy: Difference | None
     faster: dict[str, Difference]
     smaller: float
 
@@ -109,7 +110,7 @@ def _against(base_run: Run, base: Row, run: Run, row: Row) -> Against:
     )
 
 
-def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference:
+def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference | None:
     """Paired where both are judged against the same original on the same images, else from two intervals."""
     ours, theirs = (next(iter(each.figures)) for each in (row, base))
     if ours != theirs:
@@ -117,6 +118,8 @@ def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference:
             f"{row.label} is judged by {ours}, and the baseline by {theirs}: there is no difference of these.",
             hint="Compare networks for one task, or leave --baseline out.",
         )
+    if (base_run.table.data, base_run.table.images) != (run.table.data, run.table.images):
+        return None
     if base_run == run and base.name == "original" and row.drop:
         return Difference(-row.drop.value, -row.drop.high, -row.drop.low, 0, in_turn=True)
     found = unpaired_difference(row.main, base.main)
@@ -130,7 +133,7 @@ def _faster(base_run: Run, base: Row, run: Run, row: Row, runtime: str) -> Diffe
     timed, base_timed = _timed(run.table, row), _timed(base_run.table, base)
     if base_run == run and (rounds := _rounds(run, runtime)) and {timed, base_timed} <= set(rounds):
         return Difference(*ratio_interval(rounds[base_timed], rounds[timed]), 1, in_turn=True)
-    elsewhere = base_run.table.machine != run.table.machine
+    elsewhere = len({(each.table.machine, each.table.threads) for each in (base_run, run)}) > 1
     if elsewhere or None in (ours.low, ours.high, theirs.low, theirs.high):
         return Difference(theirs.ms / ours.ms, None, None, 1, in_turn=False)
     low, high = theirs.low / ours.high, theirs.high / ours.low  # type: ignore[operator]  # None is dealt with above
@@ -169,7 +172,7 @@ def lines(comparisons: Sequence[Against]) -> list[list[str]]:
         [
             each.run,
             each.row,
-            _words(each.accuracy, "{:+.2f}"),
+            _words(each.accuracy, "{:+.2f}") if each.accuracy else "–",
             *(_words(each.faster[runtime], "{:.2f}") if runtime in each.faster else "–" for runtime in runtimes),
             f"{each.smaller:.2f}",
         ]
@@ -180,7 +183,7 @@ def lines(comparisons: Sequence[Against]) -> list[list[str]]:
 NOTE = (
     "[ ] 95 % interval. ≈: within the noise, no difference is proven. *: not measured in turn, or not known image by "
     "image, so the interval is wider, and a machine that differed between two measurements shows in it; none across "
-    "machines."
+    "machines, or with other threads. –: not measured, or judged on other images."
 )
 
 
@@ -198,7 +201,8 @@ def to_csv(name: str, comparisons: Sequence[Against]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["baseline", "run", "model", "figure", "value", "low", "high", "within_noise", "in_turn"])
     for each in comparisons:
-        figures = {"accuracy_points": each.accuracy, **{f"{r}_times_faster": found for r, found in each.faster.items()}}
+        figures = {"accuracy_points": each.accuracy} if each.accuracy else {}
+        figures |= {f"{runtime}_times_faster": found for runtime, found in each.faster.items()}
         for figure, found in figures.items():
             values = [found.value, found.low, found.high, found.noise, found.in_turn]
             writer.writerow([name, each.run, each.row, figure, *values])

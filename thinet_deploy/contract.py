@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
 from .artifact import write_bytes, write_json
@@ -88,22 +88,22 @@ def parse(text: str) -> Requirement:
     return Requirement(text.strip(), figure, float(number) * units[unit], next(iter(units)))
 
 
-def judge(required: Sequence[str], table: Table) -> list[Verdict]:
+def judge(required: Sequence[str], table: Table, device: Mapping[str, Any] | None = None) -> list[Verdict]:
     """Judge the row that ships.
+
+    Args:
+        required: the contract's lines.
+        table: of the run.
+        device: what came from a device, whose latency then decides: see `device_stage.on_device`.
 
     Raises:
         InputError: a requirement cannot be read.
     """
-    return [_verdict(parse(text), table) for text in required]
+    return [_verdict(parse(text), table, device) for text in required]
 
 
-def needs_engines(required: Sequence[str]) -> bool:
-    """Whether a requirement can only be judged where the engines run."""
-    return any(parse(text).figure in {"latency", "speedup"} for text in required)
-
-
-def _verdict(asked: Requirement, table: Table) -> Verdict:
-    found, detail = _measured(asked.figure, table)
+def _verdict(asked: Requirement, table: Table, device: Mapping[str, Any] | None) -> Verdict:
+    found, detail = _there(table, device) if device and asked.figure == "latency" else _measured(asked.figure, table)
     outcome: Outcome = "not measured"
     if found:
         outcome = "cannot be told apart"
@@ -158,6 +158,22 @@ def _timed(figure: str, table: Table) -> tuple[_Figure | None, str]:
         return _Figure(time.ms, time.low, time.high), detail
     found = None if time.speedup is None else _Figure(time.speedup, time.speedup_low, time.speedup_high)
     return found, f"{detail}, in turn with the original"
+
+
+def _there(table: Table, device: Mapping[str, Any]) -> tuple[_Figure | None, str]:
+    """Milliseconds on the device: of the first of the target's runtimes in the precision asked for, if it ran there."""
+    timing = device["latency"]
+    ran = [row for row in timing["engines"] if row.get("summary")]
+    if not ran:
+        return None, f"no engine of {table.shipped.label} ran on the device"
+    known = {runtime: place for place, runtime in enumerate(table.runtimes)}
+    row = min(ran, key=lambda each: (each["precision"] != table.precision, known.get(each["runtime"], len(known))))
+    time = Time.of(row["summary"], None)
+    engine = f"{row['runtime']} {row['precision']}"
+    detail = f"{table.shipped.label}, {engine}, threads: {timing['threads']}, {timing['processor']} (the device)"
+    if time.invalid:
+        return None, f"{detail}: invalid because {time.invalid}"
+    return _Figure(time.ms, time.low, time.high), detail + (", unstable" if time.unstable else "")
 
 
 def _of(interval: Interval) -> _Figure:

@@ -72,7 +72,7 @@ def deploy(
     bundle = build.bundle(onnx, engines, parity, notes)
     there = build.on_device(machine, bundle) if machine else None
     table = build_table(tools.job, made, onnx.files, measured, build.drops(onnx))
-    page = html_report.Page(run.root, table, build.verdicts(table), there)
+    page = html_report.Page(run.root, table, build.verdicts(table, there), there)
     build.report(page, parity, measured)
     said = plan.notes if there else notes  # what is left to do on the device has been done
     notes = (*tools.job.data.notes, *said)
@@ -250,12 +250,12 @@ class _Deployment:
             "accuracy", inputs, lambda f, _: deploy_stage.drops(self.tools, self.folders, onnx.files, f)
         )
 
-    def verdicts(self, table: Table) -> tuple[contract.Verdict, ...]:
+    def verdicts(self, table: Table, there: dict[str, Any] | None) -> tuple[contract.Verdict, ...]:
         """On every requirement; kept in the run if there are any."""
         required = self.job.options.require
-        verdicts = tuple(contract.judge(required, table))
+        verdicts = tuple(contract.judge(required, table, there))
         if required:
-            inputs = {"required": list(required), "table": hash_json(table.to_json())}
+            inputs = {"required": list(required), "table": hash_json(table.to_json()), "device": hash_json(there)}
             self.run.alone("contract", inputs, lambda f, _: contract.write(f, verdicts))
         else:
             self.run.discard("contract")
@@ -276,6 +276,8 @@ class _Deployment:
 
 def _report(page: html_report.Page, folder: Path) -> None:
     write_json(folder / "table.json", page.table.to_json())
+    if page.device:
+        write_json(folder / html_report.DEVICE, page.device)
     write_bytes(folder / "report.html", html_report.render([page]).encode())
 
 

@@ -12,6 +12,7 @@ from .artifact import hash_json, read_json, sha256_of
 from .runner_text import latency_notes
 from .table import Row, Table
 
+DEVICE = "device.json"  # beside the page: what it says of a device
 TEMPLATE = Path(__file__).with_name("assets") / "report.html.j2"
 
 
@@ -30,6 +31,12 @@ class Page:
     table: Table
     verdicts: tuple[contract.Verdict, ...] = ()
     device: Mapping[str, Any] | None = None
+
+
+def read_device(run: Path) -> dict[str, Any] | None:
+    """What a finished build had from its device (see `Page.device`); None where it had none."""
+    found: dict[str, Any] | None = _json(run / "report" / DEVICE)
+    return found
 
 
 def digest() -> str:
@@ -88,6 +95,7 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
         "engines": [_engine(table, engine, labels) for engine in engines],
         "percentiles": sorted(percentiles, key=lambda name: float(name[1:])),
         "warnings": _warnings(engines, labels),
+        "budgets": list(_budgets(page.folder)),
         "widths": list(_widths(page.folder)),
         "layers": list(_layers(page.folder, table)),
         "hops": [{**hop, "label": label} for name, label in labels.items() for hop in hops if hop["model"] == name],
@@ -196,6 +204,35 @@ def _warnings(engines: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -
         for note in [*invalid, *summary["warnings"]]:
             found.setdefault(note, []).append(f"{labels[engine['model']]} on {engine['runtime']}")
     return found
+
+
+def _budgets(folder: Path) -> Iterator[dict[str, Any]]:
+    """Of every pruning for a budget of time: what was asked for, and what was tried for it."""
+    for path in sorted(folder.glob("prune*/report.json")):
+        found = (_json(path) or {}).get("timing")
+        if not found:
+            continue
+        where = f"{found['runtime']} in {found['precision']}, threads: {found['threads']}"
+        asked = found["latency"] or f"{found['speedup']} faster"
+        if "device" in found:
+            where += ", on the device"
+        rows = [
+            {
+                "what": "all filters" if not number else f"trial {number}",
+                "predicted": f"{trial['predicted_ms']:.4g}",
+                "ms": f"{trial['ms']:.4g}",
+                "original": f"{trial['original_ms']:.4g}",
+                "faster": _ratio(trial["speedup"], trial["low"], trial["high"]),
+                "notes": "; ".join(trial.get("warnings", ())),
+                "best": trial == found["best"],
+            }
+            for number, trial in enumerate(found["trials"])
+        ]
+        yield {"title": _pruning(path.parent.name), "asked": asked, "where": where, "rows": rows}
+
+
+def _ratio(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3g}" if low is None or high is None else f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _widths(folder: Path) -> Iterator[dict[str, Any]]:

@@ -166,33 +166,41 @@ class Bench:
         """The original's engine and another one in turn; the original's alone, if that is the other one."""
         if thin is base:
             (alone,) = self.timed([base])
-            return Measured(alone.median_ms, alone.median_ms, 1.0)
+            doubts = _once(alone.samples.summary["warnings"])
+            return Measured(alone.median_ms, alone.median_ms, 1.0, warnings=doubts)
         before, after = self.timed([base, thin])
         faster = speedup(before.samples.rounds_ms, after.samples.rounds_ms, base.model)
-        return Measured(after.median_ms, before.median_ms, faster.ratio, faster.low, faster.high)
+        doubts = (*before.samples.summary["warnings"], *after.samples.summary["warnings"])
+        return Measured(after.median_ms, before.median_ms, faster.ratio, faster.low, faster.high, _once(doubts))
 
     def timed(self, refs: Sequence[EngineRef]) -> list[EngineLatency]:
-        """Engines in turn, once more where the machine throttled meanwhile: such times decide nothing.
+        """Engines in turn, once more where a time is invalid, as of a machine that throttled: these decide nothing.
 
         Raises:
-            GateError: it throttled every time.
+            GateError: one was invalid every time.
         """
         how = {"threads": self.engine.threads, "rounds": self.rounds, "seconds": self.seconds}
-        throttled: list[str] = []
+        invalid: tuple[str, ...] = ()
+        hot = False
         for _ in range(ATTEMPTS):
             found = self.engine.timer.engines(refs, {INPUT: self.image}, how, self.progress)
-            throttled = found[0].machine["throttled"]
-            if not throttled:
+            invalid = _once([why for row in found for why in row.samples.summary["invalid"]])
+            hot = bool(found[0].machine["throttled"])
+            if not invalid:
                 return found
         raise GateError(
-            "A network for the budget of time cannot be measured: the machine throttled in each of "
-            f"{ATTEMPTS} attempts ({', '.join(throttled)}).",
-            hint=COOL_IT,
+            f"The network's time cannot be measured: {'; '.join(invalid)}, in each of {ATTEMPTS} attempts.",
+            hint=COOL_IT if hot else "Look at the original's weights: what is timed has these.",
         )
 
     def made(self, model: nn.Module, name: str, folder: Path) -> EngineRef:
         """A network as an engine."""
         return as_engine(model, self.input_shape, name, self.engine, self.target, folder)
+
+
+def _once(words: Sequence[str]) -> tuple[str, ...]:
+    """Each of them once, in order."""
+    return tuple(dict.fromkeys(words))
 
 
 def as_engine(

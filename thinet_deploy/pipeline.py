@@ -90,7 +90,7 @@ def build(options: Options, progress: Progress = silent) -> Build:
         GateError: a parity verdict failed; all results so far are kept in the run directory.
     """
     progress = join().speaking(progress)
-    _check_contract(options.require, load_profile(options.target))
+    _check_contract(options.require, load_profile(options.target), options.device)
     machine, target = _device(options)
     job = _placed(load_job(options, progress), machine, target)
     _check_task(job, machine)
@@ -221,7 +221,7 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
     machine, found = _device(shipped.options, shipping=True)
     _check_task(shipped, machine)
     shipped = replace(shipped, target=found or shipped.target)
-    _check_contract(require, shipped.target)
+    _check_contract(require, shipped.target, device)
     plan = precision_stage.planned(shipped)
     _check_runtimes(plan)
     run = SharedRun(root, progress)
@@ -247,16 +247,24 @@ def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
     )
 
 
-def _check_contract(required: tuple[str, ...], target: TargetProfile) -> None:
+def _check_contract(required: tuple[str, ...], target: TargetProfile, device: str | None) -> None:
     """Read the requirements, and refuse what could not be judged after all the work.
 
     Raises:
-        InputError: one cannot be read, or asks for the speed of engines that do not run on this machine.
+        InputError: one cannot be read, or asks for the speed of engines that run neither here nor on a device, or for
+            a speed-up on a device, where the original is not measured.
     """
-    if contract.needs_engines(required) and not (runs_here(target) and host_runtimes(target)):
+    figures = {contract.parse(text).figure for text in required}
+    if device and "speedup" in figures:
+        raise InputError(
+            f"--require asks for a speed-up, but of what is measured on {device} the thin network is all.",
+            hint="Require its latency there: latency<=8ms.",
+        )
+    if figures & {"latency", "speedup"} and not device and not (runs_here(target) and host_runtimes(target)):
         raise InputError(
             f"--require asks for latency or a speed-up, but engines for {target.id} do not run on this machine.",
-            hint="Build for a target that runs here, or require size and accuracy only.",
+            hint="Name the device with --device ssh://user@host, build for a target that runs here, or require size "
+            "and accuracy only.",
         )
 
 

@@ -16,6 +16,9 @@ from typing import Any, Mapping, Sequence
 PERCENTILES = ((90.0, 64), (95.0, 130), (99.0, 662), (99.9, 6636))
 STEADY_VARIATION, STEADY_SHIFT = 0.025, 0.01
 SHIFT_BLOCKS, SHIFT_CHANCE = 60, 0.01
+# Blocks → Pettitt's statistic from which a change is proven, by its exact distribution (all orders alike). The usual
+# approximation asks for more than up to 15 blocks can reach; of fewer than 10 not even sorted ones prove anything.
+PROVEN = {10: 25, 11: 29, 12: 34, 13: 39, 14: 44, 15: 49, 16: 54, 17: 59, 18: 65, 19: 71, 20: 76}
 LAUNCH_SHARE = 0.8  # of the computing's time, from which the GPU may wait for its work
 
 
@@ -81,13 +84,18 @@ def shift(samples: Sequence[float]) -> tuple[float, float]:
     ranks = (bisect.bisect_left(ordered, block) + bisect.bisect_right(ordered, block) + 1 for block in blocks)
     walk = [abs(total) for total in itertools.accumulate(rank - n - 1 for rank in ranks)][:-1]
     furthest = max(walk, default=0)
-    if 2 * math.exp(-6.0 * furthest**2 / (n**3 + n**2)) > SHIFT_CHANCE:
+    if n < min(PROVEN) or furthest < _proven(n):
         return 0.0, 0.0
     # The walk's peak proves that there is a change; in units of its own spread it also says where.
     at = max(range(1, n), key=lambda t: walk[t - 1] / math.sqrt(t * (n - t)))
     before, after = statistics.median(blocks[:at]), statistics.median(blocks[at:])
     change = after / before - 1 if before else math.copysign(1, after)  # a coarse clock can read 0
     return (change, at / n) if abs(change) > STEADY_SHIFT else (0.0, 0.0)
+
+
+def _proven(blocks: int) -> float:
+    """Pettitt's statistic from which a change is proven."""
+    return PROVEN.get(blocks) or math.sqrt(-math.log(SHIFT_CHANCE / 2) * (blocks**3 + blocks**2) / 6)
 
 
 def summarize(samples_ms: Sequence[float], fps: float = 0.0) -> dict[str, Any]:
@@ -123,6 +131,9 @@ def _warnings(samples_ms: Sequence[float], variation: float | None, fps: float) 
         found.append(f"unstable because the median changed by {change:+.1%} after {place:.0%} of the runs")
     if n < 6:
         found.append(f"no interval because there {_are(n, 'sample')} only; at least 6 are needed")
+    elif n < min(PROVEN):
+        few = f"there {_are(n, 'sample')} only; at least {min(PROVEN)} are needed"
+        found.append(f"a change over time would not be seen because {few}")
     late = sum(sample > 1000 / fps for sample in samples_ms) if fps else 0
     if late:
         found.append(f"too slow for {fps:g} frames a second: {late} of {n} runs took longer than {1000 / fps:.4g} ms")

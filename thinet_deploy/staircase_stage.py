@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from .errors import InputError
-from .export import INPUT
 from .interfaces import Precision, Progress, silent
-from .latency_stage import as_engine
+from .latency_stage import Bench
 from .layer_networks import layers_of
 from .models.loading import InputShape
 from .pruning.budget import Wish
 from .pruning.discovery import channel_graph
 from .pruning.graph import ChannelGroup
+from .pruning.latency_budget import Measured
 from .pruning.milliseconds import Milliseconds, Sized, sized, unpaid
 from .pruning.trace import example_inputs
 from .staircase import Engine, Points, survey
@@ -95,6 +93,7 @@ class Staircase:
         layers: the dearest first.
         unpaid: group's name → why narrowing it would not pay.
         device: board or processor of the one that was measured on; None for this machine.
+        warnings: why the whole network's time may not hold, such as a busy machine.
     """
 
     model: str
@@ -108,6 +107,7 @@ class Staircase:
     layers: tuple[Stairs, ...]
     unpaid: dict[str, str]
     device: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def climb(
@@ -133,6 +133,7 @@ def climb(
 
     Raises:
         InputError: the network has no layer to measure.
+        GateError: the machine throttled whenever the whole network was timed; layer times are kept.
         DeviceError: the device cannot be reached any more; what was measured is kept.
     """
     graph = channel_graph(model, example_inputs(model, input_shape))
@@ -145,13 +146,11 @@ def climb(
         )
     domains = [(each.layer.shape, each.domain) for each in mine]
     surfaces = survey(domains, Points.on(engine), partial(engine.time, progress=progress))
-    with tempfile.TemporaryDirectory() as folder:
-        ref = as_engine(model, input_shape, "original", engine, target, Path(folder))
-        image = np.random.default_rng(0).standard_normal((1, *input_shape)).astype(np.float32)
-        how = {"threads": engine.threads, "rounds": ROUNDS, "seconds": SECONDS}
-        (row,) = engine.timer.engines([ref], {INPUT: image}, how, progress)
-        engine.timer.forget(ref)
-    return _summary(name, target.id, engine, mine, surfaces, groups, wish, row.samples.summary["median_ms"])
+    image = np.random.default_rng(0).standard_normal((1, *input_shape)).astype(np.float32)
+    bench = Bench(engine, target, image, progress, ROUNDS, SECONDS)
+    with bench.meter(model) as measure:
+        whole = measure(model)
+    return _summary(name, target.id, engine, mine, surfaces, groups, wish, whole)
 
 
 def _summary(
@@ -162,7 +161,7 @@ def _summary(
     surfaces: Sequence[Surface],
     groups: Sequence[ChannelGroup],
     wish: Wish,
-    whole_ms: float,
+    whole: Measured,
 ) -> Staircase:
     costs = Milliseconds(mine, surfaces, groups)
     (total,) = costs({group.name: len(group.channels) for group in groups})
@@ -172,8 +171,20 @@ def _summary(
     rows = sorted((_stairs(same, total) for same in alike.values()), key=lambda row: -row.share)
     runtime = engine.identity["runtime"]
     idle = unpaid(costs, groups, wish)
-    how, device = (engine.threads, engine.precision), engine.timer.device
-    return Staircase(name, target, runtime, *how, total, whole_ms, whole_ms / total, tuple(rows), idle, device)
+    return Staircase(
+        name,
+        target,
+        runtime,
+        engine.threads,
+        engine.precision,
+        layers_ms=total,
+        whole_ms=whole.ms,
+        factor=whole.ms / total,
+        layers=tuple(rows),
+        unpaid=idle,
+        device=engine.timer.device,
+        warnings=whole.warnings,
+    )
 
 
 def _stairs(same: Sequence[tuple[Sized, Surface]], total: float) -> Stairs:

@@ -198,11 +198,19 @@ def read_table(run: Path) -> Table:
 
 
 def check_machines(tables: Sequence[Table]) -> None:
-    """Raise InputError when the tables were measured on different machines."""
+    """Raise InputError when the tables were measured on different machines, or with different numbers of threads."""
     machines = {table.machine: table.processor for table in tables}
     if len(machines) > 1:
         named = ", ".join(f"{processor} ({machine})" for machine, processor in machines.items())
         raise InputError(
             f"The runs were measured on different machines: {named}. Their milliseconds do not compare.",
             hint="Measure them on one machine, or give --across-machines to see them side by side all the same.",
+        )
+    threads = {(table.threads, table.torch_threads): None for table in tables}
+    if len(threads) > 1:
+        named = ", ".join(f"{engines} (and {torch} in torch)" for engines, torch in threads)
+        raise InputError(
+            f"The runs were measured with different numbers of threads: {named}. Their milliseconds do not compare.",
+            hint="Measure them with the same --threads, or give --across-machines to see them side by side all the "
+            "same.",
         )

@@ -25,6 +25,7 @@ class Measured:
         original_ms: of the original.
         speedup: the original's over the network's, the median over rounds.
         low, high: its 95 % interval; None with too few rounds.
+        warnings: why all that may not hold, such as a busy machine.
     """
 
     ms: float
@@ -32,6 +33,7 @@ class Measured:
     speedup: float
     low: float | None = None
     high: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
