@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from thinet_deploy.data import ImageSet
+from thinet_deploy.errors import ModelError
 from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.pruning import calibration, sums
 from thinet_deploy.pruning.calibration import Sample, Sampling, observe
@@ -145,6 +146,17 @@ def test_no_image_passes_through_an_operation_twice_and_few_values_are_kept(monk
         kept = [value.nbytes for batch in front._batches for value in batch.values.values()]
         assert sum(kept) <= budget
     assert set(executed.values()) == {10}
+
+
+def test_a_network_that_overflows_is_refused_with_the_layer() -> None:
+    model = network()
+    with torch.no_grad():
+        model[2].weight.fill_(1e30)
+        model[5].weight.fill_(1e30)
+    wide = wide_of(model, 4)
+    with pytest.raises(ModelError, match=r"What 5 says of calibration images is not finite") as stop:
+        observe(wide, Sampling.of(wide, sample(4)), ["2.weight"])
+    assert "--weights" in stop.value.hint
 
 
 def test_layers_that_few_images_are_looked_at_in_are_repaired_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ def test_test_images_among_them_are_named(cli: Cli, place: Path) -> None:
         ({"data": ""}, "--data"),
         ({"recipe": "iccv2017"}, "--recipe best: iccv2017 trains on labels"),
         ({"method": "taylor"}, "another --method: taylor"),
+        ({"controls": "all"}, "--controls unpruned or none: labels are what"),
         ({"method": "elimination,taylor"}, "another --method: taylor"),
     ],
 )

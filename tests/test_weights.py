@@ -152,6 +152,16 @@ def test_mismatches_are_named_and_change_nothing(
     assert equal(net, Net(2))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_are_refused(value: float, path: Path) -> None:
+    state, net = Net(1).state_dict(), Net(2)
+    state["scale"][0] = value
+    with pytest.raises(WeightsError, match=r"has NaN or infinity in scale\.") as caught:
+        load_weights(net, write(state, path))
+    assert "diverged" in caught.value.hint
+    assert equal(net, Net(2))
+
+
 @pytest.mark.parametrize(
     "content",
     [[1, 2], {"epoch": 3}, torch.zeros(3), {"state_dict": None}, {"state_dict": {"a": 1}}, None, {1: torch.zeros(1)}],

@@ -187,6 +187,7 @@ def _check_unlabelled(options: Options) -> None:
         "--weights: no network can be trained without labels": options.weights is None,
         "--data: a folder with val/CLASS/*.jpg (or test/), to measure the accuracy on": options.data is None,
         f"--recipe best: {options.recipe} trains on labels after each layer": options.layerwise,
+        "--controls unpruned or none: labels are what a network from scratch learns from": options.controls == "all",
         "another --method: taylor looks at the loss, which takes labels": "taylor" in options.methods,
     }
     if missing := [need for need, lacks in needs.items() if lacks]:

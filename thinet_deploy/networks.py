@@ -186,7 +186,7 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> N
     extra = report["epochs"] + how.epochs * (2 if pruning.head else 1)
     if options.controls != "none" and extra:
         _trained_on(run, tools, networks, how, after, extra)
-    if options.controls == "all" and tools.job.data.train.labelled:
+    if options.controls == "all":
         from_scratch(run, tools, networks, options.epochs + extra, after)
     return networks
 

@@ -24,8 +24,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a weights file into a model.
 
     Raises:
-        WeightsError: no such file, not readable without executing code, or made for another architecture
-            (the first mismatching tensors are named).
+        WeightsError: no such file, not readable without executing code, made for another architecture (the first
+            mismatching tensors are named), or with numbers that are none.
     """
     state = _without_wrapper(_read(path), model)
     _check(model, state, path)
@@ -82,6 +82,13 @@ def _check(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
         raise WeightsError(
             f"{path} was made for another architecture:\n{shown}{more}",
             hint="Give the --model and --input-shape that they belong to (the number of classes comes from --data).",
+        )
+    if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+        raise WeightsError(
+            f"{path} has NaN or infinity in {broken[0]} (and {len(broken) - 1} more tensors)."
+            if len(broken) > 1
+            else f"{path} has NaN or infinity in {broken[0]}.",
+            hint="Its training diverged: take an earlier checkpoint.",
         )
     for name, tensor in expected.items():
         state.setdefault(name, tensor)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from ..data import ImageSet
+from ..errors import ModelError
 from ..interfaces import Progress, silent
 from ..parallel import join
 from ..seeds import generator
@@ -173,6 +174,9 @@ def observe(
 
     Returns:
         Moments by weight, without targets (`Wide.own` gives them); and the outputs of all layers.
+
+    Raises:
+        ModelError: a layer says NaN or infinity.
     """
     seen, nodes = _Observation(wide, sampling, consumers), len(wide.replay.trace.nodes)
     last = max(sampling.images.values(), default=0)
@@ -183,7 +187,21 @@ def observe(
             wide.replay.run(values, 0, nodes, seen.of(images, part))
     progress("Gathering statistics", last, last, f"{last} images")
     moments = together({name: each.moments() for name, each in seen.gathered.items()})
-    return moments, Original({key: torch.cat(each) for key, each in seen.rows.items()})
+    rows = {key: torch.cat(each) for key, each in seen.rows.items()}
+    _check_finite(rows)
+    return moments, Original(rows)
+
+
+def _check_finite(rows: Mapping[Key, torch.Tensor]) -> None:
+    """Raise ModelError, in all processes, for the first layer that says no numbers."""
+    broken = total(torch.tensor([float(not bool(each.isfinite().all())) for each in rows.values()]))
+    for (weight, _), found in zip(rows, broken.tolist(), strict=True):
+        if found:
+            raise ModelError(
+                f"What {weight.removesuffix('.weight')} says of calibration images is not finite (NaN or infinite), "
+                "so nothing can be fitted to it.",
+                hint="The weights are damaged, or training diverged: check --weights, or lower --lr.",
+            )
 
 
 class _Observation:
