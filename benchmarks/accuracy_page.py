@@ -10,7 +10,7 @@ from typing import Any
 from _judge import best, unpack
 from _markdown import head, line, top1
 from _record import kept
-from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS
+from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS, TARGETS
 
 from thinet_deploy.intervals import difference_interval
 
@@ -60,6 +60,15 @@ def _reconstruction() -> Iterator[str]:
             for how in RECONSTRUCTIONS
         ]
         yield from (line("**elimination, allocated**", allocated), "")
+    of_targets = {name: rows[f"r=0.5, elimination, full, {name}"] for name in TARGETS} if (rows := _resnet20()) else {}
+    if of_targets:
+        named = ", ".join(f"{name} {top1(row)}" for name, row in of_targets.items())
+        usual = top1(rows["r=0.5, elimination, full"])
+        yield from (
+            "What a layer is refitted to (ResNet-20, elimination at r=0.5):",
+            f"{named}, residual-aware (as above) {usual}.",
+            "",
+        )
 
 
 def _tuned() -> Iterator[str]:
@@ -68,16 +77,27 @@ def _tuned() -> Iterator[str]:
         "",
         "Three seeds, the original as teacher, batches of 64. An epoch at a rate that suits",
         "ResNet-20 takes a VGG three points below where it started, so those",
-        "get one at either rate. `build` [tries the rate](adr/0024-trying-the-rate.md).",
+        "get one at either rate. `build` [tries the rate](adr/0024-trying-the-rate.md). The intervals are those of the",
+        "test images.",
         "",
-        *head("network", ["row", "before", "rate", "after, each seed"]),
+        *head("network", ["row", "before", "rate", "after, each seed", "mean [95 %]"]),
     )
     for network, title in NETWORKS.items():
         for name, row in kept(f"reconstruction-{network}", quick=False).items():
             for rate, seeds in row.get("tuned", {}).items():
                 if seeds:
-                    yield line(title, [name, top1(row), rate, ", ".join(map(top1, seeds))])
+                    yield line(title, [name, top1(row), rate, ", ".join(map(top1, seeds)), _mean(seeds)])
     yield ""
+
+
+def _resnet20() -> dict[str, Any]:
+    return kept("reconstruction-resnet20", quick=False)
+
+
+def _mean(rows: list[dict[str, Any]]) -> str:
+    """Of several seeds, and their intervals' mean ends: seeds share the test images."""
+    value, low, high = (statistics.fmean(row["top1"][end] for row in rows) for end in ("value", "low", "high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _longer() -> Iterator[str]:
@@ -88,15 +108,14 @@ def _longer() -> Iterator[str]:
         "`benchmarks/finetuning.py`;",
         "[what was tried](adr/0015-short-fine-tuning.md)",
         "",
-        *head("epochs", ["network", "top-1, each seed", "mean"]),
+        *head("epochs", ["network", "top-1, each seed", "mean [95 %]"]),
     )
     for epochs in (2, 20):
         found: dict[str, list[dict[str, Any]]] = {}
         for name, row in kept(f"finetuning-{epochs}", quick=False).items():
             found.setdefault(name.rpartition(", seed")[0], []).append(row)
         for name, seeds in found.items():
-            mean = statistics.fmean(row["top1"]["value"] for row in seeds)
-            yield line(str(epochs), [name, ", ".join(map(top1, seeds)), f"{mean:.2f}"])
+            yield line(str(epochs), [name, ", ".join(map(top1, seeds)), _mean(seeds)])
     yield ""
 
 
@@ -105,7 +124,8 @@ _PEERS_NOTES = {
         "*Inner*: the first convolution of each block alone may become thinner, as in ours; *all*: what",
         "Torch-Pruning would take by default, the residual streams too, of which it takes the padding of the",
         "shortcuts for an addition, so that channels behind it no longer meet their own; *1×1*: the same with",
-        "shortcuts written as convolutions, which it follows rightly (and which are not counted).",
+        "shortcuts written as convolutions, which it follows rightly (and which are not counted). The part of the",
+        "loss that holds blocks to the original's (`inside`) acts where their outputs have its shape, so not in *all*.",
     ),
     "vgg_bn": ("Measured before [27](adr/0027-errors-tried-at-the-outputs.md), with dropout on.",),
 }

@@ -85,9 +85,9 @@ def test_verify_and_latency_work_there_too(server: Server, make_bundle: Make, cl
 def test_a_build_ends_on_the_device(server: Server, cli: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From photos to figures from the device; the same command again does nothing anew."""
     monkeypatch.setattr(device_stage, "SECONDS", 1)
-    given: tuple[object, ...] = ("build", "--model", "net.py:tiny", "--data", "data", "--epochs", 1, "--finetune-epochs", 1)
+    given: tuple[object, ...] = ("build", "--model", "net.py:tiny", "--data", "data")
+    given = (*given, "--epochs", 1, "--finetune-epochs", 1, "--require", "latency<=100s")
     where = ("--controls", "none", "--device", server.address, "--device-python", PYTHON, "--out", "run")
-    given = (*given, "--require", "latency<=100s")
     done = cli(*given, *where)
     assert done.code == 0, done.err
     (judged,) = read_json(workplace / "run" / "contract" / "contract.json")["verdicts"]
