@@ -6,16 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from thinet_deploy.artifact import write_json
+from thinet_deploy.artifact import hash_json, write_json
 from thinet_deploy.environment import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def keep(name: str, samples: dict[str, Any], *, quick: bool) -> Path:
-    """Write results/NAME.json; a quick run, which shows only that the script works, goes to results/NAME-quick.json."""
-    write_json(_path(name, quick), {"benchmark": name, "environment": fingerprint(), **samples})
-    return _path(name, quick)
+    """Write results/NAME.json; a quick run, which shows only that the script works, goes to results/NAME-quick.json.
+
+    Where there are rows by name, `measured_on` says in which of the `environments` each of them was measured or last
+    added to: rows of one file may come from several machines.
+    """
+    path, here = _path(name, quick), fingerprint()
+    if not isinstance(rows := samples.get("rows"), dict):
+        write_json(path, {"benchmark": name, "environment": here, **samples})
+        return path
+    before: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    machines, old = {**before.get("environments", {}), (key := hash_json(here)[:8]): here}, before.get("rows", {})
+    plain = json.loads(json.dumps(rows))  # as they come back from a file: tuples are lists there
+    where = {row: before["measured_on"][row] if old.get(row) == plain[row] else key for row in plain}
+    used = {each: machines[each] for each in dict.fromkeys(where.values())}
+    write_json(path, {"benchmark": name, "environments": used, "measured_on": where, **samples})
+    return path
 
 
 def kept(name: str, *, quick: bool) -> dict[str, Any]:

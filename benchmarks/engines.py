@@ -119,8 +119,9 @@ def main() -> None:
                 keep("engines", {"rows": rows}, quick=quick)
     if not quick:
         path = keep("engines", {"rows": rows}, quick=quick)
-        machine = json.loads(path.read_text(encoding="utf-8"))["environment"]["cpu"]["model"].split(" (")[0]
-        PAGE.write_text(page(rows, names, machine), encoding="utf-8")
+        machines = json.loads(path.read_text(encoding="utf-8"))["environments"].values()
+        processors = ", ".join(dict.fromkeys(each["cpu"]["model"].split(" (")[0] for each in machines))
+        PAGE.write_text(page(rows, names, processors), encoding="utf-8")
 
 
 if __name__ == "__main__":

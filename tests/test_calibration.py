@@ -151,8 +151,8 @@ def test_no_image_passes_through_an_operation_twice_and_few_values_are_kept(monk
 def test_a_network_that_overflows_is_refused_with_the_layer() -> None:
     model = network()
     with torch.no_grad():
-        model[2].weight.fill_(1e30)
-        model[5].weight.fill_(1e30)
+        for name in ("2.weight", "5.weight"):
+            model.get_parameter(name).fill_(1e30)
     wide = wide_of(model, 4)
     with pytest.raises(ModelError, match=r"What 5 says of calibration images is not finite") as stop:
         observe(wide, Sampling.of(wide, sample(4)), ["2.weight"])
