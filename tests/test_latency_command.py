@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_onnx import pooled_onnx
 
 from thinet_deploy import things
@@ -99,6 +100,13 @@ def test_a_model_is_measured_forward_and_backward(cli: Cli, workplace: Path) -> 
     text = cli("latency", "net.py:tiny", *FAST)
     assert "forward " in text.out
     assert "backward " in text.out
+    assert model["threads"] == 1
+    before = torch.get_num_threads()
+    (model,) = json.loads(cli("latency", "net.py:tiny", *FAST, "--threads", 2, "--json").out)["models"]
+    assert model["threads"] == 2
+    assert torch.get_num_threads() == before
+    paced = cli("latency", "net.py:tiny", *FAST, "--fps", 30)
+    assert (paced.code, "--fps paces engines" in paced.err) == (2, True)
     wrong = cli("latency", "net.py:shapeless", *FAST)
     assert wrong.code == 2
     assert "does not say which images it takes" in wrong.err

@@ -29,9 +29,9 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
         list[str],
         typer.Argument(metavar="THING…", help="Engine files, bundles, runs, models such as vgg16 or file.py:factory."),
     ],
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an engine.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads, of engines and of models.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Per engine, warm-up included.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Per engine, warm-up included; models have passes.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine (A B A B …); of a model its passes.")] = 15,
     fps: Annotated[
         float, typer.Option(min=0, help="Also measure at so many runs a second, with pauses, as behind a camera.")
@@ -94,6 +94,7 @@ How = tuple[int, int, float, int, float, str]
 
 
 def _measured(things: Sequence[str], shape: str | None, precision: Precision, how: How, progress: Any) -> LatencyReport:
+    from .errors import InputError
     from .latency import report
     from .options import parse_shape
     from .things import Engines, find
@@ -101,6 +102,11 @@ def _measured(things: Sequence[str], shape: str | None, precision: Precision, ho
     size = parse_shape(shape) if shape else None
     found = [find(thing, size, precision) for thing in things]
     engines, models = ([each for each in found if isinstance(each, Engines) is wanted] for wanted in (True, False))
+    if how[4] and (named := [each.name for each in models if not isinstance(each, Engines)]):
+        raise InputError(
+            f"--fps paces engines, and {named[0]} is a model: its passes run back to back.",
+            hint="Leave --fps out, or measure an engine made from it.",
+        )
     rows = [row for group in _alike(engines) for row in _engines(group, how, progress)]  # type: ignore[arg-type]
     return report(rows, _models(models, how, progress))  # type: ignore[arg-type]  # told apart above
 
@@ -140,12 +146,14 @@ def _models(models: Sequence[Model], how: How, progress: Any) -> list[TorchLaten
     """Models of one input shape in turn, against the first of them."""
     from .torch_latency import MIN_ROUNDS, measure_torch, torch_speedup
 
-    _, batch, _, rounds, _, device = how
+    threads, batch, _, rounds, _, device = how
     found = []
     for shape in dict.fromkeys(model.input_shape for model in models):
         alike = {model.name: model.module for model in models if model.input_shape == shape}
         rounds = max(rounds, MIN_ROUNDS)
-        first, *others = measure_torch(alike, shape, batch=batch, rounds=rounds, device=device, progress=progress)
+        first, *others = measure_torch(
+            alike, shape, batch=batch, rounds=rounds, device=device, threads=threads, progress=progress
+        )
         found += [first, *(replace(row, speedup=torch_speedup(first, row)) for row in others)]
     return found
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def measure_torch(
     progress: Progress = silent,
     device: str = "cpu",
     mode: Mode = "eager",
+    threads: int | None = None,
 ) -> list[TorchLatency]:
     """Time forward and backward in training mode, the models in turn, one pass per round.
 
@@ -62,6 +64,7 @@ def measure_torch(
         progress: told about each round.
         device: "cpu", "cuda" or "cuda:1".
         mode: how torch runs them: eager, channels-last, amp or cuda-graph (`torch_modes`).
+        threads: of the CPU; None for as many as torch would take.
 
     Raises:
         InputError: there are too few rounds.
@@ -78,13 +81,13 @@ def measure_torch(
     copies = {name: in_mode(model, images, mode) for name, model in copies.items()}
     peaks = {name: _peak_memory(model, images) for name, model in copies.items()}
     # Dropout draws from the global generators: leave them as they were.
-    with torch.random.fork_rng([where] if where.type == "cuda" else []):
+    with torch.random.fork_rng([where] if where.type == "cuda" else []), _threads(threads) as used:
         passes, machine = _interleave(copies, images, rounds, progress)
     about: dict[str, Any] = {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else device,
         "batch": batch,
         "mode": mode,
-        "threads": torch.get_num_threads(),
+        "threads": used,
         "machine": machine,
     }
     found = [
@@ -101,6 +104,19 @@ def measure_torch(
     ]
     base = next((row for row in found if row.model == BASELINE), None)
     return [replace(row, speedup=torch_speedup(base, row) if base and row is not base else None) for row in found]
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[int]:
+    """So many threads for torch on the CPU, afterwards as many as before; gives the number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield number or before
+    finally:
+        torch.set_num_threads(before)
 
 
 def torch_speedup(base: TorchLatency, own: TorchLatency) -> Speedup | None:
