@@ -104,7 +104,6 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     torch.testing.assert_close(got, dict(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "recipe"), [("plain", PLAIN), ("small", SMALL)])
 def test_two_processes_learn_what_one_learns(name: str, recipe: Recipe, folder: Path) -> None:
     model = network()
@@ -114,7 +113,6 @@ def test_two_processes_learn_what_one_learns(name: str, recipe: Recipe, folder: 
     assert_close(load_file(folder / f"{name}-0"), model.state_dict())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "small", "norms"])
 def test_all_processes_end_with_the_same_network(name: str, folder: Path) -> None:
     first = load_file(folder / f"{name}-0")
@@ -124,7 +122,6 @@ def test_all_processes_end_with_the_same_network(name: str, folder: Path) -> Non
         assert all(torch.equal(tensor, first[key]) for key, tensor in found.items()), other
 
 
-@pytest.mark.slow
 def test_statistics_of_batchnorm_come_from_both_shares(folder: Path) -> None:
     """Not the same as one process's, but near: the rate of the running average is 0.1 per step."""
     model = network(norms=True)
@@ -133,25 +130,21 @@ def test_statistics_of_batchnorm_come_from_both_shares(folder: Path) -> None:
     torch.testing.assert_close(found["1.running_var"], expected["1.running_var"], rtol=0.3, atol=0)
 
 
-@pytest.mark.slow
 def test_every_process_has_all_outputs(folder: Path) -> None:
     for rank in range(PROCESSES):
         torch.testing.assert_close(load_file(folder / f"logits-{rank}")["logits"], logits(network(), images()))
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_process_stops_both_at_its_step(folder: Path) -> None:
     for rank in range(PROCESSES):
         assert "the loss of s is nan in epoch 1 of 3, step 1 of 4" in (folder / f"error-{rank}").read_text()
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_from_what_one_left(folder: Path) -> None:
     for rank in range(PROCESSES):
         assert_close(load_file(folder / f"half-{rank}"), load_file(folder / "plain-0"))
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_from_what_two_left(folder: Path) -> None:
     model = network()
     train(model, images(), PLAIN, seed=1, stage="s", checkpoint=Checkpoint(folder / "plain.checkpoint", "key"))

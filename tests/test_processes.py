@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +176,17 @@ PROGRAMS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+TORCHRUN = ("torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}")
+ACCELERATE = ("accelerate.commands.launch", "--cpu", f"--num_processes={PROCESSES}", "--num_machines=1")
+
+
+def launch(*arguments: object, by: Sequence[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in several processes."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     # DETAIL: what one process exchanges is compared with what the others do, not only where the sizes differ.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
-    command = [*torchrun, *map(str, arguments)]
+    command = [sys.executable, "-m", *by, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
@@ -214,6 +217,20 @@ def one(two: Path) -> Path:
     """The same folder, with what one process wrote beside it."""
     build_all(two, "one")
     return two
+
+
+@pytest.mark.parametrize("by", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+def test_two_processes_prune_as_one(by: Sequence[str], place: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    given = ("prune", "--data", place / "data", "--model", f"{place / 'net.py'}:make", "--target", "raspberry-pi-5")
+    given = (*given, "--weights", place / "dense.safetensors", "--macs", "2x")
+    two = launch("-m", "thinet_deploy", *given, "--out", tmp_path / "two", by=by)
+    assert two.returncode == 0, two.stderr
+    alone = cli(*given, "--out", tmp_path / "one")
+    assert alone.code == 0, alone.err
+    plans = [load_plan(tmp_path / run / "thin" / "plan.json") for run in ("one", "two")]
+    assert plans[0] == plans[1]
+    weights = [load_file(tmp_path / run / "thin" / "model.safetensors") for run in ("one", "two")]
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.slow
