@@ -221,8 +221,8 @@ def one(two: Path) -> Path:
 
 @pytest.mark.parametrize("by", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
 def test_two_processes_prune_as_one(by: Sequence[str], place: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    given = ("prune", "--data", place / "data", "--model", f"{place / 'net.py'}:make", "--target", "raspberry-pi-5")
-    given = (*given, "--weights", place / "dense.safetensors", "--macs", "2x")
+    given: list[object] = ["prune", "--data", place / "data", "--model", f"{place / 'net.py'}:make", "--macs", "2x"]
+    given += ["--target", "raspberry-pi-5", "--weights", place / "dense.safetensors"]
     two = launch("-m", "thinet_deploy", *given, "--out", tmp_path / "two", by=by)
     assert two.returncode == 0, two.stderr
     alone = cli(*given, "--out", tmp_path / "one")
