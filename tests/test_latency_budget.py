@@ -137,6 +137,20 @@ def test_a_speed_up_is_met_within_5_percent(step: int, times: float, noise: floa
     assert len(found.trials) <= 2 + CORRECTIONS
 
 
+def test_a_network_whose_time_falls_late_and_steeply_is_met_too() -> None:
+    """As that of a small network in INT8: two trials lie on either side of the budget, and what is asked for between."""
+    shares, times = (0.0, 0.33, 0.6, 0.67, 1.0), (0.0, 0.48, 0.84, 0.88, 1.0)
+    _, costs = solve(Device(8), Goal(speedup=1.5))
+    (whole,) = costs({group.name: len(group.channels) for group in GROUPS})
+
+    def measure(widths: Widths) -> Measured:
+        ms = float(np.interp(costs(widths)[0] / whole, shares, times))
+        return Measured(ms, 1.0, 1 / ms)
+
+    found = meet(costs, GROUPS, curves(), Wish(), Goal(speedup=1.5), measure)
+    assert found.best.measured.speedup == pytest.approx(1.5, rel=0.05), [each.measured.speedup for each in found.trials]
+
+
 def test_milliseconds_are_met_though_the_whole_is_not_the_sum() -> None:
     device = Device(4, factor=1.7, rest_ms=0.8)
     found, _ = solve(device, Goal(ms=2.5))

@@ -97,8 +97,8 @@ def meet(
 ) -> Found:
     """Widths that lose least within a budget of time.
 
-    The sum of layer times is corrected on the whole network by one factor, and after each trial by the line through it
-    and the network with all filters.
+    The sum of layer times is corrected on the whole network by one factor, and after each trial from what was measured
+    so far (see `_budget`).
 
     Args:
         costs: predicted times.
@@ -150,7 +150,15 @@ def meet(
 
 
 def _budget(goal: Goal, trials: Sequence[Trial]) -> float:
-    """Milliseconds of layers that are expected to give what was asked for."""
+    """Milliseconds of layers that are expected to give what was asked for.
+
+    On the line between the two nearest trials on either side of it; with none that is fast enough yet, on the line
+    through the network with all filters and the last trial.
+    """
+    slow = min((each for each in trials if goal.excess(each.measured) > 1), key=lambda each: each.layers_ms)
+    fast = [each for each in trials if goal.excess(each.measured) <= 1]
+    if fast and (quick := max(fast, key=lambda each: each.layers_ms)).layers_ms < slow.layers_ms:
+        return _between(goal, slow, quick)
     whole, last = trials[0], trials[-1]
     high, low = goal.excess(whole.measured), goal.excess(last.measured)
     if last is whole or high <= low or whole.layers_ms <= last.layers_ms:
