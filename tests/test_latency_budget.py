@@ -138,7 +138,7 @@ def test_a_speed_up_is_met_within_5_percent(step: int, times: float, noise: floa
 
 
 def test_a_network_whose_time_falls_late_and_steeply_is_met_too() -> None:
-    """As that of a small network in INT8: two trials lie on either side of the budget, and what is asked for between."""
+    """As that of a small network in INT8: two trials lie on either side of what is asked for."""
     shares, times = (0.0, 0.33, 0.6, 0.67, 1.0), (0.0, 0.48, 0.84, 0.88, 1.0)
     _, costs = solve(Device(8), Goal(speedup=1.5))
     (whole,) = costs({group.name: len(group.channels) for group in GROUPS})

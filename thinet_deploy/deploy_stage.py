@@ -20,6 +20,7 @@ from .layer_times import PROFILES, layer_times
 from .precision.graph import read_onnx
 from .precision_stage import CALIBRATION, quantises, typed_judgement
 from .registry import convert, sources
+from .runner import ROUNDS
 from .tasks.base import Judgement
 from .tools import Tools
 from .torch_latency import measure_torch
@@ -27,7 +28,7 @@ from .training import judge
 
 EXPORTED, ENGINES, LATENCY, LAYERS, DROPS = "export.json", "engines.json", "latency.json", "layers.json", "drops.json"
 ENGINE_SECONDS = 3.0
-ENGINE_ROUNDS = 15
+ENGINE_ROUNDS = ROUNDS
 TORCH_BATCH = 32
 TORCH_ROUNDS = 11  # enough to see that the machine changed meanwhile
 

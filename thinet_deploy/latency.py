@@ -176,7 +176,7 @@ def measure_engines(
     inputs: Mapping[str, Array],
     *,
     threads: int,
-    rounds: int = 9,
+    rounds: int = runner.ROUNDS,
     seconds: float = 5.0,
     fps: float = 0.0,
     progress: Progress = silent,

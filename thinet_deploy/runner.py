@@ -61,6 +61,7 @@ from .self_test import PASSED, check_files, each_engine, load_manifest, verify
 from .serving import clean_stdout, serve
 from .turns import OnTurn, turns
 
+ROUNDS = 15  # turns of every engine; where each has one run, still enough to see that the machine changed meanwhile
 TOLD = 20  # every so manieth turn of a trial is told of
 
 
@@ -199,7 +200,9 @@ def _run_for(worker: Worker, seconds: float) -> int:
     return int(worker.ask("warm", seconds=seconds)["calls"])
 
 
-def latency(folder: str, batch: int, threads: int, seconds: float, rounds: int = 9, fps: float = 0.0) -> dict[str, Any]:
+def latency(
+    folder: str, batch: int, threads: int, seconds: float, rounds: int = ROUNDS, fps: float = 0.0
+) -> dict[str, Any]:
     """Time every usable engine of a bundle in turn, each in a process of its own; JSON-ready, raw samples kept."""
     manifest = load_manifest(folder)
     files = check_files(folder, manifest["files"])
@@ -284,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--batch", type=_count, default=1, metavar="N", help="images per run (default 1)")
     timing.add_argument("--threads", type=_count, default=usable_cores(), metavar="N", help="default: all, %(default)s")
     timing.add_argument("--seconds", type=_number, default=5, metavar="N", help="per engine (default 5)")
-    timing.add_argument("--rounds", type=_count, default=9, metavar="N", help="turns of every engine (default 9)")
+    timing.add_argument("--rounds", type=_count, default=ROUNDS, metavar="N", help="of every engine (default %(default)s)")
     timing.add_argument("--fps", type=_number, default=0, metavar="N", help="runs a second (default: back to back)")
     return parser
 
