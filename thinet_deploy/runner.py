@@ -287,7 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--batch", type=_count, default=1, metavar="N", help="images per run (default 1)")
     timing.add_argument("--threads", type=_count, default=usable_cores(), metavar="N", help="default: all, %(default)s")
     timing.add_argument("--seconds", type=_number, default=5, metavar="N", help="per engine (default 5)")
-    timing.add_argument("--rounds", type=_count, default=ROUNDS, metavar="N", help="of every engine (default %(default)s)")
+    timing.add_argument(
+        "--rounds", type=_count, default=ROUNDS, metavar="N", help="turns of every engine (default %(default)s)"
+    )
     timing.add_argument("--fps", type=_number, default=0, metavar="N", help="runs a second (default: back to back)")
     return parser
 
