@@ -104,7 +104,8 @@ def _longer() -> Iterator[str]:
     yield from (
         "## Fine-tuned, beside the original trained for as long",
         "",
-        "ResNet-20 at half of its multiply-accumulates. *Taught*: with the original as teacher.",
+        "ResNet-20 at half of its multiply-accumulates. *Taught*: nine tenths of the loss come from the original",
+        "as teacher; *half taught*: half of it, as `build` does unasked.",
         "`benchmarks/finetuning.py`;",
         "[what was tried](adr/0015-short-fine-tuning.md)",
         "",

@@ -174,7 +174,7 @@ Train = Annotated[
     list[str] | None,
     typer.Option(
         help="NAME=VALUE: a setting of all training: precision=bf16 (or fp16), optimizer=adamw, schedule=steps, "
-        "label_smoothing=0.1, ema=0.999, distill=0.5, temperature=2, weight_decay=0.0001, momentum, warmup, clip."
+        "label_smoothing=0.1, ema=0.999, distill=0.9, temperature=2, weight_decay=0.0001, momentum, warmup, clip."
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  \\[default: 32; the papers': 128]")]

@@ -22,7 +22,7 @@ class Mix:
         smoothing: share of each label that is spread evenly over all classes.
     """
 
-    share: float = 0.9
+    share: float = 0.5
     temperature: float = 4.0
     smoothing: float = 0.0
 

@@ -65,7 +65,7 @@ class Recipe:
     label_smoothing: float = 0.0
     ema: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    distill: float = 0.9
+    distill: float = 0.5
     temperature: float = 4.0
     inside: float = 2.0
 
