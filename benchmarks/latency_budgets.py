@@ -145,9 +145,9 @@ def verdicts(name: str, row: dict[str, Any]) -> Iterator[str]:
 def uniform_error(networks: dict[str, Any]) -> float | None:
     """The predicted error of uniform widths that take as long as ours.
 
-    Where those that were to take as long are more than 3 % faster, they would have lost more by that alone: then what
-    lies at our time between them and the uniform ones of as many multiply-accumulates, in logarithms. None where ours
-    is not between the two.
+    Where those that were to take as long are more than 3 % faster, they may have lost more by that alone: then what
+    lies at our time between them and the uniform ones of as many multiply-accumulates, in logarithms, if that is less.
+    None where ours is not between the two.
     """
     ours, quick, slow = (networks[name] for name in (OURS, SAME_TIME, SAME_MACS))
     here, there, before = (1 / each["speedup"][0] for each in (ours, quick, slow))
@@ -156,7 +156,7 @@ def uniform_error(networks: dict[str, Any]) -> float | None:
     if not there < here <= before:
         return None
     share = (here - there) / (before - there)
-    return float(quick["error"] ** (1 - share) * slow["error"] ** share)
+    return min(float(quick["error"]), float(quick["error"] ** (1 - share) * slow["error"] ** share))
 
 
 def _held(what: str, holds: bool) -> str:

@@ -181,6 +181,11 @@ def test_compare_ends_with_1_only_when_something_is_proven_broken(cli: Callable[
     assert "failure" in (run / "contract" / "junit.xml").read_text()
     document = json.loads(cli("compare", run, "--require", "size<=1MB", "--json").out)
     assert document["contract"][0][0]["outcome"] == "not met"
+    for damaged in ("{", "[1]", '{"facts": {}}'):
+        (run / "report" / "device.json").write_text(damaged)
+        text = cli("compare", run, "--require", "latency<=8ms")
+        assert (text.code, "device.json is damaged" in text.err) == (2, True), "the host's times do not stand in for it"
+    (run / "report" / "device.json").unlink()
     wrong = cli("compare", run, "--require", "size<=1ms")
     assert wrong.code == 2
     assert "size is in MB, kB, GB" in wrong.err

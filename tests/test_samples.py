@@ -105,17 +105,22 @@ def test_a_short_series_that_doubles_half_way_is_caught(n: int) -> None:
     assert at == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("n", [10, 11, 12])
+@pytest.mark.parametrize("n", [10, 11, 12, 15, 18])
 def test_the_exact_chances_of_short_series(n: int) -> None:
     """Counted over all orders, by the sets of ranks that a beginning can have."""
+    sets = np.arange(1 << n)
+    has = (sets[:, None] >> np.arange(n)) & 1 == 1
+    counts, sums = has.sum(1), has @ np.arange(1, n + 1)
 
     def chance(least: int) -> float:
-        ways = np.zeros(1 << n)
+        ways, near = np.zeros(1 << n), abs(2 * sums - counts * (n + 1)) < least
         ways[0] = 1
-        for taken in range(1, 1 << n):
-            ranks = [rank for rank in range(n) if taken >> rank & 1]
-            if abs(2 * sum(rank + 1 for rank in ranks) - len(ranks) * (n + 1)) < least:
-                ways[taken] = sum(ways[taken ^ (1 << rank)] for rank in ranks)
+        for taken in range(1, n + 1):
+            mine = sets[counts == taken]
+            for rank in range(n):
+                with_it = mine[has[mine, rank]]
+                ways[with_it] += ways[with_it ^ (1 << rank)]
+            ways[mine] *= near[mine]
         return 1 - float(ways[-1]) / math.factorial(n)
 
     least = samples.PROVEN[n]

@@ -162,6 +162,16 @@ def test_weights_that_are_no_numbers_are_refused(value: float, path: Path) -> No
     assert equal(net, Net(2))
 
 
+def test_a_mask_may_be_infinite_and_8_bits_are_read(path: Path) -> None:
+    net = nn.Linear(2, 2)
+    net.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    load_weights(net, write(net.state_dict(), path))
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in nn.Linear(2, 2).state_dict().items()}
+    load_weights(nn.Linear(2, 2), write(eight, path))
+    with pytest.raises(WeightsError, match="NaN or infinity in mask"):
+        load_weights(net, write({**net.state_dict(), "mask": torch.tensor([0.0, torch.nan])}, path))
+
+
 @pytest.mark.parametrize(
     "content",
     [[1, 2], {"epoch": 3}, torch.zeros(3), {"state_dict": None}, {"state_dict": {"a": 1}}, None, {1: torch.zeros(1)}],

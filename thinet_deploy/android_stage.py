@@ -19,10 +19,10 @@ from .bundle import EngineEntry, Manifest, read_manifest
 from .device import full_disk
 from .errors import BundleError
 from .interfaces import Array, Progress
+from .runner import ROUNDS
 from .samples import judged, summarize_rounds
 from .self_test import FAILED, NOT_RUN, PASSED, check_files, compare_outputs, load_arrays
 
-ROUNDS = 9
 _OUTPUTS = "outputs.f32"
 
 

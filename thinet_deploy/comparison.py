@@ -59,7 +59,7 @@ class Against:
         run: the folder's name.
         row: the row's label.
         accuracy: the figure that decides, in percentage points, positive where better than the baseline; None where
-            the two were not judged on the same images.
+            the two were not judged on the same images, by the data's name and the number of images.
         faster: by runtime, how many times faster than the baseline.
         smaller: how many times smaller the file is; exact.
     """

@@ -30,7 +30,7 @@ EXPORTED, ENGINES, LATENCY, LAYERS, DROPS = "export.json", "engines.json", "late
 ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = ROUNDS
 TORCH_BATCH = 32
-TORCH_ROUNDS = 11  # enough to see that the machine changed meanwhile
+TORCH_ROUNDS = 11  # enough to see that the machine changed half-way
 
 
 def exported(tools: Tools, networks: Mapping[str, Path], folder: Path) -> None:

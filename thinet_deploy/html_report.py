@@ -9,6 +9,7 @@ from typing import Any
 
 from . import comparison, contract, ledger, report, report_plots
 from .artifact import hash_json, read_json, sha256_of
+from .errors import InputError, first_line
 from .runner_text import latency_notes
 from .table import Row, Table
 
@@ -34,8 +35,22 @@ class Page:
 
 
 def read_device(run: Path) -> dict[str, Any] | None:
-    """What a finished build had from its device (see `Page.device`); None where it had none."""
-    found: dict[str, Any] | None = _json(run / "report" / DEVICE)
+    """What a finished build had from its device (see `Page.device`); None where it had none.
+
+    Raises:
+        InputError: the file is damaged: the host's figures must not be taken for the device's.
+    """
+    path = run / "report" / DEVICE
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = read_json(path)
+        _device(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is damaged, or of another version: {first_line(error)}.",
+            hint=f"Delete the folder {path.parent} and run the same build again: all else is kept.",
+        ) from error
     return found
 
 

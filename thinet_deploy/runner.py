@@ -61,7 +61,7 @@ from .self_test import PASSED, check_files, each_engine, load_manifest, verify
 from .serving import clean_stdout, serve
 from .turns import OnTurn, turns
 
-ROUNDS = 15  # turns of every engine; where each has one run, still enough to see that the machine changed meanwhile
+ROUNDS = 15  # turns of every engine; where each has one run, a change with a third of them on either side is seen
 TOLD = 20  # every so manieth turn of a trial is told of
 
 

@@ -211,6 +211,6 @@ def check_machines(tables: Sequence[Table]) -> None:
         named = ", ".join(f"{engines} (and {torch} in torch)" for engines, torch in threads)
         raise InputError(
             f"The runs were measured with different numbers of threads: {named}. Their milliseconds do not compare.",
-            hint="Measure them with the same --threads, or give --across-machines to see them side by side all the "
-            "same.",
+            hint="Measure them with the same --threads (torch's are set by OMP_NUM_THREADS), or give --across-machines "
+            "to see them side by side all the same.",
         )

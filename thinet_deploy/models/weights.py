@@ -65,6 +65,12 @@ def _without_wrapper(state: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     return state
 
 
+def _is_broken(tensor: torch.Tensor, *, buffer: bool) -> bool:
+    """Whether there is a NaN, or an infinity that is learnt: a buffer may have it, as a mask has."""
+    values = tensor.float()  # types of 8 bits cannot be asked
+    return bool(values.isnan().any()) or (not buffer and bool(values.isinf().any()))
+
+
 def _check(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
     expected = model.state_dict()
     problems = [
@@ -83,11 +89,11 @@ def _check(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None
             f"{path} was made for another architecture:\n{shown}{more}",
             hint="Give the --model and --input-shape that they belong to (the number of classes comes from --data).",
         )
-    if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+    learnt = {name for name, _ in model.named_parameters()}
+    if broken := [name for name, tensor in state.items() if _is_broken(tensor, buffer=name not in learnt)]:
+        more = f" (and {len(broken) - 1} more tensors)" if len(broken) > 1 else ""
         raise WeightsError(
-            f"{path} has NaN or infinity in {broken[0]} (and {len(broken) - 1} more tensors)."
-            if len(broken) > 1
-            else f"{path} has NaN or infinity in {broken[0]}.",
+            f"{path} has NaN or infinity in {broken[0]}{more}.",
             hint="Its training diverged: take an earlier checkpoint.",
         )
     for name, tensor in expected.items():
