@@ -82,8 +82,8 @@ def run(data: Dataset, *, quick: bool) -> None:
             if (name := f"{way}, seed {seed}") in rows:
                 continue
             if teacher == "longer" and teacher not in teachers:
-                teachers[teacher] = tuned(copy.deepcopy(model), data, None, EPOCHS)
-                add("unpruned, two epochs on labels", teachers[teacher])
+                teachers[teacher] = longer = tuned(copy.deepcopy(model), data, None, EPOCHS)
+                add("unpruned, two epochs on labels", longer)
             start = copy.deepcopy(thin)
             add(name, tuned(start, data, teachers[teacher], EPOCHS, seed, share=share, inside=inside))
     table = Table("2x thinner, two epochs: teacher, its share of the loss", "held-out top-1 (95 %)")

@@ -29,6 +29,7 @@ from thinet_deploy.devices import find_device
 from thinet_deploy.errors import DeviceError, GateError, InputError, MissingError, TargetError, ThinetDeployError
 from thinet_deploy.interfaces import TensorSpec, silent
 from thinet_deploy.preprocess import Preprocess
+from thinet_deploy.runner import ROUNDS
 from thinet_deploy.shared_run import SharedRun
 from thinet_deploy.store import Stage
 from thinet_deploy.target import load_profile
@@ -255,13 +256,13 @@ def test_another_device_than_the_target_is_refused(phone: Fake) -> None:
 def test_times_come_with_all_samples(phone: Fake, made: Path) -> None:
     report = android_stage.latency(reached(), made, silent, threads=2, seconds=0.9)
     (row,) = report["engines"]
-    assert row["rounds_ms"] == [[1.5, 1.25, 1.75]] * android_stage.ROUNDS
+    assert row["rounds_ms"] == [[1.5, 1.25, 1.75]] * ROUNDS
     assert row["summary"]["median_ms"] == 1.5
     assert (row["summary"]["invalid"], row["memory"]["process_peak_bytes"]) == ([], 4096)
     assert report["processor"] == "Fairphone FP5 QCM6490"
     (started,) = phone.storage.glob("thinet-deploy/*/started")
     runs = [line.split()[2:] for line in started.read_text().splitlines()]
-    assert runs == [["fp32", "2", "0.060000", "0"]] * android_stage.ROUNDS
+    assert runs == [["fp32", "2", "0.060000", "0"]] * ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -389,6 +390,6 @@ def test_a_real_program_runs_a_real_engine(
     assert (row["verdict"], row["reason"], row["top1_agreement"]) == ("passed", "", 1)
     assert row["describe"]["version"].startswith("20")
     (row,) = android_stage.latency(reached(), made, silent, seconds=0.5)["engines"]
-    assert (row["verdict"], len(row["rounds_ms"]), row["summary"]["invalid"]) == ("passed", android_stage.ROUNDS, [])
+    assert (row["verdict"], len(row["rounds_ms"]), row["summary"]["invalid"]) == ("passed", ROUNDS, [])
     assert row["load_ms"] > 0
     assert row["memory"]["process_peak_bytes"] > 1 << 20
