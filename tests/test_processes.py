@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from thinet_deploy import cli, deploy_stage, pipeline, prune_stage
+from thinet_deploy import cli, deploy_stage, pipeline, prune_stage, registry
 from thinet_deploy.artifact import read_json
 from thinet_deploy.data import ImageSet
 from thinet_deploy.errors import ModelError
@@ -109,9 +109,12 @@ BUILDS: dict[str, dict[str, Any]] = {"best": {"recipe": "best", "macs": "2x"}, "
 
 def build_all(folder: Path, prefix: str) -> None:
     """Every recipe, measured for moments only."""
-    deploy_stage.TORCH_ROUNDS, deploy_stage.TORCH_BATCH = 8, 2
-    for name, changes in BUILDS.items():
-        pipeline.build(options(folder, f"{prefix}-{name}", **changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deploy_stage, "TORCH_ROUNDS", 8)
+        patch.setattr(deploy_stage, "TORCH_BATCH", 2)
+        patch.setattr(registry, "installed", lambda _: False)  # as conftest.py has it in the tests' own process
+        for name, changes in BUILDS.items():
+            pipeline.build(options(folder, f"{prefix}-{name}", **changes))
 
 
 def waiting_s(folder: Path) -> float:
