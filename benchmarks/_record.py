@@ -23,9 +23,9 @@ def keep(name: str, samples: dict[str, Any], *, quick: bool) -> Path:
         write_json(path, {"benchmark": name, "environment": here, **samples})
         return path
     before: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    machines, old = {**before.get("environments", {}), (key := hash_json(here)[:8]): here}, before.get("rows", {})
+    key, old, known = hash_json(here)[:8], before.get("rows", {}), before.get("measured_on", {})
+    machines = {**before.get("environments", {}), key: here}
     plain = json.loads(json.dumps(rows))  # as they come back from a file: tuples are lists there
-    known = before.get("measured_on", {})
     where = {row: known.get(row, key) if old.get(row) == plain[row] else key for row in plain}
     used = {each: machines[each] for each in dict.fromkeys(where.values())}
     write_json(path, {"benchmark": name, "environments": used, "measured_on": where, **samples})

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from thinet_deploy.artifact import hash_json
-from thinet_deploy.data import Dataset, load_folder
+from thinet_deploy.data import Dataset, ImageSet, load_folder
 from thinet_deploy.environment import cache_folder
 from thinet_deploy.interfaces import Progress, silent
 from thinet_deploy.models import squeezenet
@@ -62,6 +62,24 @@ def missing() -> str:
     names = ("cifar10-jpeg.zip", "photos10.zip", RESNET20_WEIGHTS.name, SQUEEZENET_WEIGHTS.name)
     absent = [name for name in names if not (SHARED / name).is_file()]
     return f"{SHARED} has no {', '.join(absent)}" if absent else ""
+
+
+def trained_once(
+    model: nn.Module,
+    path: Path,
+    images: Callable[[], ImageSet],
+    recipe: dict[str, Any],
+    stage: str,
+    progress: Progress = silent,
+) -> None:
+    """Weights for a fresh model: those of the file, which is trained where no other call has done it; in eval mode."""
+    if not path.is_file():
+        checkpoint = Checkpoint(path.with_suffix(".checkpoint"), path.stem)
+        train(model, images(), Recipe(**recipe), seed=0, stage=stage, checkpoint=checkpoint, progress=progress)
+        save_weights(model, path)
+        path.with_suffix(".checkpoint").unlink()
+    load_weights(model, path)
+    model.eval()
 
 
 # --- ResNet-20 -------------------------------------------------------------------------------------------------------
@@ -151,13 +169,8 @@ def trained_vgg(*, norm: bool, progress: Progress = silent) -> nn.Module:
     name, recipe, path = "vgg_bn" if norm else "vgg", VGG_RECIPES[norm], vgg_weights(norm=norm)
     torch.manual_seed(0)
     model = (vgg_bn if norm else vgg)().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not path.is_file():
-        checkpoint = Checkpoint(path.with_suffix(".checkpoint"), path.stem)
-        train(model, cifar10().train, Recipe(**recipe), seed=0, stage=name, checkpoint=checkpoint, progress=progress)
-        save_weights(model, path)
-        path.with_suffix(".checkpoint").unlink()
-    load_weights(model, path)
-    return model.eval()  # type: ignore[no-any-return]
+    trained_once(model, path, lambda: cifar10().train, recipe, name, progress)
+    return model  # type: ignore[no-any-return]
 
 
 # --- AlexNet for CIFAR-10 ---------------------------------------------------------------------------------------------
@@ -178,18 +191,16 @@ def trained_alexnet(*, quick: bool = False, progress: Progress = silent) -> nn.M
     path = cache_folder() / f"alexnet-cifar10-{hash_json(ALEXNET_RECIPE)[:8]}.safetensors"
     torch.manual_seed(0)
     model = alexnet()
-    if quick or not path.is_file():
-        data = load_folder(unpacked("cifar10-jpeg"), ALEXNET_PREPROCESS, progress)
-        data = few(data, 256) if quick else data
-        recipe = Recipe(**ALEXNET_RECIPE | ({"epochs": 1} if quick else {}))
-        checkpoint = None if quick else Checkpoint(path.with_suffix(".checkpoint"), path.stem)
-        train(model, data.train, recipe, seed=0, stage="alexnet", checkpoint=checkpoint, progress=progress)
-        if quick:
-            return model.eval()
-        save_weights(model, path)
-        path.with_suffix(".checkpoint").unlink()
-    load_weights(model, path)
-    return model.eval()
+
+    def images() -> Dataset:
+        return load_folder(unpacked("cifar10-jpeg"), ALEXNET_PREPROCESS, progress)
+
+    if quick:
+        recipe = Recipe(**ALEXNET_RECIPE | {"epochs": 1})
+        train(model, few(images(), 256).train, recipe, seed=0, stage="alexnet", progress=progress)
+        return model.eval()
+    trained_once(model, path, lambda: images().train, ALEXNET_RECIPE, "alexnet", progress)
+    return model
 
 
 # Networks for CIFAR-10, trained.

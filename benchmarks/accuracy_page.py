@@ -60,9 +60,8 @@ def _reconstruction() -> Iterator[str]:
             for how in RECONSTRUCTIONS
         ]
         yield from (line("**elimination, allocated**", allocated), "")
-    of_targets = {name: rows[f"r=0.5, elimination, full, {name}"] for name in TARGETS} if (rows := _resnet20()) else {}
-    if of_targets:
-        named = ", ".join(f"{name} {top1(row)}" for name, row in of_targets.items())
+    if rows := kept("reconstruction-resnet20", quick=False):
+        named = ", ".join(f"{name} {top1(rows[f'r=0.5, elimination, full, {name}'])}" for name in TARGETS)
         usual = top1(rows["r=0.5, elimination, full"])
         yield from (
             "What a layer is refitted to (ResNet-20, elimination at r=0.5):",
@@ -88,10 +87,6 @@ def _tuned() -> Iterator[str]:
                 if seeds:
                     yield line(title, [name, top1(row), rate, ", ".join(map(top1, seeds)), _mean(seeds)])
     yield ""
-
-
-def _resnet20() -> dict[str, Any]:
-    return kept("reconstruction-resnet20", quick=False)
 
 
 def _mean(rows: list[dict[str, Any]]) -> str:

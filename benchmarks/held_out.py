@@ -16,7 +16,7 @@ import torch
 from _judge import judged, percent
 from _ours import TUNING, pruned, tuned
 from _record import keep, kept
-from _trained import cifar10, few, missing, resnet20
+from _trained import cifar10, few, missing, resnet20, trained_once
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,10 +25,8 @@ from thinet_deploy.artifact import hash_json
 from thinet_deploy.counting import count
 from thinet_deploy.data import Dataset
 from thinet_deploy.environment import cache_folder
-from thinet_deploy.models.weights import load_weights, save_weights
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method
-from thinet_deploy.store import Checkpoint
 from thinet_deploy.training import Recipe, train
 
 HELD_OUT, EPOCHS, SEEDS = 0.2, 2, (0, 1)
@@ -48,16 +46,11 @@ def trained(data: Dataset, *, quick: bool) -> nn.Module:
     path = cache_folder() / f"resnet20-cifar10-held-out-{hash_json([HELD_OUT, TRAINING])[:8]}.safetensors"
     torch.manual_seed(0)
     model = resnet20().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if quick or not path.is_file():
-        checkpoint = None if quick else Checkpoint(path.with_suffix(".checkpoint"), path.stem)
-        recipe = Recipe(**TRAINING | ({"epochs": 1, "warmup": 0} if quick else {}))
-        train(model, data.train, recipe, seed=0, stage="unseen", checkpoint=checkpoint)
-        if quick:
-            return model.eval()  # type: ignore[no-any-return]
-        save_weights(model, path)
-        path.with_suffix(".checkpoint").unlink()
-    load_weights(model, path)
-    return model.eval()  # type: ignore[no-any-return]
+    if quick:
+        train(model, data.train, Recipe(**TRAINING | {"epochs": 1, "warmup": 0}), seed=0, stage="unseen")
+        return model.eval()  # type: ignore[no-any-return]
+    trained_once(model, path, lambda: data.train, TRAINING, "unseen")
+    return model  # type: ignore[no-any-return]
 
 
 def run(data: Dataset, *, quick: bool) -> None:

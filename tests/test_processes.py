@@ -233,7 +233,9 @@ def test_two_processes_prune_as_one(by: Sequence[str], place: Path, tmp_path: Pa
     plans = [load_plan(tmp_path / run / "thin" / "plan.json") for run in ("one", "two")]
     assert plans[0] == plans[1]
     weights = [load_file(tmp_path / run / "thin" / "model.safetensors") for run in ("one", "two")]
-    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        *weights, rtol=1e-2, atol=1e-3
+    )  # refits amplify float32 sums in another order: 1.5e-4 seen
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from .errors import InputError, first_line
 if TYPE_CHECKING:
     from . import comparison
     from .contract import Verdict
+    from .html_report import Page
 
 Format = Literal["table", "markdown", "csv", "json", "html"]
 BROKEN = 1
@@ -47,43 +48,40 @@ def compare(
     [bold]thinet-deploy compare runs/vgg-50 --require "latency<=8ms" --require "top1-drop<=1.0"[/bold]   (exit code 1)
     """
     from . import comparison, contract
-    from .html_report import read_device
+    from .html_report import Page, read_device
     from .table import check_machines, read_table
 
     found = [comparison.Run(run, read_table(run)) for run in runs]
     if not across_machines:
         check_machines([run.table for run in found])
     against = comparison.against(found, baseline) if baseline else None
-    verdicts = [contract.judge(require or (), run.table, read_device(run.folder)) for run in found]
-    for run, own in zip(found, verdicts, strict=True):
-        if own:
-            contract.write(run.folder / "contract", own)
-    _print("json" if as_json else output, found, against, verdicts)
-    exit_on_broken([verdict for own in verdicts for verdict in own])
+    devices = [read_device(run.folder) for run in found]
+    pages = [
+        Page(run.folder, run.table, tuple(contract.judge(require or (), run.table, device)), device)
+        for run, device in zip(found, devices, strict=True)
+    ]
+    for page in pages:
+        if page.verdicts:
+            contract.write(page.folder / "contract", page.verdicts)
+    _print("json" if as_json else output, pages, against)
+    exit_on_broken([verdict for page in pages for verdict in page.verdicts])
 
 
 Against = tuple[str, list["comparison.Against"]]
 
 
-def _print(
-    output: Format,
-    runs: Sequence[comparison.Run],
-    against: Against | None,
-    verdicts: Sequence[Sequence[Verdict]],
-) -> None:
+def _print(output: Format, pages: Sequence[Page], against: Against | None) -> None:
     """On stdout what was asked for; verdicts that have no place in it on stderr."""
     from . import comparison, contract, html_report, report
 
-    tables = [run.table for run in runs]
+    tables = [page.table for page in pages]
     if output == "json":
-        typer.echo(json.dumps(_document(runs, against, verdicts), indent=1))
+        typer.echo(json.dumps(_document(pages, against), indent=1))
     elif output == "html":
-        of_runs = zip(runs, verdicts, strict=True)
-        pages = [html_report.Page(r.folder, r.table, tuple(v), html_report.read_device(r.folder)) for r, v in of_runs]
         try:
             typer.echo(html_report.render(pages, against), nl=False)
         except (KeyError, TypeError, ValueError) as error:
-            several = ", ".join(run.folder.name for run in runs)
+            several = ", ".join(page.folder.name for page in pages)
             raise InputError(
                 f"{several}: there is a file that is damaged, or of another version: {first_line(error)}.",
                 hint="Run the same build again: what is not whole is made anew.",
@@ -92,22 +90,22 @@ def _print(
         typer.echo(comparison.to_csv(*against) if against else report.to_csv(tables), nl=False)
     elif output == "markdown":
         parts = [report.to_markdown(tables), comparison.to_markdown(*against) if against else ""]
-        parts += [contract.markdown(own) for own in verdicts if own]
+        parts += [contract.markdown(page.verdicts) for page in pages if page.verdicts]
         typer.echo("\n".join(part for part in parts if part), nl=False)
     else:
         _show(tables, against)
-    names = [f"{run.folder.name}: " if len(runs) > 1 else "" for run in runs]
     if output in {"table", "csv"}:
-        show_verdicts([(name, verdict) for name, own in zip(names, verdicts, strict=True) for verdict in own])
+        names = [f"{page.folder.name}: " if len(pages) > 1 else "" for page in pages]
+        show_verdicts([(name, each) for name, page in zip(names, pages, strict=True) for each in page.verdicts])
 
 
-def _document(runs: Sequence[comparison.Run], against: Against | None, verdicts: Sequence[Sequence[Verdict]]) -> Any:
+def _document(pages: Sequence[Page], against: Against | None) -> Any:
     """The tables as a list; with a baseline or requirements, an object that also has these."""
-    tables = [run.table.to_json() for run in runs]
-    if not (against or any(verdicts)):
+    tables = [page.table.to_json() for page in pages]
+    if not (against or any(page.verdicts for page in pages)):
         return tables
     rows = [asdict(each) for each in against[1]] if against else []
-    judged = [[asdict(verdict) for verdict in own] for own in verdicts]
+    judged = [[asdict(verdict) for verdict in page.verdicts] for page in pages]
     return {"tables": tables, "baseline": against and against[0], "against": rows, "contract": judged}
 
 

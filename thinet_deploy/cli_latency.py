@@ -102,7 +102,8 @@ def _measured(things: Sequence[str], shape: str | None, precision: Precision, ho
     size = parse_shape(shape) if shape else None
     found = [find(thing, size, precision) for thing in things]
     engines, models = ([each for each in found if isinstance(each, Engines) is wanted] for wanted in (True, False))
-    if how[4] and (named := [each.name for each in models if not isinstance(each, Engines)]):
+    *_, fps, _ = how
+    if fps and (named := [each.name for each in models if not isinstance(each, Engines)]):
         raise InputError(
             f"--fps paces engines, and {named[0]} is a model: its passes run back to back.",
             hint="Leave --fps out, or measure an engine made from it.",

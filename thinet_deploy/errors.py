@@ -22,6 +22,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What to do about a network that computes NaN or infinity, wherever that shows.
+NOT_FINITE = "The weights are damaged, or training diverged: check --weights, or lower --lr."
+
 
 def first_line(error: BaseException) -> str:
     """What an exception of a library or of the user's code says, in one line; its type where it says nothing."""

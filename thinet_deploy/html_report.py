@@ -221,11 +221,16 @@ def _warnings(engines: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -
     return found
 
 
+def _prunings(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of every pruning which one it is, if there are several, and its report."""
+    for path in sorted(folder.glob("prune*/report.json")):
+        yield _pruning(path.parent.name), _json(path) or {}
+
+
 def _budgets(folder: Path) -> Iterator[dict[str, Any]]:
     """Of every pruning for a budget of time: what was asked for, and what was tried for it."""
-    for path in sorted(folder.glob("prune*/report.json")):
-        found = (_json(path) or {}).get("timing")
-        if not found:
+    for title, pruned in _prunings(folder):
+        if not (found := pruned.get("timing")):
             continue
         where = f"{found['runtime']} in {found['precision']}, threads: {found['threads']}"
         asked = found["latency"] or f"{found['speedup']} faster"
@@ -243,7 +248,7 @@ def _budgets(folder: Path) -> Iterator[dict[str, Any]]:
             }
             for number, trial in enumerate(found["trials"])
         ]
-        yield {"title": _pruning(path.parent.name), "asked": asked, "where": where, "rows": rows}
+        yield {"title": title, "asked": asked, "where": where, "rows": rows}
 
 
 def _ratio(value: float, low: float | None, high: float | None) -> str:
@@ -252,9 +257,8 @@ def _ratio(value: float, low: float | None, high: float | None) -> str:
 
 def _widths(folder: Path) -> Iterator[dict[str, Any]]:
     """Of every pruning its layers, with filters before and after as shares of the widest layer."""
-    for path in sorted(folder.glob("prune*/report.json")):
-        found = _json(path)
-        layers = found.get("layers", []) if found else []
+    for title, found in _prunings(folder):
+        layers = found.get("layers", [])
         widest = max((layer["before"] for layer in layers), default=1)
         rows = [
             {
@@ -268,7 +272,7 @@ def _widths(folder: Path) -> Iterator[dict[str, Any]]:
             for layer in layers
         ]
         if rows:
-            yield {"title": _pruning(path.parent.name), "rows": rows, "whole": dict(found.get("whole", {}))}
+            yield {"title": title, "rows": rows, "whole": dict(found.get("whole", {}))}
 
 
 def _pruning(stage: str) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from ..data import ImageSet
-from ..errors import ModelError
+from ..errors import NOT_FINITE, ModelError
 from ..interfaces import Progress, silent
 from ..parallel import join
 from ..seeds import generator
@@ -200,7 +200,7 @@ def _check_finite(rows: Mapping[Key, torch.Tensor]) -> None:
             raise ModelError(
                 f"What {weight.removesuffix('.weight')} says of calibration images is not finite (NaN or infinite), "
                 "so nothing can be fitted to it.",
-                hint="The weights are damaged, or training diverged: check --weights, or lower --lr.",
+                hint=NOT_FINITE,
             )
 
 

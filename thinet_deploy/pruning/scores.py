@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..data import ImageSet
-from ..errors import ModelError
+from ..errors import NOT_FINITE, ModelError
 from ..parallel import join
 from ..seeds import generator
 from ..tasks.base import Outputs, said
@@ -200,5 +200,5 @@ def _check_finite(values: torch.Tensor, group: ChannelGroup) -> None:
     if not bool(values.isfinite().all()):
         raise ModelError(
             f"The filters of {group.name} cannot be judged: weights or activations are NaN or infinite.",
-            hint="The weights are damaged, or training diverged: check --weights, or lower --lr.",
+            hint=NOT_FINITE,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..errors import NOT_FINITE, InputError
 
 # Relative size of what `thinet_omp` takes for float noise: a Gram matrix in float64 knows no more about its columns.
 NOISE = 1e-9
@@ -110,7 +110,7 @@ def by_score(scores_c: NDArray[np.float64], keep: int, cells: NDArray[np.int64] 
     if unclear := int(np.isnan(scores_c).sum()):
         raise InputError(
             f"{unclear} of {len(scores_c)} channels have NaN for a score, so they cannot be ranked.",
-            hint="The weights are damaged, or training diverged: check --weights, or lower --lr.",
+            hint=NOT_FINITE,
         )
     cells = _one_cell(len(scores_c)) if cells is None else cells
     order = np.argsort(-scores_c, kind="stable")

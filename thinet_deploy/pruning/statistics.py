@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..data import ImageSet
-from ..errors import ModelError
+from ..errors import NOT_FINITE, ModelError
 from ..parallel import join
 from ..seeds import derive, generator
 from .geometry import Geometry, as_convolution, map_size
@@ -139,7 +139,7 @@ def sampled_gram(
         raise ModelError(
             f"What enters {group.consumers[0].weight.removesuffix('.weight')} is not finite (NaN or infinite), "
             "so its filters cannot be judged.",
-            hint="The weights are damaged, or training diverged: check --weights, or lower --lr.",
+            hint=NOT_FINITE,
         )
     return gram.numpy(), len(chosen) * draws * len(group.consumers)
 
