@@ -55,11 +55,12 @@ def widths_for(shop: Shop, curves: dict[str, Curve], way: str, times: float) -> 
     budget = Wish(macs=mine.macs(mine.whole) / times)
     if way == UNIFORM:
         return choose_widths(mine.tensors, mine.graph, mine.groups, budget)
+    macs = Costs(mine.tensors, mine.graph, mine.groups)
     if way == BY_MACS:
-        return allocate(Costs(mine.tensors, mine.graph, mine.groups), mine.groups, curves, budget)
+        return allocate(macs, mine.groups, curves, budget)
     goal = Goal(speedup=times)
     wish = with_room(mine.model, mine.graph, mine.groups, Wish(grid=grid, soft=True), goal)
-    return meet(shop.costs(wish), mine.groups, curves, wish, goal, shop.measure).best.widths
+    return meet(shop.costs(wish), mine.groups, curves, wish, goal, shop.measure, macs=macs).best.widths
 
 
 def row(shop: Shop, data: Dataset, curves: dict[str, Curve], way: str, times: float) -> dict[str, Any]:

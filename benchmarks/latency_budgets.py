@@ -36,7 +36,7 @@ from thinet_deploy.latency_stage import with_room
 from thinet_deploy.models.resnet import resnet50
 from thinet_deploy.models.vgg import vgg16, vgg_small
 from thinet_deploy.preprocess import Preprocess
-from thinet_deploy.pruning.allocation import Curve
+from thinet_deploy.pruning.allocation import Costs, Curve
 from thinet_deploy.pruning.budget import Widths, Wish, choose_widths
 from thinet_deploy.pruning.latency_budget import NEAR, Goal, meet
 
@@ -78,7 +78,8 @@ def case(shop: Shop, curves: dict[str, Curve], times: float) -> dict[str, Any]:
     wish = with_room(mine.model, mine.graph, mine.groups, usual, goal)
     costs = shop.costs(wish)
     try:
-        found = meet(costs, mine.groups, curves, wish, goal, shop.measure, mine.branches)
+        macs = Costs(mine.tensors, mine.graph, mine.groups)
+        found = meet(costs, mine.groups, curves, wish, goal, shop.measure, mine.branches, macs=macs)
     except (GateError, InputError) as refused:
         return {"refused": refused.what, "seconds": shop.spent}
     best = found.best

@@ -27,7 +27,7 @@ from .layer_networks import layers_of
 from .models.loading import InputShape
 from .precision.graph import read_onnx
 from .precision.plan import plan_precision
-from .pruning.allocation import Curve
+from .pruning.allocation import Costs, Curve
 from .pruning.budget import Widths, Wish, cost, softened, some
 from .pruning.graph import Branch, ChannelGraph, ChannelGroup
 from .pruning.latency_budget import Found, Goal, Measured, meet
@@ -242,7 +242,8 @@ def fitting(
     costs = layer_costs(bench, original, graph, groups, wish, ignore="classifier." if head else None)
     with bench.meter(original) as measure:
         make = partial(shaped, original, graph, groups, new_head=head)
-        return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)), branches)
+        macs = Costs(dict(named_tensors(original)), graph, groups)
+        return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)), branches, macs=macs)
 
 
 def with_room(original: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish, goal: Goal) -> Wish:

@@ -201,6 +201,8 @@ class Descent:
         curves: group's name → its curve.
         wish: the grid, and keep ratios of some layers; its budget is not looked at.
         branches: that may vanish.
+        valued: a cost that is worth keeping (its first unit), such as multiply-accumulates where the budget is of time.
+        worth: the error that losing one of its units counts as much as.
     """
 
     def __init__(
@@ -210,8 +212,12 @@ class Descent:
         curves: Mapping[str, Curve],
         wish: Wish,
         branches: Sequence[Branch] = (),
+        *,
+        valued: CostFunction | None = None,
+        worth: float = 0.0,
     ) -> None:
         self._costs = costs
+        self._valued, self._worth = valued if worth else None, worth
         self._branches = {branch.end: branch for branch in branches}
         self._widths = uniform(groups, 1.0, wish)
         free = [group for group in groups if matching(group, wish) is None]
@@ -278,6 +284,8 @@ class Descent:
             return _Step(np.inf, {})
         share = (np.array(self._costs(now)) - np.array(self._costs({**now, **gone}))) / self._whole
         lost = sum(self._curves[name].at(0) - self._curves[name].at(now[name]) for name in branch.groups)
+        if self._valued:
+            lost += self._worth * (self._valued(now)[0] - self._valued({**now, **gone})[0])
         saved = float(share[self._counts].sum())
         return _Step(lost / saved if saved > 0 else np.inf, gone)
 
@@ -286,6 +294,8 @@ class Descent:
         share = self._costs.saved(self._widths, name, narrower) / self._whole[:, None]
         saved, error = share[self._counts].sum(0), self._error[name]
         lost = np.array([error[width] for width in narrower.tolist()]) - error.get(self._widths[name], 0.0)
+        if self._valued:
+            lost = lost + self._worth * self._valued.saved(self._widths, name, narrower)[0]
         ratio = np.divide(lost, saved, out=np.full(len(narrower), np.inf), where=saved > 0)
         if not len(ratio) or ratio.min() == np.inf:
             return _Step(np.inf, {})

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import GateError, InputError
-from .allocation import Curve, Descent
+from .allocation import CostFunction, Curve, Descent
 from .budget import Widths, Wish, matching
 from .graph import Branch, ChannelGroup
 from .milliseconds import Milliseconds, fastest, unpaid
 
 CORRECTIONS = 3
 NEAR = 0.03  # of the time asked for: nearer is not looked for
+AS_GOOD = 0.1  # of the least predicted error: so much more is no worse, for what is true of it
+WORTH = (6.0, 3.0, 1.5)  # of all multiply-accumulates, in predicted errors of the network: tried until it is as good
 SLACK = 0.05  # of it: a network that takes so much longer still counts as within the budget
 
 
@@ -94,8 +96,13 @@ def meet(
     goal: Goal,
     measure: Callable[[Widths], Measured],
     branches: Sequence[Branch] = (),
+    *,
+    macs: CostFunction,
 ) -> Found:
-    """Widths that lose least within a budget of time.
+    """Widths that lose least within a budget of time; of errors that are as good, those with more multiply-accumulates.
+
+    For errors are what is lost before training; what it can learn afterwards depends on how much network there is
+    (Liu et al., Rethinking the value of network pruning, ICLR 2019, arXiv:1810.05270).
 
     The sum of layer times is corrected on the whole network by one factor, and after each trial from what was measured
     so far (see `_budget`).
@@ -108,6 +115,7 @@ def meet(
         goal: the budget.
         measure: makes the network of some widths and measures it beside the original.
         branches: that may vanish, whether it pays to narrow them or not.
+        macs: multiply-accumulates at some widths.
 
     Raises:
         GateError: the budget cannot be reached; the smallest time that can be is named.
@@ -120,7 +128,16 @@ def meet(
     def tried(widths: Widths) -> Trial:
         return Trial(widths, costs(widths)[0], measure(widths))
 
-    trials = [tried({group.name: len(group.channels) for group in groups})]
+    whole = {group.name: len(group.channels) for group in groups}
+
+    def within(budget: float) -> Widths | None:
+        def descend(worth: float) -> Widths | None:
+            descent = Descent(costs, groups, curves, wish, branches, valued=macs, worth=worth / macs(whole)[0])
+            return _reached(descent, budget)
+
+        return _with_many_macs(descend, curves)
+
+    trials = [tried(whole)]
     if goal.excess(trials[0].measured) <= 1:
         raise InputError(
             f"Nothing has to be pruned for {goal}: with all filters the network takes {trials[0].measured.ms:.4g} ms "
@@ -128,8 +145,7 @@ def meet(
             hint="Ask for less time, or for more speed.",
         )
     for _ in range(1 + CORRECTIONS):
-        descent = Descent(costs, groups, curves, wish, branches)
-        widths = _within(descent, _budget(goal, trials)) or fastest(costs, groups, wish, branches)
+        widths = within(_budget(goal, trials)) or fastest(costs, groups, wish, branches)
         if any(widths == trial.widths for trial in trials):
             break
         trials.append(tried(widths))
@@ -142,7 +158,7 @@ def meet(
         if goal.excess(quick.measured) > 1 + SLACK:
             raise _out_of_reach(goal, best, quick)
         # It can be reached, but the corrections were led astray, as by a machine that was busy meanwhile.
-        between = _within(Descent(costs, groups, curves, wish, branches), _between(goal, best, quick)) or least
+        between = within(_between(goal, best, quick)) or least
         trials += [quick, tried(between)]
         best = min(trials[1:], key=lambda trial: _miss(goal, trial))
     # What does not pay when it is narrowed may still have gone with its branch.
@@ -174,12 +190,27 @@ def _between(goal: Goal, slow: Trial, quick: Trial) -> float:
     return quick.layers_ms + (1 - low) / (high - low) * (slow.layers_ms - quick.layers_ms)
 
 
-def _within(descent: Descent, budget: float) -> Widths | None:
+def _reached(descent: Descent, budget: float) -> Widths | None:
     """Widths for a sum of layer times; None where there are none."""
     try:
         return descent.reach(budget)
     except GateError:
         return None
+
+
+def _with_many_macs(descend: Callable[[float], Widths | None], curves: Mapping[str, Curve]) -> Widths | None:
+    """Of widths found for what multiply-accumulates are worth, those found for most that are as good as for nothing."""
+
+    def error(widths: Widths) -> float:
+        return sum(curve.at(widths[name]) for name, curve in curves.items())
+
+    if (least := descend(0.0)) is None:
+        return None
+    for times in WORTH:
+        more = descend(times * error(least))
+        if more and error(more) <= (1 + AS_GOOD) * error(least):
+            return more
+    return least
 
 
 def _miss(goal: Goal, trial: Trial) -> tuple[bool, float]:
