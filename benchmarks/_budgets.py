@@ -122,11 +122,6 @@ class Subject:
         return widths
 
 
-def error(curves: dict[str, Curve], widths: Widths) -> float:
-    """Predicted: the share of what the consumers say that is lost."""
-    return sum(curve.at(widths[name]) for name, curve in curves.items())
-
-
 def written(curves: dict[str, Curve]) -> dict[str, Any]:
     """As JSON."""
     return {name: {"widths": each.widths.tolist(), "error": each.error.tolist()} for name, each in curves.items()}

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _budgets import Shop, Subject, bench, error, read, written
+from _budgets import Shop, Subject, bench, read, written
 from _record import keep, kept
 from rich.console import Console
 from torch import nn
@@ -36,7 +36,7 @@ from thinet_deploy.latency_stage import with_room
 from thinet_deploy.models.resnet import resnet50
 from thinet_deploy.models.vgg import vgg16, vgg_small
 from thinet_deploy.preprocess import Preprocess
-from thinet_deploy.pruning.allocation import Costs, Curve
+from thinet_deploy.pruning.allocation import Costs, Curve, predicted_error
 from thinet_deploy.pruning.budget import Widths, Wish, choose_widths
 from thinet_deploy.pruning.latency_budget import NEAR, Goal, meet
 
@@ -104,7 +104,7 @@ def _row(mine: Subject, curves: dict[str, Curve], widths: Widths, timed: EngineL
     return {
         "widths": widths,
         "fewer_macs": fewer,
-        "error": error(curves, widths),
+        "error": predicted_error(curves, widths),
         "speedup": ratios,
         "realised": [each / fewer for each in ratios if each is not None],
         "summary": timed.samples.summary,

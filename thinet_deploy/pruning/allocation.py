@@ -34,6 +34,11 @@ class Curve:
         return float(self.error[self.widths.tolist().index(width)])
 
 
+def predicted_error(curves: Mapping[str, Curve], widths: Widths) -> float:
+    """What a network of some widths loses: the sum of its groups' errors, in the curves' unit."""
+    return sum(curve.at(widths[name]) for name, curve in curves.items())
+
+
 class CostFunction(Protocol):
     """What a network costs at some widths, in k units."""
 

@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import GateError, InputError
-from .allocation import CostFunction, Curve, Descent
+from .allocation import CostFunction, Curve, Descent, predicted_error
 from .budget import Widths, Wish, matching
 from .graph import Branch, ChannelGroup
 from .milliseconds import Milliseconds, fastest, unpaid
 
 CORRECTIONS = 3
 NEAR = 0.03  # of the time asked for: nearer is not looked for
-AS_GOOD = 0.1  # of the least predicted error: so much more is no worse, for what is true of it
-WORTH = (6.0, 3.0, 1.5)  # of all multiply-accumulates, in predicted errors of the network: tried until it is as good
 SLACK = 0.05  # of it: a network that takes so much longer still counts as within the budget
+# Of all multiply-accumulates, in predicted errors of the network: tried until the error is AS_GOOD as the least, which
+# more may not exceed by that share. Both by what arrives on an engine, and at what error (docs/adr/0017, its table).
+WORTH = (6.0, 3.0, 1.5)
+AS_GOOD = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,11 @@ def meet(
     whole = {group.name: len(group.channels) for group in groups}
 
     def within(budget: float) -> Widths | None:
-        def descend(worth: float) -> Widths | None:
-            descent = Descent(costs, groups, curves, wish, branches, valued=macs, worth=worth / macs(whole)[0])
-            return _reached(descent, budget)
+        def reached(worth: float) -> Widths | None:
+            each = worth / macs(whole)[0]
+            return _within(Descent(costs, groups, curves, wish, branches, valued=macs, worth=each), budget)
 
-        return _with_many_macs(descend, curves)
+        return _with_many_macs(reached, curves)
 
     trials = [tried(whole)]
     if goal.excess(trials[0].measured) <= 1:
@@ -190,7 +192,7 @@ def _between(goal: Goal, slow: Trial, quick: Trial) -> float:
     return quick.layers_ms + (1 - low) / (high - low) * (slow.layers_ms - quick.layers_ms)
 
 
-def _reached(descent: Descent, budget: float) -> Widths | None:
+def _within(descent: Descent, budget: float) -> Widths | None:
     """Widths for a sum of layer times; None where there are none."""
     try:
         return descent.reach(budget)
@@ -198,17 +200,19 @@ def _reached(descent: Descent, budget: float) -> Widths | None:
         return None
 
 
-def _with_many_macs(descend: Callable[[float], Widths | None], curves: Mapping[str, Curve]) -> Widths | None:
-    """Of widths found for what multiply-accumulates are worth, those found for most that are as good as for nothing."""
+def _with_many_macs(reached: Callable[[float], Widths | None], curves: Mapping[str, Curve]) -> Widths | None:
+    """The widths that multiply-accumulates being worth most gives, if their error is as good as the least.
 
-    def error(widths: Widths) -> float:
-        return sum(curve.at(widths[name]) for name, curve in curves.items())
-
-    if (least := descend(0.0)) is None:
+    Args:
+        reached: widths for what all multiply-accumulates are worth, an error; None where there are none.
+        curves: group's name → its error curve.
+    """
+    if (least := reached(0.0)) is None:
         return None
+    error = predicted_error(curves, least)
     for times in WORTH:
-        more = descend(times * error(least))
-        if more and error(more) <= (1 + AS_GOOD) * error(least):
+        more = reached(times * error)
+        if more and predicted_error(curves, more) <= (1 + AS_GOOD) * error:
             return more
     return least
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .allocation import Costs, Curve, Descent
+from .allocation import Costs, Curve, Descent, predicted_error
 from .budget import Widths, Wish, uniform
 from .graph import Branch, ChannelGroup
 
@@ -40,7 +40,7 @@ def point(
     """What widths cost, and what they lose."""
     whole, _ = costs({group.name: len(group.channels) for group in groups})
     macs, size = costs(widths)
-    error = sum(each.at(widths[name]) for name, each in curves.items())
+    error = predicted_error(curves, widths)
     return Point(budget, int(macs), whole / macs, int(size), error, widths)
 
 
