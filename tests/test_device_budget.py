@@ -255,8 +255,9 @@ def test_a_network_that_the_device_cannot_run_is_named(server: Server, tmp_path:
 class Scripted(DeviceTimer):
     """A device that answers at once."""
 
-    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, list[float]]:
-        return {name: [2.0, 2.0, 2.0] if pair_of(asked, name) else [0.5, 0.5, 0.5] for name in asked["networks"]}
+    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        turns = {name: [2.0, 2.0, 2.0] if pair_of(asked, name) else [0.5, 0.5, 0.5] for name in asked["networks"]}
+        return {"turns_ms": turns, "warnings": []}
 
 
 def pair_of(asked: Mapping[str, Any], name: str) -> bool:

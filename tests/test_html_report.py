@@ -84,14 +84,15 @@ def test_a_budget_of_time_is_shown_with_what_was_tried_for_it(built: Build, tmp_
     whole: dict[str, Any] = {"ms": 8.0, "original_ms": 8.0, "speedup": 1.0, "low": None, "high": None, "warnings": []}
     first = {**whole, "predicted_ms": 8.0}
     best = {**whole, "predicted_ms": 3.9, "ms": 4.0, "speedup": 2.0, "low": 1.9, "high": 2.1, "warnings": ["busy"]}
-    where = {"runtime": "openvino", "threads": 1, "precision": "int8"}
-    timing = {"latency": None, "speedup": "2x", **where, "factor": 1.0, "trials": [first, best], "best": best}
+    where = {"runtime": "openvino", "threads": 1, "precision": "int8", "factor": 1.0, "doubts": ["old"]}
+    timing = {"latency": None, "speedup": "2x", **where, "trials": [first, best], "best": best}
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "timing": timing}), encoding="utf-8")
     text = html_report.render([Page(tmp_path / "run", built.table)])
     assert "Budget of time: 2x faster" in text
     assert "On openvino in int8, threads: 1." in text
     assert '<tr class="ships"><td>trial 1</td><td>3.9</td><td>4</td><td>8</td><td>2 [1.9, 2.1]</td>' in text
     assert ">busy<" in text
+    assert ">old<" in text
     assert "Budget of time" not in html_report.render([Page(built.run, built.table)])
 
 

@@ -26,7 +26,7 @@ from thinet_deploy.pruning.trace import named_tensors
 from thinet_deploy.samples import judged
 from thinet_deploy.staircase import Engine, Points, Task, survey
 from thinet_deploy.staircase_stage import Staircase, climb
-from thinet_deploy.surfaces import Timing
+from thinet_deploy.surfaces import TOLERANCE, Timing
 from thinet_deploy.target import load_profile
 
 SHAPE = (3, 16, 16)
@@ -65,6 +65,7 @@ class Device:
         noise: relative, of each measurement.
         factor, rest_ms: of the whole network.
         idle: kinds of layers whose time does not depend on widths.
+        busy: calls of its stopwatch in which it has something else to do as well.
     """
 
     step: int = 8
@@ -72,6 +73,7 @@ class Device:
     factor: float = 1.0
     rest_ms: float = 0.0
     idle: Callable[[LayerShape], bool] = lambda shape: False
+    busy: int = 0
     asked: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +95,9 @@ class Device:
 
     def stopwatch(self, tasks: Sequence[Task]) -> list[Timing]:
         self.asked += len(tasks)
+        self.busy -= 1
+        if self.busy >= 0:
+            return [Timing(self.layer(*task) * self.luck.uniform(1, 3), disturbed=True) for task in tasks]
         return [Timing(self.noisy(self.layer(*task)), 2 * self.noise * self.layer(*task)) for task in tasks]
 
     def whole(self, widths: Widths, wish: Wish) -> float:
@@ -271,6 +276,30 @@ def test_known_points_are_not_measured_again() -> None:
     assert (device.asked, before > 50) == (before, True)
 
 
+@pytest.mark.parametrize("busy", [1, 2])
+def test_what_was_measured_on_a_busy_machine_is_measured_once_more(busy: int) -> None:
+    device = Device(8, busy=busy)
+    found, costs = solve(device, Goal(speedup=1.5))
+    assert device.busy < 0
+    assert (found.doubts, costs.doubts) == ((), ())
+    for width in (32, 48, 64):
+        widths = {group.name: min(width, len(group.channels)) for group in GROUPS}
+        assert costs(widths)[0] == pytest.approx(device.whole(widths, Wish()), rel=TOLERANCE)
+
+
+def test_a_machine_that_stays_busy_is_said_to_be_and_measured_again_by_the_next_call() -> None:
+    device, points = Device(8, busy=10**9), Points()
+    domains = [(each.layer.shape, each.domain) for each in sized(LAYERS, GRAPH, GROUPS, Wish())]
+    surfaces = survey(domains, points, device.stopwatch)
+    assert all(surface.disturbed for surface in surfaces)
+    found, costs = solve(Device(8, busy=10**9), Goal(speedup=1.5))
+    assert found.doubts == costs.doubts
+    (doubt,) = found.doubts
+    assert doubt.startswith(f"unstable because the machine was busy while {len(LAYERS)} of {len(LAYERS)} layers were")
+    surfaces = survey(domains, points, Device(8).stopwatch)
+    assert not any(surface.disturbed for surface in surfaces)
+
+
 def test_predicted_savings_are_differences_of_costs() -> None:
     _, costs = solve(Device(8), Goal(speedup=1.5))
     whole = {group.name: len(group.channels) for group in GROUPS}
@@ -295,10 +324,11 @@ class Hot:
         rows = [replace(own, summary=judged(own.summary, machine, finite=self.finite)) for own in made]
         return [SimpleNamespace(machine=machine, samples=row, median_ms=2.0) for row in rows]
 
-    def layers(self, _: Path, asked: Mapping[str, Any], *__: Any) -> dict[str, list[float]]:
+    def layers(self, _: Path, asked: Mapping[str, Any], *__: Any) -> dict[str, Any]:
         """Every layer takes as long, whatever its widths."""
         layers = {layer for layer, _ in asked["pairs"]}
-        return {name: [2.0 if name in layers else 1.0] * 3 for name in asked["networks"]}
+        turns = {name: [2.0 if name in layers else 1.0] * 3 for name in asked["networks"]}
+        return {"turns_ms": turns, "warnings": []}
 
     def version(self, runtime: str) -> str:
         return f"{runtime} 1"

@@ -11,6 +11,12 @@ import pytest
 
 from thinet_deploy import sensors
 
+
+def stat(number: int, name: str, parent: int, ticks: int) -> str:
+    """A line of /proc/PID/stat: proc(5)."""
+    return f"{number} ({name}) S {parent} 7 7 0 -1 4194304 0 0 0 0 {ticks} 0 0 0 20 0 1 0 100"
+
+
 PC = {
     "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "3000000",
     "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "2800000",
@@ -31,6 +37,10 @@ PC = {
     "sys/class/powercap/intel-rapl:1/energy_uj": "1",
     "proc/pressure/cpu": "some avg10=0.00 avg60=0.00 avg300=0.00 total=1000000\nfull avg10=0.00 total=0",
     "proc/stat": "cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 1 1 1 1",
+    "proc/self/stat": stat(7, "python", 1, 40),
+    "proc/7/stat": stat(7, "python", 1, 40),
+    "proc/8/stat": stat(8, "a) worker (", 7, 60),
+    "proc/9/stat": stat(9, "other", 1, 1000),
     "proc/self/status": "Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB",
 }
 JETSON = {
@@ -81,7 +91,7 @@ def test_a_quiet_machine(tmp_path: Path) -> None:
 
 def test_a_machine_that_tells_nothing_is_not_said_to_be_fine(tmp_path: Path) -> None:
     found = watched(tmp_path, {})
-    assert {found[key] for key in ("cpu_clock_mhz", "gpu_clock_mhz", "throttled", "busy", "stolen")} == {None}
+    assert {found[key] for key in ("cpu_clock_mhz", "gpu_clock_mhz", "throttled", "busy", "stolen", "others")} == {None}
     assert found["temperatures_c"] is None
     assert sensors.memory_bytes(str(tmp_path)) == {"now": None, "peak": None}
     assert not sensors.EnergyMeter(str(tmp_path), NoGpu()).there
@@ -120,9 +130,26 @@ def test_what_a_raspberry_pi_remembers_from_earlier_is_not_now(tmp_path: Path) -
 def test_a_busy_machine_is_called_busy(tmp_path: Path) -> None:
     change = {"proc/pressure/cpu": "some avg10=9 total=900000000", "proc/stat": "cpu  200 0 100 800 0 0 0 50 0 0"}
     found = watched(paper(tmp_path, PC), change)
-    busy, stolen = found["warnings"]
+    busy, stolen, _ = found["warnings"]
     assert "unstable because the machine is busy: processes waited for a processor" in busy
     assert stolen == "unstable because the hypervisor gave 33.3% of the processors' time to others"
+
+
+def test_programs_on_other_processors_disturb_too(tmp_path: Path) -> None:
+    change = {"proc/stat": "cpu  200 0 120 980 0 0 0 0 0 0", "proc/9/stat": stat(9, "other", 1, 1090)}
+    change |= {"proc/self/stat": stat(7, "python", 1, 50), "proc/8/stat": stat(8, "a) worker (", 7, 80)}
+    found = watched(paper(tmp_path, PC), change)
+    assert found["others"] == pytest.approx(0.3), "120 of 300 ticks were worked, 30 by this process and its child"
+    assert found["warnings"] == ["unstable because other programs used 30% of the processors' time"]
+
+
+def test_a_child_that_ended_was_no_other_program(tmp_path: Path) -> None:
+    ended = stat(7, "python", 1, 40).replace(" 0 0 0 20 0 1 ", " 0 90 0 20 0 1 ")
+    root = paper(tmp_path, PC)
+    watch = sensors.Watch(str(root), NoGpu())
+    (root / "proc/8/stat").unlink()
+    paper(root, {"proc/self/stat": ended, "proc/7/stat": ended, "proc/stat": "cpu  130 0 100 870 0 0 0 0 0 0"})
+    assert watch.summary()["others"] == 0
 
 
 def test_memory_is_this_process_alone(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ class Hot(sensors.Watch):
 
     def summary(self) -> dict[str, Any]:
         type(self).left -= 1
-        return {"throttled": ["cpu0 core_throttle_count rose by 1"] if self.left >= 0 else []}
+        return {"throttled": ["cpu0 core_throttle_count rose by 1"] if self.left >= 0 else [], "warnings": []}
 
 
 def test_a_round_of_a_machine_that_throttles_does_not_count(
@@ -176,6 +176,40 @@ def test_a_round_of_a_machine_that_throttles_does_not_count(
     monkeypatch.setattr(Hot, "left", 3)
     assert runner.main(["trial", str(tmp_path / "asked.json")]) == 4, "device_timer takes that for a hot device"
     assert "throttled in each of 3 attempts" in capfd.readouterr().out
+
+
+class Shared(sensors.Watch):
+    """Of a machine that computes for others too."""
+
+    def summary(self) -> dict[str, Any]:
+        return {"throttled": [], "warnings": ["unstable because other programs used 50% of the processors' time"]}
+
+
+@pytest.mark.parametrize(("watch", "disturbed"), [(sensors.Watch, False), (Shared, True)])
+def test_a_layer_that_was_timed_beside_other_programs_is_marked(
+    watch: type[sensors.Watch], disturbed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "Worker", Simulated())
+    monkeypatch.setattr(sensors, "OTHERS", 1.0)  # whatever runs beside this test
+    monkeypatch.setattr(sensors, "BUSY", 1.0)
+    monkeypatch.setattr(sensors, "STOLEN", 1.0)
+    monkeypatch.setattr(sensors, "Watch", watch)
+    tasks: list[Task] = [(each.shape, each.ins, each.outs) for each in layers_of(Mixed(), (3, 16, 16))]
+    assert {timing.disturbed for timing in Engine("openvino").time(tasks)} == {disturbed}
+
+
+def test_a_point_of_a_busy_machine_gives_way_to_one_of_a_quiet_machine(tmp_path: Path) -> None:
+    path, task = tmp_path / "points.json", (LayerShape("linear", (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 1, (1, 1)), 4, 4)
+    busy, worse, quiet = Timing(2.0, 0.1, disturbed=True), Timing(3.0, 0.1, disturbed=True), Timing(1.0, 0.1)
+    first, second = Points(path), Points(path)
+    first.add(task, busy)
+    first.add(task, worse)
+    first.save()
+    assert Points(path).of == {task[0]: {(4, 4): busy}}
+    second.add(task, quiet)
+    second.save()
+    first.save()
+    assert Points(path).of == {task[0]: {(4, 4): quiet}}, "not even in another process's file"
 
 
 def test_points_are_kept_and_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _show(console: Console, found: Staircase) -> None:
         "multiply-accumulates."
     )
     for warning in found.warnings:
-        typer.echo(f"The whole network's time: {warning}.")
+        typer.echo(f"Times: {warning}.")
     for name, why in found.unpaid.items():
         typer.echo(f"Does not pay: {name}: {why}")
 

@@ -63,6 +63,10 @@ def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
     )
     if timing := report.get("timing"):
         _say(console, _timing_words(timing))
+        for doubt in timing["doubts"]:
+            _say(console, f"Times of layers: {doubt}")
+        for doubt in timing["best"]["warnings"]:
+            _say(console, f"Times of networks: {doubt}")
     proof = report["proof"]
     _say(
         console,

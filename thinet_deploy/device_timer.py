@@ -57,14 +57,14 @@ class DeviceTimer:
         """As installed there."""
         return f"{runtime} {_STRANGE.sub('_', self.found.version(runtime) or 'unknown')}"
 
-    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, list[float]]:
+    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         """In one command; nothing of it stays there."""
         write_json(folder / _REQUEST, {"layers": asked})
         names = [*(each["path"] for each in asked["networks"].values()), _REQUEST]
         files = {name: folder / name for name in names}
         site = self._site(_digest(files.values()))
         _send(site, files, progress)
-        found: dict[str, list[float]] = _ask(site, _REQUEST, LAYERS, progress)
+        found: dict[str, Any] = _ask(site, _REQUEST, LAYERS, progress)
         site.tell("remove", site.folder)
         return found
 

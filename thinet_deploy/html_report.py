@@ -243,7 +243,7 @@ def _budgets(folder: Path) -> Iterator[dict[str, Any]]:
                 "ms": f"{trial['ms']:.4g}",
                 "original": f"{trial['original_ms']:.4g}",
                 "faster": _ratio(trial["speedup"], trial["low"], trial["high"]),
-                "notes": "; ".join(trial.get("warnings", ())),
+                "notes": "; ".join((*trial.get("warnings", ()), *(() if number else found.get("doubts", ())))),
                 "best": trial == found["best"],
             }
             for number, trial in enumerate(found["trials"])

@@ -309,4 +309,4 @@ def told(found: Found, job: Job) -> dict[str, Any]:
     where: dict[str, Any] = {"runtime": engine.runtime, "threads": engine.threads, "precision": engine.precision}
     if job.machine:
         where["device"] = job.machine.fingerprint
-    return {**asked, **where, "factor": found.factor, "trials": trials, "best": best}
+    return {**asked, **where, "factor": found.factor, "doubts": found.doubts, "trials": trials, "best": best}

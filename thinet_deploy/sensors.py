@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-# Shares of the time above which somebody else's work shows in a measurement.
-BUSY, STOLEN = 0.05, 0.01
+# Shares of the time above which somebody else's work shows in a measurement. What others compute on processors of
+# their own counts too: caches, memory and the clock's headroom are shared.
+BUSY, STOLEN, OTHERS = 0.05, 0.01, 0.1
 # A cooling device of such a type slows the processor down while its state is not 0; fans do not.
 _SLOWING = re.compile(r"cpufreq|devfreq|processor|gpu|cpu-throttle", re.IGNORECASE)
 # Bits of the Raspberry Pi firmware's get_throttled that hold now: documentation of vcgencmd.
@@ -103,9 +104,10 @@ class Watch:
     def __init__(self, root: str = "/", gpus: Nvml | None = None) -> None:
         self.root, self.gpus = Path(root), gpus or Nvml()
         self.started, self.looks = time.perf_counter(), [self._state()]
+        self._own_before = self._own_ticks()
 
     def look(self) -> None:
-        """Read everything once; takes well under a millisecond per core."""
+        """Read the sensors once; takes well under a millisecond per core."""
         self.looks.append(self._state())
 
     def _state(self) -> dict[str, Any]:
@@ -136,17 +138,33 @@ class Watch:
         found = re.search(r"^cpu +(.*)$", _text(self.root / "proc/stat"), re.MULTILINE)
         return [int(number) for number in found[1].split()] if found else []
 
-    def summary(self) -> dict[str, Any]:
-        """JSON-ready: clocks and temperatures as [lowest, highest], `throttled`, `busy`, `stolen`; None if unknown.
+    def _own_ticks(self) -> int | None:
+        """Of this process and all that it started, the ended ones included."""
+        found = _text(self.root / "proc/self/stat")
+        if not found:
+            return None
+        mine, (me, _, own) = {}, _process(found)
+        for path in self.root.glob("proc/[0-9]*/stat"):
+            if text := _text(path):  # it may have ended meanwhile
+                each, parent, used = _process(text)
+                mine[each] = parent, used
+        family = {me}
+        while more := {each for each, (parent, _) in mine.items() if parent in family} - family:
+            family |= more
+        return own + sum(mine[each][1] for each in family - {me})
 
-        `throttled` is a list of reasons, empty when the sensors saw none; `warnings` are sentences on `busy` and
-        `stolen`, the shares of the time in which processes waited for a processor, and the hypervisor took it away.
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready: clocks and temperatures as [lowest, highest], `throttled`, and three shares; None if unknown.
+
+        `throttled` is a list of reasons, empty when the sensors saw none. `busy` is the share of the time in which
+        processes waited for a processor, `others` that of all processors in which other programs computed, `stolen`
+        that which the hypervisor took away. `warnings` are sentences on these.
         """
         self.look()
         temperatures = {_text((self.root / p).with_name("type")) or p: _span(v) for p, v in self._of("temperatures_c")}
         temperatures.update({gpu: _span(v) for gpu, v in self._of_gpus("temperature_c")})
         clocks = [v for _, values in self._of("clocks_mhz") for v in values]
-        busy, stolen = self._busy(), self._stolen()
+        busy, stolen, others = self._busy(), self._stolen(), self._others()
         return {
             "seconds": self.looks[-1]["time"] - self.looks[0]["time"],
             "cpu_clock_mhz": _span(clocks) if clocks else None,
@@ -155,7 +173,8 @@ class Watch:
             "throttled": self._throttled(),
             "busy": busy,
             "stolen": stolen,
-            "warnings": _load_warnings(busy, stolen),
+            "others": others,
+            "warnings": _load_warnings(busy, stolen, others),
         }
 
     def _of(self, what: str) -> list[tuple[str, list[float]]]:
@@ -198,6 +217,14 @@ class Watch:
             return None
         return float((last[7] - first[7]) / (sum(last[:8]) - sum(first[:8])))
 
+    def _others(self) -> float | None:
+        first, last = self.looks[0]["ticks"], self.looks[-1]["ticks"]
+        before, after = self._own_before, self._own_ticks()
+        if before is None or after is None or len(first) < 8 or sum(last[:8]) <= sum(first[:8]):
+            return None
+        worked = sum(last[index] - first[index] for index in (0, 1, 2, 5, 6))
+        return float(max(0, worked - (after - before)) / (sum(last[:8]) - sum(first[:8])))
+
 
 def _span(values: list[float]) -> list[float]:
     return [min(values), max(values)]
@@ -208,12 +235,21 @@ def _short(path: str) -> str:
     return f"{next((part for part in parts if re.fullmatch('(cpu|hwmon)[0-9]+', part)), parts[0])} {parts[-1]}"
 
 
-def _load_warnings(busy: float | None, stolen: float | None) -> list[str]:
+def _process(stat: str) -> tuple[int, int, int]:
+    """Number, parent's number, and ticks that it and its ended children used: proc(5), /proc/PID/stat."""
+    # The name, in parentheses, may hold anything.
+    number, fields = int(stat.split(" ", 1)[0]), stat.rpartition(")")[2].split()
+    return number, int(fields[1]), sum(map(int, fields[11:15]))
+
+
+def _load_warnings(busy: float | None, stolen: float | None, others: float | None) -> list[str]:
     found = []
     if busy is not None and busy > BUSY:
         found.append(f"unstable because the machine is busy: processes waited for a processor {busy:.0%} of the time")
     if stolen is not None and stolen > STOLEN:
         found.append(f"unstable because the hypervisor gave {stolen:.1%} of the processors' time to others")
+    if others is not None and others > OTHERS:
+        found.append(f"unstable because other programs used {others:.0%} of the processors' time")
     return found
 
 

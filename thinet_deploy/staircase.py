@@ -26,7 +26,7 @@ from .turns import layer_time
 
 # Runtimes that open ONNX files as they are.
 RUNTIMES = ("openvino", "onnxruntime")
-VERSION = 1  # of the file with the points
+VERSION = 2  # of the file with the points
 # Of every network: most turns, turns after which a layer that is known to within STEADY gets no more of them, and
 # seconds in each, warm-up included.
 ROUNDS, ROUNDS_AT_LEAST, SECONDS = 7, 3, 0.04
@@ -80,7 +80,7 @@ class Engine:
             for network, name in names.items():
                 Path(folder, f"{name}.onnx").write_bytes(self.typed(_made(network)).SerializeToString())
             found = self.timer.layers(Path(folder), asked, progress)
-        return [Timing(*layer_time(found, pair)) for pair in pairs]
+        return [Timing(*layer_time(found["turns_ms"], pair), bool(found["warnings"])) for pair in pairs]
 
     def typed(self, network: ModelProto) -> ModelProto:
         """A float32 network in the type that this engine computes in, to be timed."""
@@ -130,9 +130,15 @@ class Points:
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             for key, points in read_json(self._path).items():
                 told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(key).items()}
-                shape = LayerShape(**told)
-                mine = {(int(i), int(o)): Timing(float(ms), float(spread)) for i, o, ms, spread in points}
-                self.of[shape] = {**mine, **self.of[shape]}
+                for i, o, ms, near, disturbed in points:
+                    self.add((LayerShape(**told), int(i), int(o)), Timing(float(ms), float(near), bool(disturbed)))
+
+    def add(self, task: Task, timing: Timing) -> None:
+        """Keep a point, unless it is known already; one of a busy machine gives way to one of a quiet machine."""
+        shape, ins, outs = task
+        known, point = self.of[shape], (ins, outs)
+        if point not in known or (known[point].disturbed and not timing.disturbed):
+            known[point] = timing
 
     def save(self) -> None:
         """Write all points, with those that another process has written meanwhile."""
@@ -140,7 +146,7 @@ class Points:
             return
         self._read()
         shapes = {
-            json.dumps(vars(shape)): [[i, o, t.ms, t.spread_ms] for (i, o), t in sorted(points.items())]
+            json.dumps(vars(shape)): [[i, o, t.ms, t.spread_ms, t.disturbed] for (i, o), t in sorted(points.items())]
             for shape, points in self.of.items()
         }
         with suppress(OutputError):  # a cache that cannot be written costs time, and nothing else
@@ -152,16 +158,28 @@ def survey(
 ) -> list[Surface]:
     """Measure what is missing until all surfaces are known; the points of all layers in turn.
 
+    What was measured while the machine was busy with something else is measured once more at the end.
+
     Args:
         domains: layer shapes, and the widths that matter of each.
         points: known ones; gets more.
         stopwatch: measures layers.
         most: points of one line of a surface.
     """
-    while tasks := _missing(domains, points.of, most):
-        for (shape, i, o), timing in zip(tasks, stopwatch(tasks), strict=True):
-            points.of[shape][i, o] = timing
+
+    def measure(tasks: Sequence[Task]) -> None:
+        for task, timing in zip(tasks, stopwatch(tasks), strict=True):
+            points.add(task, timing)
         points.save()
+
+    def complete() -> None:
+        while tasks := _missing(domains, points.of, most):
+            measure(tasks)
+
+    complete()
+    if tasks := _disturbed(domains, points.of):
+        measure(tasks)
+        complete()
     return [Surface(_within(points.of[shape], domain), domain) for shape, domain in domains]
 
 
@@ -172,6 +190,18 @@ def _missing(
         (shape, *point)
         for shape, domain in dict.fromkeys(domains)
         for point in wanted(_within(known.get(shape, {}), domain), domain, most)
+    }
+    return sorted(found, key=str)
+
+
+def _disturbed(
+    domains: Sequence[tuple[LayerShape, Domain]], known: Mapping[LayerShape, Mapping[Point, Timing]]
+) -> list[Task]:
+    found = {
+        (shape, *point)
+        for shape, domain in dict.fromkeys(domains)
+        for point, timing in _within(known[shape], domain).items()
+        if timing.disturbed
     }
     return sorted(found, key=str)
 

@@ -94,7 +94,7 @@ class Staircase:
         layers: the dearest first.
         unpaid: group's name → why narrowing it would not pay.
         device: board or processor of the one that was measured on; None for this machine.
-        warnings: why the whole network's time may not hold, such as a busy machine.
+        warnings: why times may not hold, such as a busy machine.
     """
 
     model: str
@@ -184,7 +184,7 @@ def _summary(
         layers=tuple(rows),
         unpaid=idle,
         device=engine.timer.device,
-        warnings=whole.warnings,
+        warnings=(*costs.doubts, *whole.warnings),
     )
 
 

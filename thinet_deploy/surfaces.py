@@ -30,10 +30,12 @@ class Timing:
     Attributes:
         ms: median.
         spread_ms: how far the true one may be from it: about two standard errors.
+        disturbed: whether the machine was busy with something else meanwhile.
     """
 
     ms: float
     spread_ms: float = 0.0
+    disturbed: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,12 @@ class Surface:
         known: measured points; those that `wanted` asked for at least.
         domain: widths.
         ins, outs: of the frame's lines; by default those that `wanted` chose.
+
+    Attributes:
+        domain: the widths.
+        least_ms: the shortest time of all points.
+        lines: measured points with all outputs, and with all inputs.
+        disturbed: whether the machine was busy with something else while a point was measured.
     """
 
     def __init__(
@@ -175,6 +183,7 @@ class Surface:
         self._by_outs = [_polyline(_along_ins(known, o)) for o in outs]
         self._by_ins = [_polyline(_along_outs(known, i)) for i in ins]
         self.least_ms = min(timing.ms for timing in known.values())
+        self.disturbed = any(timing.disturbed for timing in known.values())
         i, o = domain.whole
         self.lines = (dict(sorted(_along_ins(known, o).items())), dict(sorted(_along_outs(known, i).items())))
 

@@ -34,7 +34,7 @@ class Timer(Protocol):
     def version(self, runtime: str) -> str:
         """A runtime there and its version, such as "openvino 2026.4.1"."""
 
-    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, list[float]]:
+    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         """Time small networks.
 
         Args:
@@ -83,7 +83,7 @@ class LocalTimer:
         """Of the toolchain, which is the runtime's."""
         return made_by(runtime)
 
-    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, list[float]]:
+    def layers(self, folder: Path, asked: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         """See `Timer`."""
         paths = {name: {**each, "path": str(folder / each["path"])} for name, each in asked["networks"].items()}
 

@@ -21,7 +21,7 @@ Ask = Callable[..., Any]  # of the process that holds the network, see runner.Wo
 OnTurn = Callable[[int, int, str], object]  # how many turns are done, of how many at most, and whose it is
 
 
-def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, list[float]]:
+def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, Any]:
     """Time networks, all in turn, in each round in another order.
 
     One process has them all, one after the other, so that opening them costs little. A layer that is known well enough
@@ -36,12 +36,13 @@ def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, list
         on_turn: told before every turn, and at the end.
 
     Returns:
-        Per network the median of each of its turns, in milliseconds.
+        JSON-ready: turns_ms, per network the median of each of its turns; warnings, why these may not hold, such as
+        other programs that the machine ran meanwhile.
 
     Raises:
         ThrottledError: the machine throttled in every attempt at a round.
     """
-    networks, rounds = asked["networks"], asked["rounds"]
+    networks, rounds, watch = asked["networks"], asked["rounds"], sensors.Watch()
     found: dict[str, list[float]] = {name: [] for name in networks}
     for number in range(rounds):
         early = number < asked["at_least"]
@@ -56,7 +57,7 @@ def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, list
         for name, ms in zip(order, _unthrottled(turn, order)):
             found[name].append(ms)
     on_turn(rounds * len(networks), rounds * len(networks), f"{len(networks)} networks")
-    return found
+    return {"turns_ms": found, "warnings": watch.summary()["warnings"]}
 
 
 def _unthrottled(turn: Callable[[int, str], float], order: Sequence[str]) -> list[float]:

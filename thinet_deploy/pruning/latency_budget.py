@@ -78,11 +78,13 @@ class Found:
         trials: in order; the first is the network with all filters.
         best: the one to take.
         unpaid: group's name → why it stays whole.
+        doubts: why the times of layers may not hold that the widths come from.
     """
 
     trials: tuple[Trial, ...]
     best: Trial
     unpaid: dict[str, str]
+    doubts: tuple[str, ...] = ()
 
     @property
     def factor(self) -> float:
@@ -164,7 +166,8 @@ def meet(
         trials += [quick, tried(between)]
         best = min(trials[1:], key=lambda trial: _miss(goal, trial))
     # What does not pay when it is narrowed may still have gone with its branch.
-    return Found(tuple(trials), best, {name: why for name, why in idle.items() if best.widths[name]})
+    stays = {name: why for name, why in idle.items() if best.widths[name]}
+    return Found(tuple(trials), best, stays, costs.doubts)
 
 
 def _budget(goal: Goal, trials: Sequence[Trial]) -> float:

@@ -80,6 +80,7 @@ class Milliseconds:
 
     Attributes:
         beside: see `CostFunction`.
+        doubts: why the times of layers may not hold, in words.
 
     Args:
         layers: of the network.
@@ -98,6 +99,8 @@ class Milliseconds:
             name: {other for other, at in self._place.items() if any(layer.touches(at) for layer, _ in mine)} | {name}
             for name, mine in self._touched.items()
         }
+        disturbed = sum(surface.disturbed for surface in surfaces)
+        self.doubts: tuple[str, ...] = (_busy(disturbed, len(surfaces)),) if disturbed else ()
         self._known: dict[tuple[float, ...], float] = {}  # number of a layer, inputs, outputs → ms
 
     def __call__(self, widths: Widths) -> tuple[float]:
@@ -133,6 +136,13 @@ class Milliseconds:
 
     def _column(self, widths: Widths) -> Times:
         return np.array([[widths[name]] for name in self._place], dtype=np.float64)
+
+
+def _busy(disturbed: int, layers: int) -> str:
+    return (
+        f"unstable because the machine was busy while {disturbed} of {layers} layers were timed; "
+        "they are timed again when they are needed next"
+    )
 
 
 def _total(layers: Sequence[tuple[Sized, Surface]], widths_gm: Times) -> Times:
