@@ -1,6 +1,7 @@
 """contract.py: requirements are read strictly, judged by intervals, and told to CI systems in their own form."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from thinet_deploy import contract
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import InputError, UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
+from thinet_deploy.options import Options
 from thinet_deploy.samples import judged, summarize
 from thinet_deploy.store import Run
 from thinet_deploy.table import Row, Table, Time
@@ -75,6 +77,38 @@ def test_a_verdict_says_what_its_interval_says(limit: float) -> None:
     assert (verdict.outcome == "met") == (verdict.high <= limit)
     assert (verdict.outcome == "not met") == (verdict.low > limit)
     assert verdict.failed == (verdict.outcome == "not met")
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"latency": "4ms"}, ""),
+        ({"latency": "3.75ms"}, ""),  # with the budget's own slack it cannot be told apart
+        (
+            {"latency": "3ms"},
+            r"The budget \(3ms\) was met by the widths, but what ships misses it: 4 \[3.9",
+        ),
+        ({"speedup": "2x"}, ""),
+        ({"speedup": "2.5x"}, r"The budget \(2.5x faster\) was met .* misses it: 2 \[1.9, 2.1\] x; Thin, ov"),
+        ({"macs": "2x"}, ""),
+    ],
+)
+def test_what_ships_too_slow_for_its_budget_is_said_to(
+    budget: dict[str, str], said: str, tiny_options: Callable[..., Options], tmp_path: Path
+) -> None:
+    notes = contract.budget_notes(tiny_options(tmp_path, **budget), table())
+    assert len(notes) == bool(said)
+    assert re.match(said, " ".join(notes))
+
+
+def test_int8_may_have_made_a_network_slower(tiny_options: Callable[..., Options], tmp_path: Path) -> None:
+    found = replace(table(), precision="int8")
+    (note,) = contract.budget_notes(tiny_options(tmp_path, latency="3ms", precision="int8"), found)
+    assert "--max-drop" in note
+    there = {"latency": {"engines": [], "threads": 1, "processor": "Pi"}}
+    assert not contract.budget_notes(tiny_options(tmp_path, speedup="9x"), found, there), (
+        "no speed-up is measured there"
+    )
 
 
 def test_the_first_of_the_targets_runtimes_is_judged() -> None:

@@ -12,6 +12,8 @@ from xml.etree import ElementTree as ET
 from .artifact import write_bytes, write_json
 from .errors import InputError, UnknownNameError
 from .intervals import Interval, unpaired_difference
+from .options import Options
+from .pruning.latency_budget import SLACK
 from .table import Table, Time
 
 Outcome = Literal["met", "not met", "cannot be told apart", "not measured"]
@@ -116,6 +118,33 @@ def _verdict(asked: Requirement, table: Table, device: Mapping[str, Any] | None)
     return Verdict(asked.text, outcome, value, low, high, asked.unit, detail)
 
 
+def budget_notes(options: Options, table: Table, device: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """What to say where the network that ships is slower than the budget that its widths were chosen for.
+
+    It was met by the widths; after that training, and INT8's accuracy, changed weights and types of layers.
+
+    Args:
+        options: have the budget.
+        table: of the run.
+        device: see `judge`; a speed-up is not measured there.
+    """
+    if most_ms := options.most_ms:
+        asked = Requirement(options.latency or "", "latency", most_ms * (1 + SLACK), "ms")
+    elif (faster := options.times_faster) and not device:
+        asked = Requirement(f"{faster:g}x faster", "speedup", faster / (1 + SLACK), "x")
+    else:
+        return ()
+    verdict = _verdict(asked, table, device)
+    if verdict.outcome != "not met":
+        return ()
+    why = (
+        "Layers that stay in fp32 (above) are the usual reason: allow more with --max-drop, or ask for less time."
+        if table.precision == "int8"
+        else "Ask for a little less time, or build again while the machine does nothing else."
+    )
+    return (f"The budget ({asked.text}) was met by the widths, but what ships misses it: {_told(verdict)}. {why}",)
+
+
 @dataclass(frozen=True)
 class _Figure:
     value: float
@@ -185,7 +214,11 @@ def _of(interval: Interval) -> _Figure:
 
 def in_words(verdict: Verdict) -> str:
     """A verdict in one line."""
-    return f"{verdict.requirement}: {verdict.outcome} ({figures(verdict)}; {verdict.detail})"
+    return f"{verdict.requirement}: {verdict.outcome} ({_told(verdict)})"
+
+
+def _told(verdict: Verdict) -> str:
+    return f"{figures(verdict)}; {verdict.detail}"
 
 
 def figures(verdict: Verdict) -> str:

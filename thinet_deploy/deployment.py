@@ -75,7 +75,7 @@ def deploy(
     page = html_report.Page(run.root, table, build.verdicts(table, there), there)
     build.report(page, parity, measured)
     said = plan.notes if there else notes  # what is left to do on the device has been done
-    notes = (*tools.job.data.notes, *said)
+    notes = (*tools.job.data.notes, *said, *contract.budget_notes(tools.job.options, table, there))
     return Build(run.root, table, _hops(parity), bundle.folder, notes, page.verdicts, there)
 
 
