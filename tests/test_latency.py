@@ -3,8 +3,10 @@
 import copy
 import functools
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_onnx import pooled_onnx
 
-from thinet_deploy import latency, runner, runner_text, samples, sensors, torch_latency
+from thinet_deploy import latency, runner, runner_text, samples, sensors, torch_latency, torch_worker
 from thinet_deploy.errors import InputError, MissingError, ThinetDeployError
 from thinet_deploy.interfaces import Precision
 from thinet_deploy.latency import EngineLatency, EngineRef
@@ -229,7 +231,7 @@ def test_a_model_whose_outputs_are_no_numbers_has_no_valid_time() -> None:
     model[1].bias.data.fill_(float("nan"))
     (found,) = torch_latency.measure_torch({"original": model}, (3, 2, 2), batch=1)
     assert found.forward.summary["invalid"] == ["the outputs hold NaN or infinity"]
-    assert (found.peak_memory_bytes, found.launch_share) == (None, None), "unmeasured is not 0"
+    assert found.launch_share is None, "unmeasured is not 0"
 
 
 def test_models_are_measured_forward_and_backward_and_left_as_they_were() -> None:
@@ -263,10 +265,94 @@ def test_models_are_measured_forward_and_backward_and_left_as_they_were() -> Non
     json.dumps(latency.report(models=found, environment={}).to_json(), allow_nan=False)
 
 
+def test_each_model_has_a_process_and_memory_of_its_own(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Signs(torch.nn.Module):  # type: ignore[misc,name-defined]  # of a module that may be missing
+        """Leaves the number of its process."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layer, self.path = torch.nn.Conv2d(3, width, 3), tmp_path / str(width)
+
+        def forward(self, x: Any) -> Any:
+            print("to nobody's output")
+            self.path.write_text(str(os.getpid()), encoding="utf-8")
+            return self.layer(x)
+
+    models = {"original": Signs(128), "thin": Signs(2)}
+    wide, thin = torch_latency.measure_torch(models, (3, 64, 64), batch=8, threads=1)
+    pids = {(tmp_path / name).read_text(encoding="utf-8") for name in ("2", "128")}
+    assert len(pids - {str(os.getpid())}) == 2
+    assert not any(Path("/proc", pid).exists() and _runs(pid) for pid in pids), "they end with the measurement"
+    if Path("/proc/self/status").exists():
+        maps = 4 * 8 * 62 * 62  # bytes of one channel of the output
+        assert wide.peak_memory_bytes
+        assert thin.peak_memory_bytes
+        assert wide.peak_memory_bytes > 2 * 128 * maps, "the output and its gradient"
+        assert wide.peak_memory_bytes - thin.peak_memory_bytes > 126 * maps
+
+
+def _runs(pid: str) -> bool:
+    deadline = time.monotonic() + 10
+    while Path("/proc", pid).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return Path("/proc", pid).exists()
+
+
+def test_a_model_of_a_users_file_can_be_timed(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    from thinet_deploy.things import Model, find
+
+    (tmp_path / "beside.py").write_text("WIDTH = 4\n")
+    (tmp_path / "random.py").write_text("raise RuntimeError('stood in for the standard library')\n")
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom beside import WIDTH\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.layer = torch.nn.Conv2d(3, WIDTH, 1)\n"
+        "    def forward(self, x):\n        return {'out': [self.layer(x)]}\n"
+        "def make():\n    return Net()\n"
+    )
+    found = find(f"{tmp_path / 'net.py'}:make", (3, 8, 8), "fp32")
+    assert isinstance(found, Model)
+    (row,) = torch_latency.measure_torch({"original": found.module}, (3, 8, 8), batch=2)
+    assert row.backward.summary["n"] == 7
+
+
+def test_what_a_model_does_wrong_is_said() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Wrong(torch.nn.Module):  # type: ignore[misc,name-defined]  # of a module that may be missing
+        """Does it in its forward pass."""
+
+        def __init__(self, what: Any) -> None:
+            super().__init__()
+            self.layer, self.what = torch.nn.Conv2d(3, 2, 1), what
+
+        def forward(self, x: Any) -> Any:
+            if callable(self.what):
+                self.what(7)
+            return self.layer(x)
+
+    def refused(what: Any) -> ThinetDeployError:
+        with pytest.raises(ThinetDeployError) as stop:
+            torch_latency.measure_torch({"mine": Wrong(what)}, (3, 8, 8), batch=1)
+        return stop.value
+
+    def fails(_: int) -> None:
+        raise ValueError("no such branch")
+
+    assert refused(fails).what == "mine cannot be run forward and backward: ValueError: no such branch"
+    assert refused(os._exit).what == "The process that trains mine ended by itself."
+    lock = refused(threading.Lock())
+    assert lock.what.startswith("mine cannot be sent to a process of its own to be timed: cannot pickle")
+    assert "survive pickle" in lock.hint
+
+
 def test_nested_outputs_and_too_few_rounds() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     one = torch.ones(1)
-    assert len(torch_latency._tensors({"main": one, "auxiliary": (one, None, [one])})) == 3
+    assert len(list(torch_worker.tensors({"main": one, "auxiliary": (one, None, [one])}))) == 3
     with pytest.raises(InputError, match="3 rounds are too few"):
         torch_latency.measure_torch({}, (3, 8, 8), rounds=3)
 

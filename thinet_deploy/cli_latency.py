@@ -53,7 +53,7 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Milliseconds with intervals, every engine in a process of its own, all in turn; models forward and backward.
+    """Milliseconds with intervals, each engine and model in a process of its own, in turn; models forward and backward.
 
     Exit code 1 when a time is invalid: the machine throttled, or the outputs are no numbers.
 
@@ -166,7 +166,7 @@ def _show(found: LatencyReport) -> None:
     from .runner import processor
     from .runner_text import latency_notes, latency_words
 
-    typer.echo(f"{processor()}; milliseconds, 95 % intervals, one process per engine, all in turn")
+    typer.echo(f"{processor()}; milliseconds, 95 % intervals, one process per engine or model, all in turn")
     for row in found.engines:
         pace = f", {row.fps:g} a second" if row.fps else ""
         typer.echo(f"\n{row.model}, {row.runtime} {row.precision}, batch {row.batch}, threads: {row.threads}{pace}")
@@ -180,7 +180,7 @@ def _show(found: LatencyReport) -> None:
             _lines(*(f"{name}: {note}" for note in latency_notes({"summary": samples.summary})))
         _lines(_ratio(model.speedup))
         if model.peak_memory_bytes is not None:
-            _lines(f"memory of the GPU: {model.peak_memory_bytes / 2**20:.1f} MB at its highest")
+            _lines(f"memory: {model.peak_memory_bytes / 2**20:.1f} MB at its highest")
 
 
 def _lines(*texts: str) -> None:

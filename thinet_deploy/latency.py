@@ -126,7 +126,8 @@ class TorchLatency:
 
     Attributes:
         speedup: of forward and backward together, against the baseline.
-        peak_memory_bytes: of the device, by torch's own count; None on a CPU, where torch has no count.
+        peak_memory_bytes: the most that model and passes held: on a GPU by torch's own count, on a CPU what the model's
+            process grew by; None where the system does not tell.
         launch_share: the part of forward and backward that launching the work on a GPU took; None on a CPU.
         machine: clocks, temperatures, throttling and load meanwhile.
         mode: how torch ran it: eager, channels-last, amp or cuda-graph.

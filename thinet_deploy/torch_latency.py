@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import samples
@@ -16,29 +17,19 @@ from .interfaces import Progress, silent
 from .latency import BASELINE, Samples, Speedup, TorchLatency, speedup
 from .seeds import derive, generator
 from .sensors import Watch
+from .torch_worker import Pass, TorchWorker, write_model
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from .torch_modes import Mode
-
-    Clock = Callable[[Callable[[], Any]], tuple[Any, float, float | None]]
 
 MIN_ROUNDS = 7  # with 7 the 95 % interval of a median may leave out nothing but the extremes
 WARM_UP_PASSES, WARM_UP_SECONDS = 2, 0.3
 # Above this share a GPU waits for the work that Python launches: the time is the host's.
 LAUNCH_BOUND = 0.8
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Milliseconds of one forward and one backward pass, and of launching both; whether all outputs were finite."""
-
-    forward_ms: float
-    backward_ms: float
-    launch_ms: float | None
-    finite: bool
+# Before a pass: the threads of the process before wait for more work for some milliseconds, without giving way.
+SETTLE_S = 0.01
 
 
 def measure_torch(
@@ -54,7 +45,7 @@ def measure_torch(
 ) -> list[TorchLatency]:
     """Time forward and backward in training mode, the models in turn, one pass per round.
 
-    The models are copied: neither their gradients nor their batch-norm statistics change.
+    Each runs in a process of its own, on a copy: neither its gradients nor its batch-norm statistics change.
 
     Args:
         models: by label; "original" is the baseline.
@@ -67,56 +58,56 @@ def measure_torch(
         threads: of the CPU; None for as many as torch would take.
 
     Raises:
-        InputError: there are too few rounds.
+        InputError: there are too few rounds, or a model cannot be run or not be sent to a process.
         MissingError: there is no CUDA device.
     """
     import torch
 
-    from .torch_modes import in_mode, laid_out
-
-    where = _checked(device, rounds)
-    noise = torch.Generator().manual_seed(derive("latency", "images"))
-    images = laid_out(torch.randn(batch, *input_shape, generator=noise).to(where), mode)
-    copies = {name: copy.deepcopy(model).requires_grad_(True).to(where).train() for name, model in models.items()}
-    copies = {name: in_mode(model, images, mode) for name, model in copies.items()}
-    peaks = {name: _peak_memory(model, images) for name, model in copies.items()}
-    # Dropout draws from the global generators: leave them as they were.
-    with torch.random.fork_rng([where] if where.type == "cuda" else []), _threads(threads) as used:
-        passes, machine = _interleave(copies, images, rounds, progress)
-    about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else device,
-        "batch": batch,
-        "mode": mode,
-        "threads": used,
-        "machine": machine,
-    }
+    _check(device, mode, rounds)
+    threads = threads or torch.get_num_threads()
+    asked = {"shape": [batch, *input_shape], "device": device, "mode": mode, "threads": threads}
+    asked["seed"] = derive("latency", "images")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        workers = dict[str, TorchWorker]()
+        for number, (name, model) in enumerate(models.items()):
+            path = Path(folder, f"{number}.pt")
+            write_model(model, name, path)
+            workers[name] = processes.enter_context(TorchWorker(name, path, asked))
+        where = [worker.ready() for worker in workers.values()]
+        passes, machine = _interleave(workers, rounds, progress)
+        peaks = {name: worker.memory() for name, worker in workers.items()}
     found = [
         TorchLatency(
             model=name,
+            device=place,
+            batch=batch,
+            threads=threads,
             forward=_judged([one.forward_ms for one in own], own, machine),
             backward=_judged([one.backward_ms for one in own], own, machine),
             speedup=None,
             peak_memory_bytes=peaks[name],
             launch_share=_launch_share(own),
-            **about,
+            machine=machine,
+            mode=mode,
         )
-        for name, own in passes.items()
+        for place, (name, own) in zip(where, passes.items(), strict=True)
     ]
     base = next((row for row in found if row.model == BASELINE), None)
     return [replace(row, speedup=torch_speedup(base, row) if base and row is not base else None) for row in found]
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[int]:
-    """So many threads for torch on the CPU, afterwards as many as before; gives the number."""
+def _check(device: str, mode: Mode, rounds: int) -> None:
+    """Whether the device is there, can run so, and is to be measured for long enough."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield number or before
-    finally:
-        torch.set_num_threads(before)
+    from .torch_modes import check_mode
+
+    if rounds < MIN_ROUNDS:
+        raise InputError(f"{rounds} rounds are too few for an interval.", hint=f"Give at least {MIN_ROUNDS}.")
+    cuda = torch.device(device).type == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise MissingError("There is no CUDA device here.", hint="Measure with device cpu, or on a machine with a GPU.")
+    check_mode(mode, cuda=cuda)
 
 
 def torch_speedup(base: TorchLatency, own: TorchLatency) -> Speedup | None:
@@ -131,19 +122,7 @@ def _passes_ms(row: TorchLatency) -> list[list[float]]:
     return [[forward_ms + backward_ms] for (forward_ms,), (backward_ms,) in both]
 
 
-def _checked(device: str, rounds: int) -> torch.device:
-    """The device, if it is there and is to be measured for long enough."""
-    import torch
-
-    if rounds < MIN_ROUNDS:
-        raise InputError(f"{rounds} rounds are too few for an interval.", hint=f"Give at least {MIN_ROUNDS}.")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise MissingError("There is no CUDA device here.", hint="Measure with device cpu, or on a machine with a GPU.")
-    return where
-
-
-def _judged(times_ms: Sequence[float], passes: Sequence[_Pass], machine: Mapping[str, Any]) -> Samples:
+def _judged(times_ms: Sequence[float], passes: Sequence[Pass], machine: Mapping[str, Any]) -> Samples:
     """One series with what outputs, sensors and launches say about it."""
     found = Samples.of([[time_ms] for time_ms in times_ms])
     summary = samples.judged(found.summary, machine, finite=all(one.finite for one in passes))
@@ -154,86 +133,27 @@ def _judged(times_ms: Sequence[float], passes: Sequence[_Pass], machine: Mapping
     return replace(found, summary=summary)
 
 
-def _launch_share(passes: Sequence[_Pass]) -> float | None:
+def _launch_share(passes: Sequence[Pass]) -> float | None:
     launches = [one.launch_ms for one in passes if one.launch_ms is not None]
     total = math.fsum(one.forward_ms + one.backward_ms for one in passes)
     return math.fsum(launches) / total if launches and total else None
 
 
 def _interleave(
-    models: Mapping[str, nn.Module], images: Tensor, rounds: int, progress: Progress
-) -> tuple[dict[str, list[_Pass]], dict[str, Any]]:
+    workers: Mapping[str, TorchWorker], rounds: int, progress: Progress
+) -> tuple[dict[str, list[Pass]], dict[str, Any]]:
     """The passes of every model, round by round after the warm-up, and what the machine's sensors saw meanwhile."""
-    clock = _cuda_clock(images.device) if images.device.type == "cuda" else _wall_clock
-    end, warm = time.perf_counter() + WARM_UP_SECONDS * len(models), 0
-    while models and (warm < WARM_UP_PASSES or time.perf_counter() < end):
-        for model in models.values():
-            _forward_backward(model, images, clock)
+    end, warm = time.perf_counter() + WARM_UP_SECONDS * len(workers), 0
+    while workers and (warm < WARM_UP_PASSES or time.perf_counter() < end):
+        for worker in workers.values():
+            worker.run()
         warm += 1
-    passes: dict[str, list[_Pass]] = {name: [] for name in models}
-    names, watch = sorted(models), Watch()
+    passes: dict[str, list[Pass]] = {name: [] for name in workers}
+    names, watch = sorted(workers), Watch()
     for number in range(rounds):
         for index in generator("latency", number).permutation(len(names)):
-            passes[names[index]].append(_forward_backward(models[names[index]], images, clock))
+            time.sleep(SETTLE_S)
+            passes[names[index]].append(workers[names[index]].run())
         watch.look()
-        progress("Measuring forward and backward", number + 1, rounds, f"{len(models)} models, {rounds} rounds")
+        progress("Measuring forward and backward", number + 1, rounds, f"{len(workers)} models, {rounds} rounds")
     return passes, watch.summary()
-
-
-def _forward_backward(model: nn.Module, images: Tensor, clock: Clock) -> _Pass:
-    """One forward and one backward pass; the loss between them is not timed."""
-    model.zero_grad(set_to_none=True)
-    output, forward_ms, launch_ms = clock(lambda: model(images))
-    tensors = _tensors(output)
-    finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
-    loss = sum(tensor.float().square().mean() for tensor in tensors)
-    _, backward_ms, more_ms = clock(loss.backward)  # type: ignore[union-attr]  # sum() may give 0: a model without outputs
-    launched = None if launch_ms is None or more_ms is None else launch_ms + more_ms
-    return _Pass(forward_ms, backward_ms, launched, finite)
-
-
-def _peak_memory(model: nn.Module, images: Tensor) -> int | None:
-    """The most memory a forward and backward pass holds on the device, weights of the other models left out."""
-    import torch
-
-    if images.device.type != "cuda":
-        return None
-    others = torch.cuda.memory_allocated(images.device) - sum(
-        tensor.nbytes for tensor in (*model.parameters(), *model.buffers())
-    )
-    torch.cuda.reset_peak_memory_stats(images.device)
-    _forward_backward(model, images, _cuda_clock(images.device))
-    model.zero_grad(set_to_none=True)
-    return int(torch.cuda.max_memory_allocated(images.device) - others)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors of a model's output, which may be nested (auxiliary classifiers)."""
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, list | tuple):
-        return [tensor for part in output for tensor in _tensors(part)]
-    return [] if output is None else [output]
-
-
-def _wall_clock(fn: Callable[[], Any]) -> tuple[Any, float, None]:
-    start = time.perf_counter_ns()
-    result = fn()
-    return result, (time.perf_counter_ns() - start) / 1e6, None
-
-
-def _cuda_clock(device: torch.device) -> Clock:
-    """Times by events on the device, where launching work returns before it is done."""
-    import torch
-
-    def clock(fn: Callable[[], Any]) -> tuple[Any, float, float]:
-        with torch.cuda.device(device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
-            start.record()
-            result, launch_ms, _ = _wall_clock(fn)
-            end.record()
-            end.synchronize()
-            return result, start.elapsed_time(end), launch_ms
-
-    return clock

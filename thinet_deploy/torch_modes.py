@@ -19,8 +19,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 _CHANNELS_LAST = frozenset({"channels-last", "amp"})
 
 
-def laid_out(images: Tensor, mode: Mode) -> Tensor:
-    """Images (n, channels, height, width) in the layout that a mode takes.
+def check_mode(mode: Mode, *, cuda: bool) -> None:
+    """Refuse what cannot be.
 
     Raises:
         UnknownNameError: no such mode.
@@ -28,8 +28,12 @@ def laid_out(images: Tensor, mode: Mode) -> Tensor:
     """
     if mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
-    if mode == "cuda-graph" and not images.is_cuda:
+    if mode == "cuda-graph" and not cuda:
         raise MissingError("There is no CUDA graph on a CPU.", hint="Measure with device cuda, or in mode eager.")
+
+
+def laid_out(images: Tensor, mode: Mode) -> Tensor:
+    """Images (n, channels, height, width) in the layout that a mode takes."""
     return images.to(memory_format=torch.channels_last) if mode in _CHANNELS_LAST else images
 
 

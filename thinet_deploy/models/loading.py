@@ -25,6 +25,7 @@ from .ssd import ssd300
 from .vgg import vgg_small
 
 InputShape = tuple[int, int, int]
+OF_USERS = "_users_"  # what the names of modules made from a user's file begin with
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **VGGS,
@@ -121,7 +122,7 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint=f"Expected file.py:function for the {purpose}.")
     # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
-    own_name = f"_users_{path.stem}"
+    own_name = f"{OF_USERS}{path.stem}"
     module_spec = importlib.util.spec_from_file_location(own_name, path, loader=_Source(own_name, str(path)))
     assert module_spec is not None
     assert module_spec.loader is not None
