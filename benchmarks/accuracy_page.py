@@ -123,7 +123,6 @@ _PEERS_NOTES = {
         "shortcuts written as convolutions, which it follows rightly (and which are not counted). The part of the",
         "loss that holds blocks to the original's (`inside`) acts where their outputs have its shape, so not in *all*.",
     ),
-    "vgg_bn": ("Measured before [27](adr/0027-errors-tried-at-the-outputs.md), with dropout on.",),
 }
 
 
