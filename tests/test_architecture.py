@@ -62,6 +62,7 @@ LEVELS = {
         "verify",
         "latency",
         "torch_latency",
+        "torch_worker",
         "torch_modes",
         "things",
         "bundle",

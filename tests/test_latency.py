@@ -306,11 +306,12 @@ def test_a_model_of_a_users_file_can_be_timed(tmp_path: Path) -> None:
 
     (tmp_path / "beside.py").write_text("WIDTH = 4\n")
     (tmp_path / "random.py").write_text("raise RuntimeError('stood in for the standard library')\n")
-    (tmp_path / "net.py").write_text(
-        "import torch\nfrom beside import WIDTH\n"
+    (tmp_path / "net.py").write_text(  # with what does not survive pickle, and a program that has to be seen failing
+        "import subprocess, threading\nimport torch\nfrom beside import WIDTH\nLOCK = threading.Lock()\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.layer = torch.nn.Conv2d(3, WIDTH, 1)\n"
-        "    def forward(self, x):\n        return {'out': [self.layer(x)]}\n"
+        "    def forward(self, x):\n        assert subprocess.run(['false']).returncode == 1\n"
+        "        with LOCK:\n            return {'out': [torch.ops.aten.relu(self.layer(x))]}\n"
         "def make():\n    return Net()\n"
     )
     found = find(f"{tmp_path / 'net.py'}:make", (3, 8, 8), "fp32")
@@ -343,10 +344,19 @@ def test_what_a_model_does_wrong_is_said() -> None:
         raise ValueError("no such branch")
 
     assert refused(fails).what == "mine cannot be run forward and backward: ValueError: no such branch"
+    assert refused(sys.exit).what == "mine cannot be run forward and backward: SystemExit: 7"
     assert refused(os._exit).what == "The process that trains mine ended by itself."
     lock = refused(threading.Lock())
     assert lock.what.startswith("mine cannot be sent to a process of its own to be timed: cannot pickle")
     assert "survive pickle" in lock.hint
+
+
+def test_parametrized_weights_are_timed_as_they_are() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(3, 4, 3)))
+    (row,) = torch_latency.measure_torch({"original": model}, (3, 8, 8), batch=2)
+    assert row.forward.summary["min_ms"] > 0
+    assert hasattr(model[0], "parametrizations"), "the model itself stays as it was"
 
 
 def test_nested_outputs_and_too_few_rounds() -> None:

@@ -202,11 +202,13 @@ def test_a_point_of_a_busy_machine_gives_way_to_one_of_a_quiet_machine(tmp_path:
     path, task = tmp_path / "points.json", (LayerShape("linear", (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 1, (1, 1)), 4, 4)
     busy, worse, quiet = Timing(2.0, 0.1, disturbed=True), Timing(3.0, 0.1, disturbed=True), Timing(1.0, 0.1)
     first, second = Points(path), Points(path)
+    first.add(task, worse)
     first.add(task, busy)
     first.add(task, worse)
     first.save()
     assert Points(path).of == {task[0]: {(4, 4): busy}}
     second.add(task, quiet)
+    second.add(task, busy)
     second.save()
     first.save()
     assert Points(path).of == {task[0]: {(4, 4): quiet}}, "not even in another process's file"

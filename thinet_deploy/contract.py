@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree as ET
@@ -118,13 +118,16 @@ def _verdict(asked: Requirement, table: Table, device: Mapping[str, Any] | None)
     return Verdict(asked.text, outcome, value, low, high, asked.unit, detail)
 
 
-def budget_notes(options: Options, table: Table, device: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+def budget_notes(
+    options: Options, runtime: str, table: Table, device: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
     """What to say where the network that ships is slower than the budget that its widths were chosen for.
 
     It was met by the widths; after that training, and INT8's accuracy, changed weights and types of layers.
 
     Args:
         options: have the budget.
+        runtime: that it was met on.
         table: of the run.
         device: see `judge`; a speed-up is not measured there.
     """
@@ -134,7 +137,12 @@ def budget_notes(options: Options, table: Table, device: Mapping[str, Any] | Non
         asked = Requirement(f"{faster:g}x faster", "speedup", faster / (1 + SLACK), "x")
     else:
         return ()
-    verdict = _verdict(asked, table, device)
+    if device:
+        engines = [row for row in device["latency"]["engines"] if row["runtime"] == runtime]
+        device = {**device, "latency": {**device["latency"], "engines": engines}}
+    elif runtime not in table.shipped.engines:
+        return ()
+    verdict = _verdict(asked, replace(table, runtimes=(runtime,)), device)
     if verdict.outcome != "not met":
         return ()
     why = (

@@ -14,6 +14,7 @@ from . import (
     device_stage,
     html_report,
     latency,
+    latency_stage,
     parity_stage,
     precision_stage,
     registry,
@@ -26,6 +27,7 @@ from .bundle import BUILDER, KIT
 from .device_site import Machine
 from .environment import fingerprint, machine_id
 from .errors import GateError
+from .job import Job
 from .networks import Networks, gate
 from .precision.held import READERS
 from .precision.plan import PrecisionPlan
@@ -75,8 +77,15 @@ def deploy(
     page = html_report.Page(run.root, table, build.verdicts(table, there), there)
     build.report(page, parity, measured)
     said = plan.notes if there else notes  # what is left to do on the device has been done
-    notes = (*tools.job.data.notes, *said, *contract.budget_notes(tools.job.options, table, there))
+    notes = (*tools.job.data.notes, *said, *_slower(tools.job, table, there))
     return Build(run.root, table, _hops(parity), bundle.folder, notes, page.verdicts, there)
+
+
+def _slower(job: Job, table: Table, there: dict[str, Any] | None) -> tuple[str, ...]:
+    """Whether what ships misses the budget of time that its widths met."""
+    if not job.options.timed:
+        return ()
+    return contract.budget_notes(job.options, latency_stage.engine_of(job).runtime, table, there)
 
 
 @dataclass(frozen=True)

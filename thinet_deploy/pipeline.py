@@ -215,7 +215,7 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
     # The network was pruned for the target of `prune`, whose grid its widths follow; it may be shipped to another.
     changes: dict[str, str | int | None] = {"device": device, "device_python": device_python, "dla": dla}
     changes |= {name: value for name, value in {"target": target, "precision": precision}.items() if value}
-    if target or precision:  # the budget of time was of other engines
+    if target or precision or device != options.device:  # the budget of time was of other engines
         changes |= {"latency": None, "speedup": None}
     shipped = replace(job, options=make_options({**options.model_dump(), **changes}))
     if target:

@@ -134,11 +134,12 @@ class Points:
                     self.add((LayerShape(**told), int(i), int(o)), Timing(float(ms), float(near), bool(disturbed)))
 
     def add(self, task: Task, timing: Timing) -> None:
-        """Keep a point, unless it is known already; one of a busy machine gives way to one of a quiet machine."""
+        """Keep a point. One of a busy machine gives way to one of a quiet machine, or to a faster one."""
         shape, ins, outs = task
         known, point = self.of[shape], (ins, outs)
-        if point not in known or (known[point].disturbed and not timing.disturbed):
-            known[point] = timing
+        known[point] = min(
+            known.get(point, timing), timing, key=lambda each: (each.disturbed, each.disturbed and each.ms)
+        )
 
     def save(self) -> None:
         """Write all points, with those that another process has written meanwhile."""

@@ -46,6 +46,7 @@ def measure_torch(
     """Time forward and backward in training mode, the models in turn, one pass per round.
 
     Each runs in a process of its own, on a copy: neither its gradients nor its batch-norm statistics change.
+    Global settings of torch (TF32, cudnn.benchmark …) are those of a new process.
 
     Args:
         models: by label; "original" is the baseline.

@@ -7,6 +7,7 @@ a process that has computed could not: its threads do not live on in a fork. Bot
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import queue
@@ -56,13 +57,15 @@ class TorchWorker:
     """
 
     def __init__(self, name: str, path: Path, asked: Mapping[str, Any]) -> None:
+        from .models.loading import users_files
+
         self.name = name
         ours, theirs = socket.socketpair()
         ours.settimeout(PATIENCE_S)
         with theirs:
             _NURSERY.bear(theirs)
         self._socket, self._lines = ours, ours.makefile("rw", encoding="utf-8")
-        self._send({"path": str(path), "imports": sys.path, **asked})
+        self._send({"path": str(path), "imports": sys.path, "users": users_files(), **asked})
 
     def ready(self) -> str:
         """Wait until the model is there, and name the device that it is on."""
@@ -105,9 +108,12 @@ class TorchWorker:
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
+            full = "out of memory" in answer["error"].lower()
             raise ModelError(
                 f"{self.name} cannot be run forward and backward: {answer['error']}",
-                hint="It gets a batch of noise in training mode; the loss is the mean square of its outputs.",
+                hint="All models are in memory at once: give a smaller batch, or fewer models."
+                if full
+                else "It gets a batch of noise in training mode; the loss is the mean square of its outputs.",
             )
         return answer
 
@@ -132,8 +138,10 @@ class _Nursery:
         if self._process is None or self._process.poll() is not None:
             self._socket, theirs = socket.socketpair()
             # What a model prints must not get into the output of a command, which may be JSON. -P: a file in the
-            # current folder must not stand in for a library.
-            command = [sys.executable, "-P", "-m", __name__]
+            # current folder must not stand in for a library. The path: this package, not another one installed there.
+            here = str(Path(__file__).resolve().parents[1])
+            start = f"import sys; sys.path.insert(0, {here!r}); from {__name__} import nursery; nursery()"
+            command = [sys.executable, "-P", "-c", start]
             with theirs:
                 self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=2)
         assert self._socket
@@ -144,7 +152,7 @@ _NURSERY = _Nursery()
 
 
 def write_model(model: nn.Module, name: str, path: Path) -> None:
-    """Write a model for a process of its own; the classes of a user's file go along, for nobody else can import them.
+    """Write a model for a process of its own; parametrized weights as they are now, since such modules refuse pickle.
 
     Raises:
         InputError: it holds something that cannot be written.
@@ -152,29 +160,33 @@ def write_model(model: nn.Module, name: str, path: Path) -> None:
     import cloudpickle
     import torch
 
-    from .models.loading import OF_USERS
-
-    users = [module for key, module in sys.modules.items() if key.startswith(OF_USERS)]
-    for module in users:
-        cloudpickle.register_pickle_by_value(module)
     try:
-        torch.save(model, path, pickle_module=cloudpickle)
+        torch.save(_plain(model), path, pickle_module=cloudpickle)
     except Exception as error:  # whatever a user's class says when it is to be pickled
         raise InputError(
             f"{name} cannot be sent to a process of its own to be timed: {first_line(error)}.",
-            hint="It has to survive pickle: without open files and locks; parametrizations removed "
-            "(torch.nn.utils.parametrize.remove_parametrizations), scripted modules as they were before.",
+            hint="It has to survive pickle: without open files and locks, scripted modules as they were before.",
         ) from error
-    finally:
-        for module in users:
-            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model, or a copy without its parametrizations."""
+    from torch.nn.utils import parametrize
+
+    if not any(parametrize.is_parametrized(module) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for weight in list(getattr(module, "parametrizations", ())):
+            parametrize.remove_parametrizations(module, weight)
+    return model
 
 
 # ------------------------------------------------------------------------------------------- in the children
 
 
-def main() -> None:
-    """The nursery: a fork for every socket that comes, until the parent is gone."""
+def nursery() -> None:
+    """A fork for every socket that comes, until the parent is gone."""
     import torch  # noqa: F401 - what all of this is for
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, whose end is heard
@@ -186,6 +198,7 @@ def main() -> None:
                 return
             if os.fork() == 0:
                 parent.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a model may start programs, and ask how they ended
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 _serve(socket.socket(fileno=streams[0]))
                 os._exit(0)
@@ -194,11 +207,16 @@ def main() -> None:
 
 def _serve(stream: socket.socket) -> None:
     """One model, from its request to the end of the socket."""
+    from .models.loading import load_file
+
     requests = _requests(stream)
     with stream.makefile("w", encoding="utf-8") as answers:
         try:
             first = requests.get()
             sys.path.extend(folder for folder in first["imports"] if folder not in sys.path)
+            for module, path in first["users"].items():
+                load_file(module, path)
+            _warm_up()
             before = memory_bytes()["now"]
             model, images = _opened(first)
             clock = _cuda_clock(images.device) if images.is_cuda else _wall_clock
@@ -208,7 +226,7 @@ def _serve(stream: socket.socket) -> None:
                     _tell(answers, **vars(_forward_backward(model, images, clock)))
                 else:
                     _tell(answers, peak=_peak_bytes(images.device, before))
-        except Exception as error:  # noqa: BLE001 - the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's own code may raise anything
             with contextlib.suppress(OSError):
                 _tell(answers, error=f"{type(error).__name__}: {first_line(error)}")
 
@@ -243,6 +261,14 @@ def _opened(asked: Mapping[str, Any]) -> tuple[nn.Module, Tensor]:
     images = laid_out(noise.to(where), mode)
     model = torch.load(asked["path"], weights_only=False).requires_grad_(True).to(where).train()
     return in_mode(model, images, mode), images
+
+
+def _warm_up() -> None:
+    """What torch loads and allocates when it computes for the first time is no memory of a model."""
+    import torch
+
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten())
+    layer(torch.zeros(2, 3, 8, 8)).square().mean().backward()
 
 
 def _named(device: torch.device) -> str:
@@ -305,7 +331,3 @@ def _cuda_clock(device: torch.device) -> Clock:
             return result, start.elapsed_time(end), launch_ms
 
     return clock
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from .ssd import ssd300
 from .vgg import vgg_small
 
 InputShape = tuple[int, int, int]
-OF_USERS = "_users_"  # what the names of modules made from a user's file begin with
+_USERS = "_users_"  # what the names of modules made from a user's file begin with
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **VGGS,
@@ -121,17 +121,9 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
         )
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint=f"Expected file.py:function for the {purpose}.")
-    # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
-    own_name = f"{OF_USERS}{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(own_name, path, loader=_Source(own_name, str(path)))
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(folder)  # it may import what lies beside it; last, so that it stands in for nothing of ours
-    sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
-        module_spec.loader.exec_module(module)
+        # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
+        module = load_file(f"{_USERS}{path.stem}", path)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything, or be a program
         raise ModelError(
             f"{path} failed to load: {type(error).__name__}: {error}",
@@ -142,6 +134,25 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UnknownNameError(f"function in {path}", name, known)
     return function  # type: ignore[no-any-return]
+
+
+def load_file(name: str, path: Path | str) -> ModuleType:
+    """The user's file as a module of that name; raises whatever the file does."""
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if (folder := str(Path(path).parent.resolve())) not in sys.path:
+        sys.path.append(folder)  # it may import what lies beside it; last, so that it stands in for nothing of ours
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def users_files() -> dict[str, str]:
+    """Name → path of the modules that `load_function` made, for another process to load them as well."""
+    found = {name: module.__spec__ for name, module in sys.modules.items() if name.startswith(_USERS)}
+    return {name: str(Path(spec.origin).resolve()) for name, spec in found.items() if spec and spec.origin}
 
 
 def _from_file(name: str) -> Callable[..., nn.Module]:
