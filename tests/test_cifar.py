@@ -109,7 +109,7 @@ def test_a_vgg_is_trained_and_pruned(photos: Path, tmp_path: Path) -> None:
         *("--epochs", 8, "--finetune-epochs", 4),
     )
     rows = {row["name"]: row for row in document["table"]["rows"]}
-    assert list(rows) == ["original", "conv", "gap", "scratch"]
+    assert list(rows) == ["original", "longer", "conv", "gap"]
     assert document["table"]["images"] == 400
     assert rows["original"]["flops"] > 2 * rows["conv"]["flops"] > 2 * rows["gap"]["flops"]
     assert rows["original"]["parameters"] > rows["conv"]["parameters"] > rows["gap"]["parameters"]
@@ -126,7 +126,7 @@ def test_a_given_resnet_is_pruned_inside_its_blocks(photos: Path, tmp_path: Path
         *("--layer-epochs", 1, "--finetune-epochs", 4, "--lr", 0.01, "--epochs", 10),
     )
     rows = {row["name"]: row for row in document["table"]["rows"]}
-    assert list(rows) == ["original", "conv", "scratch"], "there is no fully connected head to replace"
+    assert list(rows) == ["original", "longer", "conv"], "there is no fully connected head to replace"
     assert rows["original"]["figures"]["top-1"]["value"] > 80, "87.08 % on all 10,000 test images"
     assert rows["conv"]["figures"]["top-1"]["value"] > 60
     assert rows["original"]["flops"] > 1.5 * rows["conv"]["flops"]
