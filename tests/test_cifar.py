@@ -132,8 +132,9 @@ def test_a_given_resnet_is_pruned_inside_its_blocks(photos: Path, tmp_path: Path
     assert rows["original"]["flops"] > 1.5 * rows["conv"]["flops"]
     layers = read_json(tmp_path / "run" / "prune" / "report.json")["layers"]
     blocks = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)]
-    assert [(layer["producer"], layer["after"] * 2) for layer in layers] == [
-        (block, width) for block, width in zip(blocks, (16, 16, 16, 32, 32, 32, 64, 64, 64), strict=True)
-    ]
+    assert [layer["producer"] for layer in layers] == blocks
+    assert [layer["before"] for layer in layers] == [16, 16, 16, 32, 32, 32, 64, 64, 64]
+    assert len({layer["after"] / layer["before"] for layer in layers}) > 1, "widths follow the errors"
+    assert rows["conv"]["flops"] <= 0.51 * rows["original"]["flops"], "as with half of the filters everywhere"
     preprocess = read_json(Path(document["bundle"]) / "preprocess.json")
     assert (preprocess["crop"], preprocess["mean"]) == ([32, 32], [0.485, 0.456, 0.406])

@@ -16,7 +16,7 @@ import pytest
 from tiny_onnx import pooled_onnx
 
 from thinet_deploy import latency, runner, runner_text, samples, sensors, torch_latency, torch_worker
-from thinet_deploy.errors import InputError, MissingError, ThinetDeployError
+from thinet_deploy.errors import InputError, MissingError, ModelError, ThinetDeployError
 from thinet_deploy.interfaces import Precision
 from thinet_deploy.latency import EngineLatency, EngineRef
 
@@ -302,8 +302,12 @@ def _runs(pid: str) -> bool:
 
 def test_a_model_of_a_users_file_can_be_timed(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
+    from thinet_deploy.models.loading import load_function
     from thinet_deploy.things import Model, find
 
+    (tmp_path / "bad.py").write_text("not python")
+    with pytest.raises(ModelError):  # a file that has nothing to do with the model
+        load_function(f"{tmp_path / 'bad.py'}:make", "factory")
     (tmp_path / "beside.py").write_text("WIDTH = 4\n")
     (tmp_path / "random.py").write_text("raise RuntimeError('stood in for the standard library')\n")
     (tmp_path / "net.py").write_text(  # with what does not survive pickle, and a program that has to be seen failing

@@ -185,14 +185,19 @@ class Shared(sensors.Watch):
         return {"throttled": [], "warnings": ["unstable because other programs used 50% of the processors' time"]}
 
 
+@pytest.fixture
+def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs beside this test does not count."""
+    for name in ("BUSY", "STOLEN", "OTHERS"):
+        monkeypatch.setattr(sensors, name, math.inf)
+
+
+@pytest.mark.usefixtures("undisturbed")
 @pytest.mark.parametrize(("watch", "disturbed"), [(sensors.Watch, False), (Shared, True)])
 def test_a_layer_that_was_timed_beside_other_programs_is_marked(
     watch: type[sensors.Watch], disturbed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(runner, "Worker", Simulated())
-    monkeypatch.setattr(sensors, "OTHERS", 1.0)  # whatever runs beside this test
-    monkeypatch.setattr(sensors, "BUSY", 1.0)
-    monkeypatch.setattr(sensors, "STOLEN", 1.0)
     monkeypatch.setattr(sensors, "Watch", watch)
     tasks: list[Task] = [(each.shape, each.ins, each.outs) for each in layers_of(Mixed(), (3, 16, 16))]
     assert {timing.disturbed for timing in Engine("openvino").time(tasks)} == {disturbed}
@@ -253,6 +258,7 @@ def swift(brief: Path) -> Path:
     return brief
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_the_command_shows_keeps_and_draws(cli: Cli, tiny: Path, tmp_path: Path, swift: Path) -> None:
     asked = ("staircase", "--model", f"{tiny / 'net.py'}:plain", "--round-to", "4", "--out", tmp_path / "stairs")
     done = cli(*asked)

@@ -207,15 +207,14 @@ def nursery() -> None:
 
 def _serve(stream: socket.socket) -> None:
     """One model, from its request to the end of the socket."""
-    from .models.loading import load_file
+    from .models.loading import UsersFiles
 
     requests = _requests(stream)
     with stream.makefile("w", encoding="utf-8") as answers:
         try:
             first = requests.get()
             sys.path.extend(folder for folder in first["imports"] if folder not in sys.path)
-            for module, path in first["users"].items():
-                load_file(module, path)
+            sys.meta_path.append(UsersFiles(first["users"]))
             _warm_up()
             before = memory_bytes()["now"]
             model, images = _opened(first)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.machinery import SourceFileLoader
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType
 
 import torch
 from torch import nn
@@ -121,9 +122,15 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
         )
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint=f"Expected file.py:function for the {purpose}.")
+    # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
+    module_spec = _spec_of(f"{_USERS}{path.stem}", path)
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)  # it may import what lies beside it; last, so that it stands in for nothing of ours
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
-        # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
-        module = load_file(f"{_USERS}{path.stem}", path)
+        module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything, or be a program
         raise ModelError(
             f"{path} failed to load: {type(error).__name__}: {error}",
@@ -136,21 +143,29 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
     return function  # type: ignore[no-any-return]
 
 
-def load_file(name: str, path: Path | str) -> ModuleType:
-    """The user's file as a module of that name; raises whatever the file does."""
+def _spec_of(name: str, path: Path | str) -> ModuleSpec:
     spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    if (folder := str(Path(path).parent.resolve())) not in sys.path:
-        sys.path.append(folder)  # it may import what lies beside it; last, so that it stands in for nothing of ours
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return spec
+
+
+class UsersFiles(MetaPathFinder):
+    """Lets another process import what `load_function` has loaded here, under the same names.
+
+    Args:
+        paths: of the files by the modules' names, see `users_files`.
+    """
+
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self.paths = paths
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        return _spec_of(fullname, self.paths[fullname]) if fullname in self.paths else None
 
 
 def users_files() -> dict[str, str]:
-    """Name → path of the modules that `load_function` made, for another process to load them as well."""
+    """Name → path of the modules that `load_function` made."""
     found = {name: module.__spec__ for name, module in sys.modules.items() if name.startswith(_USERS)}
     return {name: str(Path(spec.origin).resolve()) for name, spec in found.items() if spec and spec.origin}
 
