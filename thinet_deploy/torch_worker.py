@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     Clock = Callable[[Callable[[], Any]], tuple[Any, float, float | None]]
 
 PATIENCE_S = 3600.0  # for one answer
+# glibc keeps what a pass has freed for the next one. Otherwise it depends on the sizes freed before whether memory goes
+# back to the system and is faulted in anew: a VGG's forward pass on a CPU then took a fifth longer, at times.
+_KEEPING = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 32))
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,9 @@ class _Nursery:
             start = f"import sys; sys.path.insert(0, {here!r}); from {__name__} import nursery; nursery()"
             command = [sys.executable, "-P", "-c", start]
             with theirs:
-                self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=2)
+                self._process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=2, env={**_KEEPING, **os.environ}
+                )
         assert self._socket
         socket.send_fds(self._socket, [b"."], [stream.fileno()])
 
