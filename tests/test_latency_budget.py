@@ -295,7 +295,9 @@ def test_a_machine_that_stays_busy_is_said_to_be_and_measured_again_by_the_next_
     found, costs = solve(Device(8, busy=10**9), Goal(speedup=1.5))
     assert found.doubts == costs.doubts
     (doubt,) = found.doubts
-    assert doubt.startswith(f"unstable because the machine was busy while {len(LAYERS)} of {len(LAYERS)} layers were")
+    assert doubt.startswith(
+        f"unstable because something disturbed the machine while {len(LAYERS)} of {len(LAYERS)} layers were"
+    )
     surfaces = survey(domains, points, Device(8).stopwatch)
     assert not any(surface.disturbed for surface in surfaces)
 

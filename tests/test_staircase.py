@@ -34,6 +34,7 @@ from thinet_deploy.pruning.latency_budget import Measured
 from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.staircase import Engine, Points, Task
 from thinet_deploy.surfaces import Timing
+from thinet_deploy.turns import layer_time
 
 Cli = Callable[..., Any]
 MakeOptions = Callable[..., Options]
@@ -135,6 +136,24 @@ class Simulated:
         return {"calls": 10, "seconds": 0.01, "samples_ms": [shaken] * given.get("count", 1)}
 
 
+@pytest.fixture
+def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs beside this test does not count."""
+    for name in ("BUSY", "STOLEN", "OTHERS"):
+        monkeypatch.setattr(sensors, name, math.inf)
+
+
+def test_turns_that_somebody_disturbed_do_not_count() -> None:
+    found = {"layer": [3.0, 9.0, 3.02, 3.01, 8.0], "frame": [1.0, 1.01, 2.8, 1.0, 2.9]}
+    ms, spread_ms = layer_time(found, ("layer", "frame"))
+    assert ms == pytest.approx(2.01)
+    assert spread_ms == pytest.approx(0.03)
+    assert layer_time(found, ("layer", None)) == pytest.approx((3.01, 0.02))
+    swallowed, _ = layer_time({"layer": [1.0] * 3, "frame": [1.2] * 3}, ("layer", "frame"))
+    assert swallowed > 0, "a frame that was slower than its layer says nothing of a negative time"
+
+
+@pytest.mark.usefixtures("undisturbed")
 @pytest.mark.parametrize("steady", [True, False])
 def test_a_layer_that_is_known_gets_no_further_turns(steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Simulated(None if steady else random.Random(0))
@@ -145,6 +164,7 @@ def test_a_layer_that_is_known_gets_no_further_turns(steady: bool, monkeypatch: 
     turns = set(worker.opened.values())
     assert turns == {staircase.ROUNDS_AT_LEAST} if steady else staircase.ROUNDS in turns
     assert all(each.spread_ms == 0 for each in found) == steady
+    assert any(each.disturbed for each in found) != steady, "turns that do not agree"
 
 
 class Hot(sensors.Watch):
@@ -183,13 +203,6 @@ class Shared(sensors.Watch):
 
     def summary(self) -> dict[str, Any]:
         return {"throttled": [], "warnings": ["unstable because other programs used 50% of the processors' time"]}
-
-
-@pytest.fixture
-def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever runs beside this test does not count."""
-    for name in ("BUSY", "STOLEN", "OTHERS"):
-        monkeypatch.setattr(sensors, name, math.inf)
 
 
 @pytest.mark.usefixtures("undisturbed")

@@ -29,8 +29,9 @@ RUNTIMES = ("openvino", "onnxruntime")
 VERSION = 2  # of the file with the points
 # Of every network: most turns, turns after which a layer that is known to within STEADY gets no more of them, and
 # seconds in each, warm-up included.
-ROUNDS, ROUNDS_AT_LEAST, SECONDS = 7, 3, 0.04
+ROUNDS, ROUNDS_AT_LEAST, SECONDS = 11, 5, 0.04
 STEADY = 0.025
+UNSURE = 0.2  # spread of one that something disturbed, whatever the sensors say
 
 Task = tuple[LayerShape, int, int]  # with numbers of inputs and outputs
 Network = tuple[LayerShape, int, int | None]  # the same; None for the frame alone
@@ -80,11 +81,15 @@ class Engine:
             for network, name in names.items():
                 Path(folder, f"{name}.onnx").write_bytes(self.typed(_made(network)).SerializeToString())
             found = self.timer.layers(Path(folder), asked, progress)
-        return [Timing(*layer_time(found["turns_ms"], pair), bool(found["warnings"])) for pair in pairs]
+        return [_timing(*layer_time(found["turns_ms"], pair), busy=bool(found["warnings"])) for pair in pairs]
 
     def typed(self, network: ModelProto) -> ModelProto:
         """A float32 network in the type that this engine computes in, to be timed."""
         return to_be_timed(network, self.layout) if self.precision == "int8" else network
+
+
+def _timing(ms: float, spread_ms: float, *, busy: bool) -> Timing:
+    return Timing(ms, spread_ms, disturbed=busy or spread_ms > UNSURE * ms)
 
 
 def _networks(task: Task) -> list[Network]:

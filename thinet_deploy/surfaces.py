@@ -28,9 +28,9 @@ class Timing:
     """A measured time.
 
     Attributes:
-        ms: median.
-        spread_ms: how far the true one may be from it: about two standard errors.
-        disturbed: whether the machine was busy with something else meanwhile.
+        ms: of undisturbed turns.
+        spread_ms: how far these are apart.
+        disturbed: whether the machine was busy with something else meanwhile, or turns do not agree.
     """
 
     ms: float
@@ -171,7 +171,7 @@ class Surface:
         domain: the widths.
         least_ms: the shortest time of all points.
         lines: measured points with all outputs, and with all inputs.
-        disturbed: whether the machine was busy with something else while a point was measured.
+        disturbed: whether a point is.
     """
 
     def __init__(

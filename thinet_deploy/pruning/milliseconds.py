@@ -140,7 +140,7 @@ class Milliseconds:
 
 def _busy(disturbed: int, layers: int) -> str:
     return (
-        f"unstable because the machine was busy while {disturbed} of {layers} layers were timed; "
+        f"unstable because something disturbed the machine while {disturbed} of {layers} layers were timed; "
         "they are timed again when they are needed next"
     )
 
