@@ -141,6 +141,7 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever runs beside this test does not count."""
     for name in ("BUSY", "STOLEN", "OTHERS"):
         monkeypatch.setattr(sensors, name, math.inf)
+    monkeypatch.setattr(staircase, "UNSURE", math.inf)
 
 
 def test_turns_that_somebody_disturbed_do_not_count() -> None:
@@ -156,6 +157,7 @@ def test_turns_that_somebody_disturbed_do_not_count() -> None:
 @pytest.mark.usefixtures("undisturbed")
 @pytest.mark.parametrize("steady", [True, False])
 def test_a_layer_that_is_known_gets_no_further_turns(steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staircase, "UNSURE", 0.2)
     worker = Simulated(None if steady else random.Random(0))
     monkeypatch.setattr(runner, "Worker", worker)
     layers = layers_of(Mixed(), (3, 16, 16))
