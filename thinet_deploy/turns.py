@@ -105,7 +105,7 @@ def _undisturbed(turns_ms: Sequence[float]) -> tuple[float, float]:
     """The median of the faster half of the turns, and the range of these.
 
     Undisturbed turns agree to within a percent. What disturbs one makes it up to three times slower, and no sensor
-    tells of a neighbour of a virtual machine: a quarter of all turns, where this was measured (docs/adr/0017).
+    tells of a neighbour of a virtual machine: up to nearly half of all turns, where this was measured (docs/adr/0017).
     """
     faster = sorted(turns_ms)[: math.ceil(len(turns_ms) / 2)]
     return statistics.median(faster), faster[-1] - faster[0]
