@@ -59,6 +59,23 @@ def test_every_method_goes_layer_by_layer_too(method: str, tiny_options: MakeOpt
     assert all(layer["error"] == layer["error_scaled"] for layer in report["layers"])
 
 
+def test_layer_by_layer_the_ledger_has_every_step_of_every_layer(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    report = pruned(tiny_options(tmp_path / "run", "residual", recipe="iccv2017", layer_epochs=None))[1]
+    layers, steps = report["layers"], [entry["step"] for entry in report["ledger"]]
+    names = [layer["producer"].partition(",")[0] for layer in layers]
+    told = [[step.removeprefix(name) for step in steps if step.startswith(name)] for name in names]
+    assert sum(map(len, told)) == len(steps), "of each layer, in its order"
+    between = [" pruned", " reconstructed", " fine-tuned, 1 epoch"]
+    assert all(each in (between, between[:2]) for each in told)
+    assert between in told
+    assert told[-1] == between[:2], "what follows the last layer is the fine-tuning at the end"
+    for entry in report["ledger"]:
+        assert 0 <= entry["figures"]["top-1"]["low"] <= entry["figures"]["top-1"]["high"] <= 100
+    last = [step.endswith("reconstructed") for step in steps].index(True)
+    assert report["ledger"][last]["figures"]["top-1"]["value"] == layers[0]["accuracy_pruned"]
+    assert report["accuracy"]["figures"] == report["ledger"][-1]["figures"]
+
+
 def test_the_later_paper_chooses_by_adding(tiny_options: MakeOptions, tmp_path: Path) -> None:
     by_recipe = pruned(tiny_options(tmp_path / "recipe", recipe="tpami2019"))[0] / "plan.json"
     by_method = pruned(tiny_options(tmp_path / "method", recipe="iccv2017", method="thinet-omp"))[0] / "plan.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .pruning.calibration import Sample
 from .pruning.discovery import channel_graph
 from .pruning.graph import Branch, ChannelGraph, ChannelGroup
 from .pruning.latency_budget import Found
-from .pruning.layerwise import Schedule, prunable, prune_layerwise
+from .pruning.layerwise import Layer, Schedule, prunable, prune_layerwise
 from .pruning.oneshot import Method, Pruned, prune_once
 from .pruning.plan import Plan, weights_fingerprint
 from .pruning.proof import prove
@@ -195,18 +195,35 @@ def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoin
     widths = choose_widths(dict(named_tensors(original)), graph, groups, wish)
     trainings = _between(options, graph, [each for each in groups if widths[each.name] < len(each.channels)])
 
-    def tune(model: nn.Module, group: ChannelGroup) -> None:
+    def tune(model: nn.Module, group: ChannelGroup) -> int:
         for number, (epochs, lr) in enumerate(trainings[group.name]):
             stage = f"Fine-tuning, layer {group.name}" + (f", part {number + 1}" if number else "")
             tools.train(model, stage, epochs, lr, schedule="constant")
+        return sum(epochs for epochs, _ in trainings[group.name])
 
     inputs = example_inputs(original, tools.job.input_shape)
     scaled = options.rebuilding == "scale"
     schedule = Schedule(original, graph, tools.job.data, inputs, options.seed, tune, options.selection, scaled)
     thin, plan, layers = prune_layerwise(schedule, groups, widths, checkpoint, tools.progress)
     epochs = sum(count for each in trainings.values() for count, _ in each)
-    ledger = [_entry(tools, f"pruned layer by layer, {epochs} epochs between", thin)]
-    return _Done(thin, plan, [json_ready(each) for each in layers], ledger, epochs, _left_whole(graph, groups, widths))
+    steps = [(layer, *step) for layer in layers for step in layer.steps.items()]
+    ledger = [Entry.of(f"{_named(layer)} {step}", accuracy) for layer, step, accuracy in steps]
+    ledger = ledger or [_entry(tools, "pruned", thin)]
+    return _Done(thin, plan, [_layer_row(each) for each in layers], ledger, epochs, _left_whole(graph, groups, widths))
+
+
+def _named(layer: Layer) -> str:
+    """Its first producer, and how many more there are."""
+    first, *others = layer.producer.split(", ")
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _layer_row(layer: Layer) -> dict[str, Any]:
+    """What happened to a group, for the report's table; the task's first figure before any training, and at the end."""
+    row = json_ready(replace(layer, steps={}))
+    del row["steps"]
+    untrained = [accuracy.main for step, accuracy in layer.steps.items() if not step.startswith("fine-tuned")]
+    return {**row, "accuracy_pruned": untrained[-1], "accuracy_tuned": [*layer.steps.values()][-1].main}
 
 
 def _between(

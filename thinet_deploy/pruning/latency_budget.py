@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,9 @@ from .milliseconds import Milliseconds, fastest, unpaid
 CORRECTIONS = 3
 NEAR = 0.03  # of the time asked for: nearer is not looked for
 SLACK = 0.05  # of it: a network that takes so much longer still counts as within the budget
-# Of all multiply-accumulates, in predicted errors of the network: tried until the error is AS_GOOD as the least, which
-# more may not exceed by that share. Both by what arrives on an engine, and at what error (docs/adr/0017, its table).
-WORTH = (6.0, 3.0, 1.5)
+# What all multiply-accumulates together may be worth, in predicted errors of the network, and how often that range is
+# halved to find what leaves the error AS_GOOD as the least, which more may not exceed by that share (docs/adr/0017).
+WORTH, HALVINGS = (1.0, 64.0), 6
 AS_GOOD = 0.1
 
 
@@ -139,7 +140,7 @@ def meet(
             each = worth / macs(whole)[0]
             return _within(Descent(costs, groups, curves, wish, branches, valued=macs, worth=each), budget)
 
-        return _with_many_macs(reached, curves)
+        return _with_most_macs(reached, curves, macs)
 
     trials = [tried(whole)]
     if goal.excess(trials[0].measured) <= 1:
@@ -203,21 +204,27 @@ def _within(descent: Descent, budget: float) -> Widths | None:
         return None
 
 
-def _with_many_macs(reached: Callable[[float], Widths | None], curves: Mapping[str, Curve]) -> Widths | None:
-    """The widths that multiply-accumulates being worth most gives, if their error is as good as the least.
+def _with_most_macs(
+    reached: Callable[[float], Widths | None], curves: Mapping[str, Curve], macs: CostFunction
+) -> Widths | None:
+    """The widths with most multiply-accumulates of those whose error is as good as the least.
 
     Args:
         reached: widths for what all multiply-accumulates are worth, an error; None where there are none.
         curves: group's name → its error curve.
+        macs: multiply-accumulates at some widths.
     """
-    if (least := reached(0.0)) is None:
+    if (best := reached(0.0)) is None:
         return None
-    error = predicted_error(curves, least)
-    for times in WORTH:
-        more = reached(times * error)
+    error, (low, high) = predicted_error(curves, best), WORTH
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low * high)
+        more = reached(middle * error)
         if more and predicted_error(curves, more) <= (1 + AS_GOOD) * error:
-            return more
-    return least
+            best, low = max(best, more, key=lambda widths: macs(widths)[0]), middle
+        else:
+            high = middle
+    return best
 
 
 def _miss(goal: Goal, trial: Trial) -> tuple[bool, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from ..errors import ModelError
 from ..interfaces import Progress, silent
 from ..parallel import join
 from ..store import Checkpoint
+from ..tasks.base import Accuracy
 from ..training import evaluate
 from .budget import Widths, kept_note, possible
 from .graph import ChannelGraph, ChannelGroup
@@ -44,8 +46,7 @@ class Layer:
         rows: samples behind the decision.
         error: ‖ŷ − Σ kept x̂‖² / ‖ŷ‖² on them, without ŵ.
         error_scaled: the same with ŵ.
-        accuracy_pruned: the task's first figure on the test images, after ŵ was folded in. Percent.
-        accuracy_tuned: after fine-tuning. Percent.
+        steps: what was done → the accuracy on the test images after it: filters removed, ŵ folded in, fine-tuned.
     """
 
     producer: str
@@ -55,8 +56,12 @@ class Layer:
     rows: int
     error: float
     error_scaled: float
-    accuracy_pruned: float
-    accuracy_tuned: float
+    steps: Mapping[str, Accuracy]
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Layer:
+        """The inverse of `asdict`."""
+        return cls(**{**data, "steps": {step: Accuracy.read(each) for step, each in data["steps"].items()}})
 
 
 def prunable(graph: ChannelGraph, *, shortcuts: bool = False) -> tuple[ChannelGroup, ...]:
@@ -107,7 +112,8 @@ class Schedule:
         data: calibration samples come from its training images.
         inputs: example inputs of the network, to trace it.
         seed: of the run.
-        tune: fine-tunes a network in place; called with the network and the group that was just pruned.
+        tune: fine-tunes a network in place and says for how many epochs; called with the network and the group that
+            was just pruned.
         selection: criterion: "thinet", "thinet-omp", or one that judges filters one by one.
         scaled: whether the consumers make up for what goes by ŵ.
     """
@@ -117,7 +123,7 @@ class Schedule:
     data: Dataset
     inputs: Inputs
     seed: int
-    tune: Callable[[nn.Module, ChannelGroup], None]
+    tune: Callable[[nn.Module, ChannelGroup], int]
     selection: str = "thinet"
     scaled: bool = True
 
@@ -146,7 +152,7 @@ def prune_layerwise(
     layers: list[Layer] = []
     if saved := checkpoint.load():
         tensors, state = saved
-        plan, layers = Plan.model_validate(state["plan"]), [Layer(**layer) for layer in state["layers"]]
+        plan, layers = Plan.model_validate(state["plan"]), [Layer.read(layer) for layer in state["layers"]]
         kept[state["removed"]] = False
         thin = Thin(apply(plan, model), plan, kept)
         thin.model.load_state_dict(tensors)
@@ -187,11 +193,14 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     plan = plan.model_copy(update={"preprocess": data.preprocess})
     step = plan.since(thin.plan).model_copy(update={"structure": fingerprint(thin.model)})
     model = apply(step, thin.model)
-    everywhere = np.ones(len(group.channels))
-    everywhere[stays] = weights
-    fold_scale(model, group, plan, everywhere)
-    pruned = evaluate(model, data.test).main
-    schedule.tune(model, group)
+    steps = {"pruned": evaluate(model, data.test)}
+    if schedule.scaled:
+        everywhere = np.ones(len(group.channels))
+        everywhere[stays] = weights
+        fold_scale(model, group, plan, everywhere)
+        steps["reconstructed"] = evaluate(model, data.test)
+    if epochs := schedule.tune(model, group):
+        steps[f"fine-tuned, {epochs} epoch{'s' if epochs > 1 else ''}"] = evaluate(model, data.test)
     layer = Layer(
         producer=", ".join(group.producers),
         consumer=", ".join(dict.fromkeys(each.weight.removesuffix(".weight") for each in group.consumers)),
@@ -200,8 +209,7 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
         rows=rows,
         error=relative_error(gram, stays, weights * 0 + 1),
         error_scaled=relative_error(gram, stays, weights),
-        accuracy_pruned=pruned,
-        accuracy_tuned=evaluate(model, data.test).main,
+        steps=steps,
     )
     return Thin(model, plan, kept), layer
 
