@@ -79,6 +79,18 @@ def test_layers_of_a_network() -> None:
     ]
 
 
+SHORTCUT = LayerShape("conv", (1, 1), (2, 2), (1, 1), (0, 0, 0, 0), 1, (16, 16))
+
+
+def test_a_shortcuts_input_has_two_readers_in_its_frame_too() -> None:
+    """As in a network; what the other one takes is subtracted with the frame."""
+    for network, outputs in ((frame(SHORTCUT, 8), 8), (framed(SHORTCUT, 8, 4), 4)):
+        onnx.checker.check_model(network, full_check=True)
+        mean, other = ReferenceEvaluator(network).run(None, {"x": np.ones((1, 1, 16, 16), np.float32)})
+        assert np.asarray(mean).shape == (1, outputs, 1, 1)
+        assert np.asarray(other).shape == (1, 8, 1, 1)
+
+
 @pytest.mark.parametrize("layer", layers_of(Mixed(), (3, 16, 16)), ids=lambda layer: layer.name)
 def test_networks_of_layers_are_sound_and_hold_the_layer(layer: Any) -> None:
     size, batch = image_of(layer.shape, layer.ins)
@@ -358,13 +370,20 @@ def test_a_budget_of_time_on_a_real_engine(
     assert f"-{precision}-" in kept.name
 
 
-@pytest.mark.parametrize("kind", ["plain", "depthwise", "linear"])
+@pytest.mark.parametrize("kind", ["plain", "depthwise", "linear", "shortcut"])
 def test_layers_to_be_timed_in_int8_compute_in_it(kind: str, tmp_path: Path) -> None:
-    """What OpenVINO says that it runs; zero points are those of tensors that are never negative."""
+    """What OpenVINO says that it runs; zero points are those of tensors that are never negative.
+
+    A 1×1 convolution with a stride (a ResNet's shortcuts) it runs in float where nothing else reads its input.
+    """
     pytest.importorskip("openvino", reason="openvino is not installed")
-    name = {"plain": "twice", "depthwise": "deep", "linear": "head"}[kind]
-    layer = next(each for each in layers_of(Mixed(), (3, 16, 16)) if each.name == name)
-    typed = Engine("openvino", precision="int8").typed(framed(layer.shape, layer.ins, layer.outs))
+    if kind == "shortcut":
+        made = framed(SHORTCUT, 32, 64)
+    else:
+        name = {"plain": "twice", "depthwise": "deep", "linear": "head"}[kind]
+        layer = next(each for each in layers_of(Mixed(), (3, 16, 16)) if each.name == name)
+        made = framed(layer.shape, layer.ins, layer.outs)
+    typed = Engine("openvino", precision="int8").typed(made)
     path = tmp_path / "layer.onnx"
     path.write_bytes(typed.SerializeToString())
     assert open_engine("openvino", str(path), 1, "int8").describe()["executed_layers"].keys() <= {"u8", "i8"}

@@ -3,6 +3,10 @@
 A layer alone would be timed with the engine's change of memory layout in front of it and behind it, which in a network
 its neighbours save. So it lies between a cheap layer that makes its inputs from one channel, and a mean over the map;
 the same network without it is its *frame*, whose time is subtracted.
+
+What a shortcut reads (1×1, with a stride), the block beside it reads as well. Alone behind a layer its stride would be
+moved there: OpenVINO then leaves out most of that layer, and computes the shortcut in float32 where all is in INT8. So
+its input has a second reader, which takes the maximum over the map, in the frame too.
 """
 
 from __future__ import annotations
@@ -43,6 +47,11 @@ class LayerShape:
     groups: int
     map_size: tuple[int, int]
     reads_image: bool = False
+
+    @property
+    def is_shortcut(self) -> bool:
+        """Whether it looks at some positions only, as a residual block's shortcut does: see the top of this file."""
+        return self.kind == "conv" and self.kernel == (1, 1) != self.stride and not self.reads_image
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.map_size))
@@ -159,22 +168,30 @@ def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
             constants.append(numpy_helper.from_array(values.astype(np.float32), name + suffix))
         return add("Relu", [add(operator, [source, name, f"{name}b"], **attributes)])
 
-    linear, now = shape.kind == "linear", INPUT
+    linear, now, given = shape.kind == "linear", INPUT, list[onnx.ValueInfoProto]()
+
+    def end(operator: str, source: str, channels: int) -> None:
+        name = add(operator, [source])
+        given.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, channels, 1, 1]))
+
     if linear:
         ins = max(ins, 2)  # OpenVINO 2026.4 refuses a linear layer with one input behind another
     if not shape.reads_image:
         now = weigh("Gemm", now, ins, 1, transB=1) if linear else weigh("Conv", now, ins, 1, 1, 1)
+    front, channels = now, ins if outs is None else outs
     if outs is not None and linear:
         now = weigh("Gemm", now, outs, ins, transB=1)
     elif outs is not None:
         groups = ins if shape.kind == "depthwise" else shape.groups
         how = {"pads": shape.pads, "strides": shape.stride, "dilations": shape.dilation, "group": groups}
         now = weigh("Conv", now, outs, ins // groups, *shape.kernel, **how)
-    if not linear:
-        now = add("GlobalAveragePool", [now])
     size, batch = image_of(shape, ins)
     taken = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *size])
-    channels = ins if outs is None else outs
-    given = helper.make_tensor_value_info(now, TensorProto.FLOAT, [batch, channels] if linear else [1, channels, 1, 1])
-    graph = helper.make_graph(nodes, "layer", [taken], [given], constants)
+    if linear:
+        given.append(helper.make_tensor_value_info(now, TensorProto.FLOAT, [batch, channels]))
+    else:
+        end("GlobalAveragePool", now, channels)
+    if shape.is_shortcut:
+        end("GlobalMaxPool", front, ins)
+    graph = helper.make_graph(nodes, "layer", [taken], given, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)

@@ -26,7 +26,7 @@ from .turns import layer_time
 
 # Runtimes that open ONNX files as they are.
 RUNTIMES = ("openvino", "onnxruntime")
-VERSION = 2  # of the file with the points
+VERSION = 3  # of the file with the points
 # Of every network: most turns, turns after which a layer that is known to within STEADY gets no more of them, and
 # seconds in each, warm-up included.
 ROUNDS, ROUNDS_AT_LEAST, SECONDS = 11, 5, 0.04
