@@ -152,46 +152,56 @@ def frame(shape: LayerShape, ins: int) -> onnx.ModelProto:
     return _network(shape, ins, None)
 
 
-def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
-    """Small random weights: zeros and denormal numbers would take other times."""
-    weights, constants = np.random.default_rng(0).normal(0, 0.1, _DIFFERENT), list[onnx.TensorProto]()
-    nodes: list[onnx.NodeProto] = []
+class _Nodes:
+    """An ONNX graph in the making. Weights are small and random: zeros and denormal numbers would take other times."""
 
-    def add(operator: str, inputs: Sequence[str], **attributes: Any) -> str:
-        name = f"y{len(nodes)}"
-        nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+    def __init__(self) -> None:
+        self._weights = np.random.default_rng(0).normal(0, 0.1, _DIFFERENT)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.given: list[onnx.ValueInfoProto] = []
+
+    def add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """A node; the name of what it gives."""
+        name = f"y{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
-    def weigh(operator: str, source: str, *size: int, **attributes: Any) -> str:
-        name = f"w{len(constants)}"
-        for suffix, values in (("", np.resize(weights, size)), ("b", np.full(size[0], 0.1))):
-            constants.append(numpy_helper.from_array(values.astype(np.float32), name + suffix))
-        return add("Relu", [add(operator, [source, name, f"{name}b"], **attributes)])
+    def weigh(self, operator: str, source: str, *size: int, **attributes: Any) -> str:
+        """A layer with weights of this size, and the ReLU behind it."""
+        name = f"w{len(self.constants)}"
+        for suffix, values in (("", np.resize(self._weights, size)), ("b", np.full(size[0], 0.1))):
+            self.constants.append(numpy_helper.from_array(values.astype(np.float32), name + suffix))
+        return self.add("Relu", [self.add(operator, [source, name, f"{name}b"], **attributes)])
 
-    linear, now, given = shape.kind == "linear", INPUT, list[onnx.ValueInfoProto]()
+    def end(self, name: str, *size: int) -> None:
+        """An output of the graph."""
+        self.given.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, size))
 
-    def end(operator: str, source: str, channels: int) -> None:
-        name = add(operator, [source])
-        given.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, channels, 1, 1]))
 
+def _network(shape: LayerShape, ins: int, outs: int | None) -> onnx.ModelProto:
+    made, linear, before = _Nodes(), shape.kind == "linear", INPUT
     if linear:
         ins = max(ins, 2)  # OpenVINO 2026.4 refuses a linear layer with one input behind another
     if not shape.reads_image:
-        now = weigh("Gemm", now, ins, 1, transB=1) if linear else weigh("Conv", now, ins, 1, 1, 1)
-    front, channels = now, ins if outs is None else outs
-    if outs is not None and linear:
-        now = weigh("Gemm", now, outs, ins, transB=1)
-    elif outs is not None:
-        groups = ins if shape.kind == "depthwise" else shape.groups
-        how = {"pads": shape.pads, "strides": shape.stride, "dilations": shape.dilation, "group": groups}
-        now = weigh("Conv", now, outs, ins // groups, *shape.kernel, **how)
+        before = made.weigh("Gemm", INPUT, ins, 1, transB=1) if linear else made.weigh("Conv", INPUT, ins, 1, 1, 1)
+    last = before if outs is None else _layer(made, shape, before, ins, outs)
     size, batch = image_of(shape, ins)
-    taken = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *size])
+    channels = ins if outs is None else outs
     if linear:
-        given.append(helper.make_tensor_value_info(now, TensorProto.FLOAT, [batch, channels]))
+        made.end(last, batch, channels)
     else:
-        end("GlobalAveragePool", now, channels)
+        made.end(made.add("GlobalAveragePool", [last]), 1, channels, 1, 1)
     if shape.is_shortcut:
-        end("GlobalMaxPool", front, ins)
-    graph = helper.make_graph(nodes, "layer", [taken], given, constants)
+        made.end(made.add("GlobalMaxPool", [before]), 1, ins, 1, 1)
+    taken = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *size])
+    graph = helper.make_graph(made.nodes, "layer", [taken], made.given, made.constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+
+
+def _layer(made: _Nodes, shape: LayerShape, before: str, ins: int, outs: int) -> str:
+    if shape.kind == "linear":
+        return made.weigh("Gemm", before, outs, ins, transB=1)
+    groups = ins if shape.kind == "depthwise" else shape.groups
+    how = {"pads": shape.pads, "strides": shape.stride, "dilations": shape.dilation, "group": groups}
+    return made.weigh("Conv", before, outs, ins // groups, *shape.kernel, **how)
