@@ -36,7 +36,7 @@ from thinet_deploy.pruning.layerwise import prunable
 from thinet_deploy.pruning.oneshot import Method, prune_once
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
 
-SIZE, IMAGES, BATCH = 224, (128, 512), 4
+SIZE, IMAGES, BATCH = 224, (128, 512, 1024), 4
 QUICK_SIZE, QUICK_IMAGES = 32, (16, 32)
 
 
