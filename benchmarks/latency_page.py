@@ -40,8 +40,9 @@ error* stands for it.
   measured were more than 3 % faster, so it is read off between them and the uniform ones of as many
   multiply-accumulates, which are slower.
 - *Unstable*: a series moved by more than 2.5 % (coefficient of variation) or changed its median meanwhile. Ratios are
-  of networks in turn, so they hold better than milliseconds do. What shares the host's cache moves them all the same,
-  by up to a tenth within minutes; intervals are of one measurement ([17](adr/0017-milliseconds.md), at its end).
+  of networks in turn, so they hold better than milliseconds do. A neighbour on the host moves them
+  all the same, by up to a tenth within minutes; intervals are of one measurement ([17](adr/0017-milliseconds.md), at
+  its end).
 - INT8 with the streams pruned is measured with layers as they are timed now; the other rows are of before shortcuts
   had a second reader (17), which are a small part of the time there.
 """
