@@ -47,6 +47,11 @@ class Entry:
         return next(iter(self.figures.values()))
 
 
+def epochs_in_words(number: int) -> str:
+    """How steps say how long a training was."""
+    return f"{number} epoch" + ("s" if number != 1 else "")
+
+
 def render_ledger(entries: Sequence[Entry]) -> RenderableType:
     """The ledger, network by network."""
     grid, last, counts = Grid.grid(padding=(0, 2, 0, 0)), "", {entry.images for entry in entries}

@@ -11,7 +11,7 @@ from . import latency_stage, stages, verify
 from .artifact import sha256_of
 from .errors import GateError
 from .gcos_stage import grouped
-from .ledger import Entry
+from .ledger import Entry, epochs_in_words
 from .options import Options
 from .prune_stage import pruned as pruned_stage
 from .pruning.proof import Proof
@@ -223,7 +223,7 @@ def _trained_on(
     run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int
 ) -> None:
     """The control: the original with `extra` epochs more."""
-    label, longer = f"Original, {_epochs(extra)} more", replace(how, epochs=extra)
+    label, longer = f"Original, {epochs_in_words(extra)} more", replace(how, epochs=extra)
     work = partial(stages.tuned, tools, label, longer, networks.stages["original"].folder)
     stage = run.stage("longer", {**after, "epochs": extra}, work)
     note = "the original, trained on like the thin networks and for as long; same architecture, so same times"
@@ -237,11 +237,11 @@ def from_scratch(run: SharedRun, tools: Tools, networks: Networks, epochs: int, 
     inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, **tools.job.identity}
     stage = run.stage("scratch", inputs, partial(stages.scratch, tools, ship.folder, epochs))
     note = (
-        f"the architecture of {networks.labels[networks.ship]} with fresh weights, {_epochs(epochs)} = all "
+        f"the architecture of {networks.labels[networks.ship]} with fresh weights, {epochs_in_words(epochs)} = all "
         "training above together; same architecture, so same times"
     )
     networks.controls["scratch"] = Control(networks.ship, "Train from scratch", note, accuracy_of(stage))
-    networks.ledger.append(Entry.of(_epochs(epochs), accuracy_of(stage), "Train from scratch"))
+    networks.ledger.append(Entry.of(epochs_in_words(epochs), accuracy_of(stage), "Train from scratch"))
 
 
 def _fine_tuning(run: SharedRun, tools: Tools, pruning: Pruning, where: str) -> FineTuning:
@@ -296,11 +296,7 @@ def _named(stage: str, method: str, options: Options) -> str:
 def tuned(how: FineTuning) -> str:
     """What the ledger calls a fine-tuning."""
     teacher = ", the original as teacher" if how.teacher else ""
-    return f"fine-tuned, {_epochs(how.epochs)} at {how.lr:g}{teacher}"
-
-
-def _epochs(number: int) -> str:
-    return f"{number} epoch" + ("s" if number != 1 else "")
+    return f"fine-tuned, {epochs_in_words(how.epochs)} at {how.lr:g}{teacher}"
 
 
 def _pruning_hop(name: str, pruned: Stage) -> verify.Hop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .data import ImageSet
 from .errors import ModelError
 from .export import check_exportable
 from .latency_stage import bench_of, fitting, told
-from .ledger import Entry
+from .ledger import Entry, epochs_in_words
 from .norms import reestimate_norms
 from .options import Options
 from .pruning.allocation import Costs, Curve, allocate, with_budget
@@ -206,24 +206,27 @@ def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoin
     schedule = Schedule(original, graph, tools.job.data, inputs, options.seed, tune, options.selection, scaled)
     thin, plan, layers = prune_layerwise(schedule, groups, widths, checkpoint, tools.progress)
     epochs = sum(count for each in trainings.values() for count, _ in each)
-    steps = [(layer, *step) for layer in layers for step in layer.steps.items()]
-    ledger = [Entry.of(f"{_named(layer)} {step}", accuracy) for layer, step, accuracy in steps]
-    ledger = ledger or [_entry(tools, "pruned", thin)]
+    ledger = [entry for layer in layers for entry in _steps(layer)] or [_entry(tools, "pruned", thin)]
     return _Done(thin, plan, [_layer_row(each) for each in layers], ledger, epochs, _left_whole(graph, groups, widths))
 
 
-def _named(layer: Layer) -> str:
-    """Its first producer, and how many more there are."""
-    first, *others = layer.producer.split(", ")
-    return f"{first} and {len(others)} more" if others else first
+def _steps(layer: Layer) -> list[Entry]:
+    """What was done to a group, named by its first layer, and the accuracy after each step."""
+    name = layer.producer.partition(",")[0]
+    steps = {
+        "pruned": layer.pruned,
+        "reconstructed": layer.reconstructed,
+        f"fine-tuned, {epochs_in_words(layer.epochs)}": layer.tuned,
+    }
+    return [Entry.of(f"{name} {step}", accuracy) for step, accuracy in steps.items() if accuracy]
 
 
 def _layer_row(layer: Layer) -> dict[str, Any]:
-    """What happened to a group, for the report's table; the task's first figure before any training, and at the end."""
-    row = json_ready(replace(layer, steps={}))
-    del row["steps"]
-    untrained = [accuracy.main for step, accuracy in layer.steps.items() if not step.startswith("fine-tuned")]
-    return {**row, "accuracy_pruned": untrained[-1], "accuracy_tuned": [*layer.steps.values()][-1].main}
+    """What happened to a group, for the report's table; of its accuracies the task's first figure."""
+    row = json_ready(layer)
+    tuned = layer.tuned or layer.untrained
+    row |= {"accuracy_pruned": layer.untrained.main, "accuracy_tuned": tuned.main}
+    return {key: value for key, value in row.items() if key not in ("pruned", "reconstructed", "tuned")}
 
 
 def _between(

@@ -46,7 +46,10 @@ class Layer:
         rows: samples behind the decision.
         error: ‖ŷ − Σ kept x̂‖² / ‖ŷ‖² on them, without ŵ.
         error_scaled: the same with ŵ.
-        steps: what was done → the accuracy on the test images after it: filters removed, ŵ folded in, fine-tuned.
+        pruned: accuracy on the test images without these filters.
+        reconstructed: after ŵ was folded in; None without ŵ.
+        tuned: after fine-tuning; None without.
+        epochs: of it.
     """
 
     producer: str
@@ -56,12 +59,21 @@ class Layer:
     rows: int
     error: float
     error_scaled: float
-    steps: Mapping[str, Accuracy]
+    pruned: Accuracy
+    reconstructed: Accuracy | None
+    tuned: Accuracy | None
+    epochs: int
+
+    @property
+    def untrained(self) -> Accuracy:
+        """The accuracy before any fine-tuning for it."""
+        return self.reconstructed or self.pruned
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Layer:
         """The inverse of `asdict`."""
-        return cls(**{**data, "steps": {step: Accuracy.read(each) for step, each in data["steps"].items()}})
+        measured = {step: data[step] and Accuracy.read(data[step]) for step in ("pruned", "reconstructed", "tuned")}
+        return cls(**{**data, **measured})
 
 
 def prunable(graph: ChannelGraph, *, shortcuts: bool = False) -> tuple[ChannelGroup, ...]:
@@ -193,14 +205,13 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
     plan = plan.model_copy(update={"preprocess": data.preprocess})
     step = plan.since(thin.plan).model_copy(update={"structure": fingerprint(thin.model)})
     model = apply(step, thin.model)
-    steps = {"pruned": evaluate(model, data.test)}
+    pruned, reconstructed = evaluate(model, data.test), None
     if schedule.scaled:
         everywhere = np.ones(len(group.channels))
         everywhere[stays] = weights
         fold_scale(model, group, plan, everywhere)
-        steps["reconstructed"] = evaluate(model, data.test)
-    if epochs := schedule.tune(model, group):
-        steps[f"fine-tuned, {epochs} epoch{'s' if epochs > 1 else ''}"] = evaluate(model, data.test)
+        reconstructed = evaluate(model, data.test)
+    epochs = schedule.tune(model, group)
     layer = Layer(
         producer=", ".join(group.producers),
         consumer=", ".join(dict.fromkeys(each.weight.removesuffix(".weight") for each in group.consumers)),
@@ -209,7 +220,10 @@ def _prune_group(schedule: Schedule, thin: Thin, group: ChannelGroup, width: int
         rows=rows,
         error=relative_error(gram, stays, weights * 0 + 1),
         error_scaled=relative_error(gram, stays, weights),
-        steps=steps,
+        pruned=pruned,
+        reconstructed=reconstructed,
+        tuned=evaluate(model, data.test) if epochs else None,
+        epochs=epochs,
     )
     return Thin(model, plan, kept), layer
 
