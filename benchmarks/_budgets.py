@@ -17,15 +17,17 @@ from torch import nn
 from thinet_deploy.data import ImageSet
 from thinet_deploy.interfaces import Precision, Progress, silent
 from thinet_deploy.latency import EngineLatency, EngineRef
-from thinet_deploy.latency_stage import Bench, engine_for, layer_costs, shaped
+from thinet_deploy.latency_stage import Bench, engine_for, layer_costs, shaped, with_room
 from thinet_deploy.pruning.allocation import Costs, Curve
 from thinet_deploy.pruning.budget import Widths, Wish, choices, cost, may_vanish, some, uniform
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import Branch, ChannelGraph, ChannelGroup
-from thinet_deploy.pruning.latency_budget import CORRECTIONS, NEAR, Measured, Trial
+from thinet_deploy.pruning.latency_budget import CORRECTIONS, NEAR, Goal, Measured, Trial
 from thinet_deploy.pruning.milliseconds import Milliseconds
-from thinet_deploy.pruning.oneshot import Method, weigh
+from thinet_deploy.pruning.oneshot import Method, prune_once, weigh
+from thinet_deploy.pruning.retrace import settled_plan
+from thinet_deploy.pruning.surgery import apply
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
 from thinet_deploy.target import load_profile
 
@@ -84,6 +86,12 @@ class Subject:
     def curves(self, progress: Progress = silent) -> dict[str, Curve]:
         """What narrower widths would cost."""
         return weigh(self.model, self.graph, self.groups, self.sample, self.shape, Method(), progress).curves
+
+    def pruned(self, widths: Widths) -> nn.Module:
+        """The network with some widths, its filters chosen and refitted without training."""
+        done = prune_once(self.model, self.graph, self.groups, lambda _: widths, self.sample, self.shape, Method())
+        plan = settled_plan(self.model, self.graph, done.kept, example_inputs(self.model, self.shape))
+        return apply(plan, done.model).eval()
 
     def macs(self, widths: Widths) -> int:
         """Multiply-accumulates with some widths."""
@@ -166,6 +174,11 @@ class Shop:
                 name = "original" if whole else f"thin{len(self._made)}"
                 self._made[key] = self.bench.made(thin, name, self.folder)
         return self._made[key]
+
+    def wish(self, goal: Goal) -> Wish:
+        """The target's grid, or a finer one where the budget needs it."""
+        usual = Wish(grid=self.bench.target.channel_grid, soft=True)
+        return with_room(self.subject.model, self.subject.graph, self.subject.groups, usual, goal)
 
     def costs(self, wish: Wish) -> Milliseconds:
         """The layers' times, measured where the user's cache has none."""

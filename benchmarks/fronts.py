@@ -23,14 +23,9 @@ from rich.console import Console
 from thinet_deploy.cli_progress import bars
 from thinet_deploy.data import Dataset
 from thinet_deploy.errors import GateError, InputError
-from thinet_deploy.latency_stage import with_room
 from thinet_deploy.pruning.allocation import Costs, Curve, allocate
 from thinet_deploy.pruning.budget import Widths, Wish, choose_widths
 from thinet_deploy.pruning.latency_budget import Goal, meet
-from thinet_deploy.pruning.oneshot import Method, prune_once
-from thinet_deploy.pruning.retrace import settled_plan
-from thinet_deploy.pruning.surgery import apply
-from thinet_deploy.pruning.trace import example_inputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +46,7 @@ def widths_for(shop: Shop, curves: dict[str, Curve], way: str, times: float) -> 
         GateError: the ratio cannot be reached.
         InputError: nothing has to be pruned for it.
     """
-    mine, grid = shop.subject, shop.bench.target.channel_grid
+    mine = shop.subject
     budget = Wish(macs=mine.macs(mine.whole) / times)
     if way == UNIFORM:
         return choose_widths(mine.tensors, mine.graph, mine.groups, budget)
@@ -59,7 +54,7 @@ def widths_for(shop: Shop, curves: dict[str, Curve], way: str, times: float) -> 
     if way == BY_MACS:
         return allocate(macs, mine.groups, curves, budget)
     goal = Goal(speedup=times)
-    wish = with_room(mine.model, mine.graph, mine.groups, Wish(grid=grid, soft=True), goal)
+    wish = shop.wish(goal)
     return meet(shop.costs(wish), mine.groups, curves, wish, goal, shop.measure, macs=macs).best.widths
 
 
@@ -70,9 +65,7 @@ def row(shop: Shop, data: Dataset, curves: dict[str, Curve], way: str, times: fl
         widths = widths_for(shop, curves, way, times)
     except (GateError, InputError) as refused:
         return {"refused": refused.what}
-    done = prune_once(mine.model, mine.graph, mine.groups, lambda _: widths, mine.sample, mine.shape, Method())
-    plan = settled_plan(mine.model, mine.graph, done.kept, example_inputs(mine.model, mine.shape))
-    return {"widths": widths, "macs": mine.macs(widths), **judged(apply(plan, done.model), data)}
+    return {"widths": widths, "macs": mine.macs(widths), **judged(mine.pruned(widths), data)}
 
 
 def measured(shop: Shop, rows: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from thinet_deploy.data import UNLABELLED, ImageSet
 from thinet_deploy.errors import GateError, InputError
 from thinet_deploy.interfaces import Precision
 from thinet_deploy.latency import EngineLatency
-from thinet_deploy.latency_stage import with_room
 from thinet_deploy.models.resnet import resnet50
 from thinet_deploy.models.vgg import vgg16, vgg_small
 from thinet_deploy.preprocess import Preprocess
@@ -74,8 +73,7 @@ def subject(name: str, *, quick: bool) -> Subject:
 def case(shop: Shop, curves: dict[str, Curve], times: float) -> dict[str, Any]:
     """A row: widths found, and what five networks come to; or why the budget was refused."""
     mine, goal = shop.subject, Goal(speedup=times)
-    usual = Wish(grid=shop.bench.target.channel_grid, soft=True)
-    wish = with_room(mine.model, mine.graph, mine.groups, usual, goal)
+    wish = shop.wish(goal)
     costs = shop.costs(wish)
     try:
         macs = Costs(mine.tensors, mine.graph, mine.groups)

@@ -9,6 +9,7 @@ trained on, and judged on the other 10,000, before and after. Rows are kept as t
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from thinet_deploy.data import Dataset
-from thinet_deploy.latency_stage import with_room
 from thinet_deploy.pruning.allocation import Costs, Descent, predicted_error
-from thinet_deploy.pruning.budget import Widths, Wish
+from thinet_deploy.pruning.budget import Widths
 from thinet_deploy.pruning.latency_budget import Goal
-from thinet_deploy.pruning.oneshot import Method, prune_once
-from thinet_deploy.pruning.retrace import settled_plan
-from thinet_deploy.pruning.surgery import apply
-from thinet_deploy.pruning.trace import example_inputs
 
 TIMES, EPOCHS, SEEDS, SHARE = 1.5, 1, (0, 1), 0.5  # the last: of the loss from the original
 WORTH = (0.0, 12.0, 20.0)  # of all multiply-accumulates, in predicted errors of what loses least
@@ -44,9 +40,9 @@ def widths_by_worth(mine: Subject, *, quick: bool) -> dict[float, tuple[Widths, 
     curves = mine.curves()
     with tempfile.TemporaryDirectory() as folder:
         stand = bench("openvino", "fp32", mine.images, Path(folder), rounds=6, seconds=0.3)
-        usual = Wish(grid=stand.target.channel_grid, soft=True)
-        wish = with_room(mine.model, mine.graph, mine.groups, usual, Goal(speedup=TIMES))
-        costs = Shop(mine, stand, Path(folder)).costs(wish)
+        shop = Shop(mine, stand, Path(folder))
+        wish = shop.wish(Goal(speedup=TIMES))
+        costs = shop.costs(wish)
     macs = Costs(mine.tensors, mine.graph, mine.groups)
     all_macs, budget, least = macs(mine.whole)[0], costs(mine.whole)[0] / TIMES, 0.0
     for worth in WORTH[:2] if quick else WORTH:
@@ -67,19 +63,12 @@ def run(data: Dataset, *, quick: bool) -> None:
     model = trained(data, quick=quick)
     mine = Subject(model, fit, 100 if quick else CALIBRATION, 100)
     for worth, (widths, error, share) in widths_by_worth(mine, quick=quick).items():
-
-        def chosen(_: object, widths: Widths = widths) -> Widths:
-            return widths
-
-        done = prune_once(model, mine.graph, mine.groups, chosen, mine.sample, mine.shape, Method())
-        plan = settled_plan(model, mine.graph, done.kept, example_inputs(model, mine.shape))
+        pruned = mine.pruned(widths)
         for seed in (None, *SEEDS):
             name = f"worth {worth:g}, " + ("untrained" if seed is None else f"after an epoch, seed {seed}")
             if name in rows:
                 continue
-            thin = apply(plan, done.model).eval()
-            if seed is not None:
-                thin = tuned(thin, data, model, EPOCHS, seed, share=SHARE)
+            thin = pruned if seed is None else tuned(copy.deepcopy(pruned), data, model, EPOCHS, seed, share=SHARE)
             rows[name] = {"widths": widths, "error": error, "macs_left": share, **judged(thin, data)}
             keep("worth", {"rows": rows}, quick=quick)
             print(f"{name}: {percent(rows[name])}", flush=True)
