@@ -43,7 +43,7 @@ def before(network: Sequence[Turn], around: Sequence[Turn]) -> tuple[float, floa
 def now(network: Sequence[Turn], around: Sequence[Turn]) -> tuple[float, float]:
     """As a staircase does it."""
     found = {"network": [low for _, low in network], "frame": [low for _, low in around]}
-    return layer_time(found, ("network", "frame"))
+    return layer_time(found, ("network", "frame"))[:2]
 
 
 WAYS: dict[str, tuple[Estimate, int, int]] = {

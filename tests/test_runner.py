@@ -105,6 +105,12 @@ def test_runs_are_paced() -> None:
     assert calls[-1] - calls[0] > 0.02, "five runs a hundredth of a second apart, of which the first may come late"
 
 
+def test_the_first_run_waits_too() -> None:
+    start = time.perf_counter()
+    serving.time_run(lambda: None, 1, fps=20)
+    assert time.perf_counter() - start >= 0.05, "what was done before belongs to a warm-up or another engine"
+
+
 def test_time_run_and_warm_up_count_their_calls() -> None:
     calls: list[int] = []
     assert len(serving.time_run(lambda: calls.append(1), 5)) == len(calls) == 5

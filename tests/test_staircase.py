@@ -55,6 +55,20 @@ class Mixed(nn.Module):
         return self.head(self.multiplied(x).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+def test_a_layer_that_reads_maps_of_several_sizes_is_timed_on_each() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            small = nn.functional.max_pool2d(x, 2)
+            return sum(self.head(each).sum((2, 3)) for each in (x, small, small.flip(3)))  # type: ignore[no-any-return]
+
+    found = {(str(each.shape), each.calls) for each in layers_of(Pyramid(), (3, 8, 8))}
+    assert found == {("conv 3x3 on 8x8", 1), ("conv 3x3 on 4x4", 2)}
+
+
 def test_layers_of_a_network() -> None:
     found = {layer.name: layer for layer in layers_of(Mixed(), (3, 16, 16))}
     assert list(found) == ["stem", "deep", "pair", "twice", "head"], "a channel multiplier cannot be timed alone"
@@ -158,12 +172,21 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_turns_that_somebody_disturbed_do_not_count() -> None:
     found = {"layer": [3.0, 9.0, 3.02, 3.01, 8.0], "frame": [1.0, 1.01, 2.8, 1.0, 2.9]}
-    ms, spread_ms = layer_time(found, ("layer", "frame"))
+    ms, spread_ms, network_ms = layer_time(found, ("layer", "frame"))
+    assert network_ms == pytest.approx(3.01)
     assert ms == pytest.approx(2.01)
     assert spread_ms == pytest.approx(0.03)
-    assert layer_time(found, ("layer", None)) == pytest.approx((3.01, 0.02))
-    swallowed, _ = layer_time({"layer": [1.0] * 3, "frame": [1.2] * 3}, ("layer", "frame"))
+    assert layer_time(found, ("layer", None)) == pytest.approx((3.01, 0.02, 3.01))
+    swallowed, *_ = layer_time({"layer": [1.0] * 3, "frame": [1.2] * 3}, ("layer", "frame"))
     assert swallowed > 0, "a frame that was slower than its layer says nothing of a negative time"
+
+
+def test_a_layer_that_is_cheap_beside_its_frame_is_not_therefore_disturbed() -> None:
+    network_ms, agreeing, apart = 1.0, 0.03, 0.3
+    assert not staircase._timing(0.05, agreeing, network_ms, busy=False).disturbed, "turns agree to within 3 %"
+    assert staircase._timing(0.05, apart, network_ms, busy=False).disturbed
+    assert not staircase._timing(0.9, 0.1, network_ms, busy=False).disturbed
+    assert staircase._timing(0.9, agreeing, network_ms, busy=True).disturbed
 
 
 @pytest.mark.usefixtures("undisturbed")
@@ -244,6 +267,15 @@ def test_a_point_of_a_busy_machine_gives_way_to_one_of_a_quiet_machine(tmp_path:
     second.save()
     first.save()
     assert Points(path).of == {task[0]: {(4, 4): quiet}}, "not even in another process's file"
+
+
+def test_of_two_points_of_a_busy_machine_the_better_known_stays() -> None:
+    """The faster one may be that whose frame was disturbed, for a layer's time is a difference."""
+    points, task = Points(), (LayerShape("linear", (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), 1, (1, 1)), 4, 4)
+    swallowed, known = Timing(0.1, 0.9, disturbed=True), Timing(1.0, 0.1, disturbed=True)
+    for each in (swallowed, known, swallowed):
+        points.add(task, each)
+    assert points.of[task[0]] == {(4, 4): known}
 
 
 def test_points_are_kept_and_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def _show(found: LatencyReport) -> None:
     from .runner import processor
     from .runner_text import latency_notes, latency_words
 
-    typer.echo(f"{processor()}; milliseconds, 95 % intervals, one process per engine or model, all in turn")
+    typer.echo(
+        f"{processor()}; milliseconds, 95 % intervals, one process per engine or model; engines of one runtime in turn"
+    )
     for row in found.engines:
         pace = f", {row.fps:g} a second" if row.fps else ""
         typer.echo(f"\n{row.model}, {row.runtime} {row.precision}, batch {row.batch}, threads: {row.threads}{pace}")

@@ -11,6 +11,7 @@ its input has a second reader, which takes the maximum over the map, in the fram
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -100,7 +101,11 @@ def layers_of(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Layer
         for hook in hooks:
             hook.remove()
     names = {module: name for name, module in model.named_modules()}
-    return [Layer(names[module], each[0], *_widths(module), len(each)) for module, each in shapes.items()]
+    return [
+        Layer(names[module], shape, *_widths(module), calls)
+        for module, each in shapes.items()
+        for shape, calls in Counter(each).items()  # a head may read maps of several sizes
+    ]
 
 
 def _multiplies(module: nn.Module) -> bool:

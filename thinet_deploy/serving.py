@@ -30,9 +30,9 @@ def time_run(fn: Callable[[], object], count: int, fps: float = 0.0) -> list[flo
 
     In a pause the processor is left alone, as in an app that waits for its camera: clocks fall, caches go cold.
     """
-    samples_ms, due = [], time.perf_counter()
+    samples_ms, due = [], time.perf_counter() + (1 / fps if fps else 0.0)
     for _ in range(count):
-        if fps:
+        if fps:  # before the first one too, which follows a warm-up or another engine's runs
             time.sleep(max(0.0, due - time.perf_counter()))
             due = max(due, time.perf_counter() - 1 / fps) + 1 / fps  # late frames are not made up for
         start = time.perf_counter_ns()

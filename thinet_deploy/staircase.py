@@ -31,7 +31,8 @@ VERSION = 3  # of the file with the points
 # seconds in each, warm-up included.
 ROUNDS, ROUNDS_AT_LEAST, SECONDS = 11, 5, 0.04
 STEADY = 0.025
-UNSURE = 0.2  # spread of one that something disturbed, whatever the sensors say
+# Spread of one that something disturbed, whatever the sensors say: share of the layer's time, and of its network's.
+UNSURE, AGREE = 0.2, 0.05
 
 Task = tuple[LayerShape, int, int]  # with numbers of inputs and outputs
 Network = tuple[LayerShape, int, int | None]  # the same; None for the frame alone
@@ -88,8 +89,9 @@ class Engine:
         return to_be_timed(network, self.layout) if self.precision == "int8" else network
 
 
-def _timing(ms: float, spread_ms: float, *, busy: bool) -> Timing:
-    return Timing(ms, spread_ms, disturbed=busy or spread_ms > UNSURE * ms)
+def _timing(ms: float, spread_ms: float, network_ms: float, *, busy: bool) -> Timing:
+    """A layer that is cheap beside its frame is never known to within a share of itself: that is no disturbance."""
+    return Timing(ms, spread_ms, disturbed=busy or spread_ms > max(UNSURE * ms, AGREE * network_ms))
 
 
 def _networks(task: Task) -> list[Network]:
@@ -139,12 +141,17 @@ class Points:
                     self.add((LayerShape(**told), int(i), int(o)), Timing(float(ms), float(near), bool(disturbed)))
 
     def add(self, task: Task, timing: Timing) -> None:
-        """Keep a point. One of a busy machine gives way to one of a quiet machine, or to a faster one."""
+        """Keep a point. One of a busy machine gives way to one of a quiet machine, or to one that is known better.
+
+        Not to a faster one: a layer's time is a difference, and small where it was the frame that was disturbed.
+        """
+
+        def rank(each: Timing) -> tuple[float, ...]:
+            return (1, each.spread_ms, each.ms) if each.disturbed else (0,)
+
         shape, ins, outs = task
         known, point = self.of[shape], (ins, outs)
-        known[point] = min(
-            known.get(point, timing), timing, key=lambda each: (each.disturbed, each.disturbed and each.ms)
-        )
+        known[point] = min(known.get(point, timing), timing, key=rank)
 
     def save(self) -> None:
         """Write all points, with those that another process has written meanwhile."""

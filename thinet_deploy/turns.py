@@ -84,12 +84,12 @@ def _turn(ask: Ask, network: dict[str, Any], seconds: float) -> float:
 
 
 def _known(found: Mapping[str, Sequence[float]], pair: tuple[str, str | None], steady: float) -> bool:
-    ms, spread_ms = layer_time(found, pair)
+    ms, spread_ms, _ = layer_time(found, pair)
     return spread_ms <= steady * ms
 
 
-def layer_time(found: Mapping[str, Sequence[float]], pair: tuple[str, str | None]) -> tuple[float, float]:
-    """A layer's time, from its network's and its frame's, and how far the true one may be from it.
+def layer_time(found: Mapping[str, Sequence[float]], pair: tuple[str, str | None]) -> tuple[float, float, float]:
+    """A layer's time, from its network's and its frame's, how far the true one may be from it, and the network's.
 
     Args:
         found: see `turns`.
@@ -98,7 +98,7 @@ def layer_time(found: Mapping[str, Sequence[float]], pair: tuple[str, str | None
     network, frame = pair
     both, spread = _undisturbed(found[network])
     around, more = (0.0, 0.0) if frame is None else _undisturbed(found[frame])
-    return max(both - around, _LEAST_SHARE * both), spread + more
+    return max(both - around, _LEAST_SHARE * both), spread + more, both
 
 
 def _undisturbed(turns_ms: Sequence[float]) -> tuple[float, float]:

@@ -163,8 +163,7 @@ def meet(
         if goal.excess(quick.measured) > 1 + SLACK:
             raise _out_of_reach(goal, best, quick)
         # It can be reached, but the corrections were led astray, as by a machine that was busy meanwhile.
-        between = within(_between(goal, best, quick)) or least
-        trials += [quick, tried(between)]
+        trials += [quick, *_between_them(goal, best, quick, lambda budget: tried(within(budget) or least))]
         best = min(trials[1:], key=lambda trial: _miss(goal, trial))
     # What does not pay when it is narrowed may still have gone with its branch.
     stays = {name: why for name, why in idle.items() if best.widths[name]}
@@ -194,6 +193,14 @@ def _between(goal: Goal, slow: Trial, quick: Trial) -> float:
     """Milliseconds of layers on the line through two trials, on either side of what was asked for."""
     high, low = goal.excess(slow.measured), goal.excess(quick.measured)
     return quick.layers_ms + (1 - low) / (high - low) * (slow.layers_ms - quick.layers_ms)
+
+
+def _between_them(goal: Goal, slow: Trial, quick: Trial, tried: Callable[[float], Trial]) -> list[Trial]:
+    """Trials between one that is too slow and one that is not, until another is not."""
+    found: list[Trial] = []
+    while len(found) < CORRECTIONS and goal.excess(slow.measured) > 1 + SLACK:
+        found.append(slow := tried(_between(goal, slow, quick)))
+    return found
 
 
 def _within(descent: Descent, budget: float) -> Widths | None:

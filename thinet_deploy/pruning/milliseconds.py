@@ -160,6 +160,8 @@ def unpaid(costs: Milliseconds, groups: Sequence[ChannelGroup], wish: Wish) -> d
     found, whole = {}, {group.name: len(group.channels) for group in groups}
     for group in groups:
         narrower = np.array(choices(group, wish))
+        if len(narrower) == 1:  # the grid's doing, not the engine's
+            continue
         saved, now = costs.saved(whole, group.name, narrower)[0], costs.touched(whole, group.name)
         if saved.max() < PAYS * now:
             then = now - saved[narrower.argmin()]
