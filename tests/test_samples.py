@@ -212,7 +212,9 @@ def test_rounds_give_the_interval_where_there_are_enough() -> None:
     rounds = [[float(r), r + 0.5, r + 9.0] for r in range(1, 8)]
     assert samples.summarize_rounds(rounds)["interval_over"] == "rounds"
     assert samples.summarize_rounds(rounds)["interval_ms"] == [1.5, 7.5]
-    assert samples.summarize_rounds(rounds[:3])["interval_over"] == "samples"
+    few = samples.summarize_rounds(rounds[:3])
+    assert few["interval_over"] == "samples"
+    assert "too narrow, because there are 3 rounds only; at least 6 are needed" in few["warnings"][-1]
 
 
 def test_the_ratio_is_free_of_what_disturbs_both() -> None:

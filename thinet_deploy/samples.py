@@ -153,6 +153,9 @@ def summarize_rounds(rounds_ms: Sequence[Sequence[float]], fps: float = 0.0) -> 
     middle, low, high = median_interval([statistics.median(samples_ms) for samples_ms in rounds_ms])
     if low is not None:
         summary.update(median_ms=middle, interval_ms=[low, high], interval_over="rounds")
+    elif summary["interval_ms"]:
+        few = f"there {_are(len(rounds_ms), 'round')} only; at least 6 are needed"
+        summary["warnings"].append(f"the interval is of runs, which is too narrow, because {few}")
     return summary
 
 
