@@ -123,6 +123,11 @@ DATA: dict[str, tuple[Prepare, str, tuple[str, ...]]] = {
     "empty file": (write(str(PNG), ""), "", (f"{PNG} is not an image",)),
     "truncated jpeg": (lambda: cut(JPG), "", (f"{JPG} cannot be read as an image", "truncated")),
     "corrupt png": (lambda: corrupt(PNG), "", (f"{PNG} cannot be read as an image",)),
+    "broken link": (
+        both(JPG.unlink, lambda: JPG.symlink_to("gone.jpg")),
+        "",
+        (f"{JPG} cannot be read as an image", "No such file"),
+    ),
     "folder named jpg": (both(JPG.unlink, JPG.mkdir), "", (f"{JPG} cannot be read as an image",)),
 }
 WEIGHTS = {

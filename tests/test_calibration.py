@@ -112,7 +112,7 @@ def test_filters_kept_do_not_depend_on_the_batch_size_but_for_near_ties() -> Non
 
 @pytest.mark.parametrize("count", [50, 1000, 100_000])
 def test_rows_and_values_are_bounded_however_many_images_there_are(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"_ROWS": 600, "_BETWEEN": 64 * 2048, "_FEWEST_IMAGES": 4}.items():
+    for name, value in {"_ROWS": 600, "BETWEEN": 64 * 2048, "_FEWEST_IMAGES": 4}.items():
         monkeypatch.setattr(calibration, name, value)
     wide = wide_of(network())
     sampling = Sampling.of(wide, Sample(IMAGES, np.arange(count), 8, 0))
@@ -126,7 +126,7 @@ def test_rows_and_values_are_bounded_however_many_images_there_are(count: int, m
 
 def test_no_image_passes_through_an_operation_twice_and_few_values_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = 8 * 16 * 16 * 4 * 12  # twelve images of the largest map
-    monkeypatch.setattr(calibration, "_BETWEEN", budget)
+    monkeypatch.setattr(calibration, "BETWEEN", budget)
     monkeypatch.setattr(calibration, "_FEWEST_IMAGES", 1)
     wide = wide_of(network(), 4)
     sampling = Sampling.of(wide, sample(4))
@@ -163,7 +163,7 @@ def test_layers_that_few_images_are_looked_at_in_are_repaired_too(monkeypatch: p
     inputs = torch.from_numpy(IMAGES.inputs(np.arange(40)))
     errors = []
     for most in (1 << 30, 8 * 16 * 16 * 4 * 12):
-        monkeypatch.setattr(calibration, "_BETWEEN", most)
+        monkeypatch.setattr(calibration, "BETWEEN", most)
         monkeypatch.setattr(calibration, "_FEWEST_IMAGES", 1)
         model, done = prune()
         with torch.inference_mode():

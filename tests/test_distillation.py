@@ -110,3 +110,52 @@ def test_the_difference_is_a_share_of_what_the_teacher_says_image_by_image() -> 
         inside.find(x)
         model(x), teacher(x)
         torch.testing.assert_close(inside.differences(), torch.full((3,), 0.25))
+
+
+def with_features(*last: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), *last), nn.Flatten(), nn.LazyLinear(2))
+
+
+def test_grouping_orders_channels_anew_so_that_nothing_inside_is_compared() -> None:
+    model = with_features(nn.Conv2d(4, 4, 3, groups=2))
+    with Inside(model, with_features(nn.Conv2d(4, 4, 3))) as inside:
+        inside.find(torch.randn(2, 4, 6, 6))
+        assert inside.names == ()
+    with Inside(model, with_features(nn.Conv2d(4, 4, 3, groups=2))) as inside:
+        inside.find(torch.randn(2, 4, 6, 6))
+        assert inside.names == ("0",), "the original was grouped already"
+
+
+def test_a_new_head_that_averages_is_not_held_to_the_largest_values() -> None:
+    model = with_features(nn.AdaptiveAvgPool2d(1))
+    for last, names in ((nn.MaxPool2d(4), ()), (nn.AdaptiveAvgPool2d(1), ("0",))):
+        with Inside(model, with_features(last)) as inside:
+            inside.find(torch.randn(2, 4, 6, 6))
+            assert inside.names == names
+
+
+class Skips(nn.Module):
+    """Leaves its second block out in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = blocks(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.blocks[0]  # type: ignore[index]
+        x = first(x) if self.training else second(first(x))
+        return self.head(self.blocks[1](x))  # type: ignore[index, no-any-return]
+
+
+def test_a_part_that_training_leaves_out_does_not_count() -> None:
+    x, model, teacher = torch.randn(2, 4, 6, 6), Skips(), Skips().eval()
+    with Inside(model, teacher) as inside:
+        inside.find(x)
+        assert inside.names
+        assert "blocks.0.1" in inside.names
+        model.train()(x), teacher(x)
+        found = inside.differences()
+        assert found is not None
+        assert bool(found.isfinite().all())
+        model.eval()(x), teacher(x)
+        assert inside.differences() is not None

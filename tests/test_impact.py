@@ -1,5 +1,7 @@
 """What a group's error costs at the outputs: exact where nothing follows, and nothing of the trial stays."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from small_networks import NETWORKS, SHAPE, Plain, graph_of, network, sample
 from torch import nn
 from torch.nn import functional as F
 
+from thinet_deploy.pruning import impact
 from thinet_deploy.pruning.impact import impacts
 from thinet_deploy.pruning.layerwise import prunable
 from thinet_deploy.pruning.oneshot import Method, weigh
@@ -42,6 +45,22 @@ def test_in_front_of_the_last_layer_the_curve_is_the_share_of_the_outputs_that_i
     # The trial sees eight images of those that the refit saw.
     assert done.curves["conv"].at(2) == pytest.approx(lost, rel=0.5)
     assert done.curves["conv"].at(8) == 0
+
+
+def test_what_the_trial_holds_does_not_grow_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    run = impact._Trial._run
+
+    def counted(trial: impact._Trial, values: Any, count: int) -> list[torch.Tensor]:
+        seen.append(count)
+        return run(trial, values, count)
+
+    monkeypatch.setattr(impact._Trial, "_run", counted)
+    monkeypatch.setattr(impact, "BETWEEN", 0)
+    model, images = Last(1).eval(), sample(100)
+    graph = graph_of(model)
+    weigh(model, graph, (graph.group("conv"),), images, SHAPE, Method())
+    assert sum(seen) == 2 * impact._FEWEST, "once for the outputs, once without the channels"
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -28,6 +28,7 @@ class Mix:
 
 
 USUAL = Mix()
+_POOLS = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d}
 
 
 def losses(
@@ -82,7 +83,8 @@ class Inside:
             return
         outputs = [_outputs(each, inputs) for each in self._models]
         shapes = [{name: said.shape for name, said in each.items()} for each in outputs]
-        self.names = tuple(name for name in shapes[0] if shapes[0][name] == shapes[1].get(name))
+        alike = () if _regrouped(*self._models) else tuple(shapes[0])
+        self.names = tuple(name for name in alike if shapes[0][name] == shapes[1].get(name) and self._pools_alike(name))
         for model, said in zip(self._models, self._said, strict=True):
             for name in self.names:
                 self._hooks.append(model.get_submodule(name).register_forward_hook(_note(said, name)))
@@ -91,15 +93,31 @@ class Inside:
         """Squared error of each image, shape (n,), as a share of what the teacher says, averaged over the parts."""
         ours, theirs = self._said
         shares = []
-        for name in self.names or ():
-            mine, aim = ours.pop(name).float().flatten(1), theirs.pop(name).float().flatten(1)
+        for name in (
+            each for each in self.names or () if each in ours and each in theirs
+        ):  # a part may be left out in training
+            mine, aim = ours[name].float().flatten(1), theirs[name].float().flatten(1)
             shares.append((mine - aim).square().mean(1) / aim.square().mean(1).clamp_min(1e-12))
+        ours.clear()
+        theirs.clear()
         return torch.stack(shares).mean(0) if shares else None
+
+    def _pools_alike(self, name: str) -> bool:
+        """Whether a part ends in the same pool, if it ends in one: a new head has another."""
+        mine, aim = (type([*model.get_submodule(name).modules()][-1]) for model in self._models or ())
+        return mine is aim or not {mine, aim} & _POOLS
 
     def _stop(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _regrouped(model: nn.Module, teacher: nn.Module) -> bool:
+    """Whether convolutions were grouped, which puts channels in another order (gcos)."""
+    groups = {name: part.groups for name, part in teacher.named_modules() if isinstance(part, nn.Conv2d)}
+    mine = ((name, part.groups) for name, part in model.named_modules() if isinstance(part, nn.Conv2d))
+    return any(number > 1 and groups.get(name) == 1 for name, number in mine)
 
 
 def _note(said: dict[str, Any], name: str) -> Callable[[nn.Module, object, Any], None]:

@@ -39,7 +39,8 @@ def grouped(tools: Tools, pruned_folder: Path, folder: Path) -> None:
         )
     done = group_convolutions(thin, graph, wanted, calibration(tools)[0], shape, progress=tools.progress)
     small = apply(done.plan, done.model)
-    images = tools.job.data.train.inputs(np.arange(PROOF_IMAGES))
+    train = tools.job.data.train
+    images = train.inputs(np.arange(min(PROOF_IMAGES, len(train))))
     hop = grouping_hop("conv", done.model, small, images)
     accuracy = tools.test(small, "the grouped network")
     write_network(folder, small, plan.then(done.plan))

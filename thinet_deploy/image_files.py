@@ -124,7 +124,10 @@ def digest_of(root: Path, files: Iterable[File], preprocess: Preprocess) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:  # such as a link to a file that is gone
+        raise _no_image(path, error) from error
     return status.st_size, status.st_mtime_ns
 
 

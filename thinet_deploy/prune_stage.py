@@ -143,7 +143,7 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
     work = _layerwise if options.layerwise else _one_shot
     done = work(tools, original, graph, checkpoint)
     plan = done.plan.model_copy(update={"weights": weights_fingerprint(original), "preprocess": job.data.preprocess})
-    images = torch.from_numpy(job.data.train.inputs(np.arange(PROOF_IMAGES)))
+    images = torch.from_numpy(job.data.train.inputs(np.arange(min(PROOF_IMAGES, len(job.data.train)))))
     proof = prove(original, graph, plan, (images,), seed=options.seed)
     write_network(folder, done.model, plan)
     before, after = (count(model, job.input_shape).macs for model in (original, done.model))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from .data import ImageSet
@@ -56,18 +56,18 @@ class Recipe:
     epochs: int
     lr: float
     batch: int = 32
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: int = 0
-    clip: float = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(gt=0)] = 1.0
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Schedule = "cosine"
-    label_smoothing: float = 0.0
-    ema: float = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    distill: float = 0.5
-    temperature: float = 4.0
-    inside: float = 2.0
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    inside: Annotated[float, Field(ge=0)] = 2.0
 
 
 def changed(recipe: Recipe, settings: Mapping[str, object]) -> Recipe:

@@ -89,5 +89,5 @@ def _some(tools: Tools, images: ImageSet, epochs: int) -> ImageSet:
     """All images, or as many as make one epoch a tenth of the work."""
     if epochs >= _SHARE:
         return images
-    count = max(1, len(images) * epochs // _SHARE)
+    count = min(len(images), max(2, len(images) * epochs // _SHARE))  # BatchNorm cannot train on one
     return images.view(images.sample(count, seed=tools.job.options.seed, stage="trial"))

@@ -28,7 +28,7 @@ _ROWS, _WORK, _NUMBERS = 130_000, 20_000_000_000, 75_000_000
 _ROWS_PER_INPUT, _ROWS_BY_CHANNEL = 5, 1024
 _WORTH = 1 / 3
 # Bytes of what the original says, and of the values that the second pass keeps between two layers.
-_SAID, _BETWEEN, _FEWEST_IMAGES = 2 << 30, 1 << 30, 32
+_SAID, BETWEEN, _FEWEST_IMAGES = 2 << 30, 1 << 30, 32
 
 Key = tuple[str, int]  # weight, number of its call
 
@@ -112,7 +112,7 @@ class Sampling:
         for each in reversed(readers):
             fewest = _ROWS_BY_CHANNEL if each.weight in wide.spans else _ROWS_PER_INPUT * each.inputs
             wanted = max(fewest, int(share * rows[each.weight]))
-            room = max(_FEWEST_IMAGES, _BETWEEN // max(1, wide.replay.held(each.uses[0].at)))
+            room = max(_FEWEST_IMAGES, BETWEEN // max(1, wide.replay.held(each.uses[0].at)))
             enough = min(enough, room, wanted)
             images[each.weight], most[each.weight] = enough, -(-wanted // enough)
         return Sampling(sample, images, most)

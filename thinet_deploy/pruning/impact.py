@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from ..interfaces import Progress, silent
-from .calibration import Sample, total
+from .calibration import BETWEEN, Sample, total
 from .elimination import Removal
 from .graph import ChannelGroup, Consumer
 from .moments import Moments
@@ -63,7 +63,7 @@ def impacts(
         ridge: of the consumers' regression.
         progress: to report to.
     """
-    trial = _Trial(wide, sample, len(groups))
+    trial = _Trial(wide, sample, groups)
     order = {name: number for number, name in enumerate(wide.readers)}
     found = {}
     for number, group in enumerate(sorted(groups, key=lambda each: _first(wide, each))):
@@ -135,12 +135,14 @@ def _solver(covariance_gdd: torch.Tensor, counting_gd: torch.Tensor, held_gd: to
 class _Trial:
     """A few images on their way through the network."""
 
-    def __init__(self, wide: Wide, sample: Sample, groups: int) -> None:
+    def __init__(self, wide: Wide, sample: Sample, groups: Sequence[ChannelGroup]) -> None:
         self._replay, self._here = wide.replay, 0
         nodes = self._replay.trace.nodes
         last = next(node for node in nodes if node.op == "output")
         self._outputs = [node for node in last.all_input_nodes if node.meta["val"].is_floating_point()]
-        count = max(_FEWEST, int(_SHARE * len(sample.chosen) / max(1, groups)))
+        held = max((self._replay.held(_first(wide, each)) for each in groups), default=1)
+        most = min(int(_SHARE * len(sample.chosen) / max(1, len(groups))), BETWEEN // max(1, held))
+        count = max(_FEWEST, most)
         self._batches = []
         for _, part in replace(sample, chosen=sample.chosen[:count]).batches():
             values = self._replay.begin(sample.inputs(part))
