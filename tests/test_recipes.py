@@ -108,7 +108,7 @@ def test_fine_tuning_after_the_best_recipe_learns_from_the_original(
     monkeypatch.setattr(tools, "train", watch)
     pipeline.build(tiny_options(tmp_path / "run", recipe="best"))
     assert teachers["Fine-tuning ThiNet-Conv (r=0.5)"]
-    assert teachers["Fine-tuning Original, 2 epochs more"]
+    assert not teachers["Fine-tuning Original, 2 epochs more"], "it learns from the labels"
     assert not teachers["Training the original"]
     assert not teachers["Training from scratch"]
 
@@ -180,6 +180,9 @@ def test_settings_of_training(tiny_options: MakeOptions, tmp_path: Path) -> None
         load_job(tiny_options(tmp_path / "run", train={"lr": 0.5}))
     with pytest.raises(InputError, match="precision=int3"):
         load_job(tiny_options(tmp_path / "run", train={"precision": "int3"}))
+    for wrong in ({"momentum": -1}, {"label_smoothing": "2"}, {"temperature": 0}, {"clip": 0}, {"distill": 5}):
+        with pytest.raises(InputError, match=f"--train {next(iter(wrong))}="):
+            load_job(tiny_options(tmp_path / "run", train=wrong))
 
 
 def test_batchnorms_are_re_estimated_in_the_ledger_and_kept_where_held_out_images_gain(

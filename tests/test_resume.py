@@ -24,7 +24,7 @@ from thinet_deploy.errors import BundleError
 from thinet_deploy.self_test import load_arrays, verify
 
 SERVER = Path(__file__).with_name("build_server.py")
-TRAINED = ["dense", "prune", "conv", "gap", "longer", "scratch"]
+TRAINED = ["dense", "prune", "longer", "conv", "gap", "scratch"]
 STAGES = [*TRAINED, "onnx", "engines", "precision", "parity", "latency", "bundle", "accuracy", "report"]
 MEASURED = {"forward", "backward", "engines", "machine", "processor", "cores"}
 TIMEOUT_S = 120

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
@@ -20,6 +21,9 @@ from thinet_deploy.training import train
 
 MakeOptions = Callable[..., Options]
 Attempt = tuple[float, bool]  # learning rate, and whether the original teaches
+
+
+Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture
@@ -72,6 +76,29 @@ def test_the_usual_is_taken_unless_another_is_clearly_better(
     teacher = ", the original as teacher" if taken[1] else ""
     assert set(steps) == {f"fine-tuned, 2 epochs at {taken[0]:g}{teacher}"}
     assert read_json(done.run / "conv" / "report.json")["lr"] == taken[0]
+
+
+def test_thin_networks_learn_from_the_original_trained_on(
+    attempts: Any, tiny_options: MakeOptions, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts({(0.02, True): 80, (0.02, False): 80})
+    teachers, ours = dict[str, Weights | None](), Tools.train
+
+    def noted(tools: Tools, model: Any, stage: str, *more: Any, teacher: Any = None, **how: Any) -> None:
+        teachers[stage] = teacher and teacher.state_dict()
+        ours(tools, model, stage, *more, teacher=teacher, **how)
+
+    monkeypatch.setattr(Tools, "train", noted)
+    done = pipeline.build(tiny_options(tmp_path / "run", finetune_lr=0.02, finetune_epochs=1, target="ios"))
+    steps = {entry.network: entry.step for entry in done.table.ledger}
+    assert steps["Original, 2 epochs more"] == "fine-tuned, 2 epochs at 0.02", "on the labels"
+    assert teachers["Fine-tuning Original, 2 epochs more"] is None
+    for label in ("ThiNet-Conv (r=0.5)", "ThiNet-GAP"):
+        assert steps[label] == "fine-tuned, 1 epoch at 0.02, the original trained on as teacher"
+        teacher = teachers[f"Fine-tuning {label}"]
+        assert teacher is not None
+        longer = load_file(done.run / "longer" / "model.safetensors")
+        assert all(torch.equal(teacher[name], tensor) for name, tensor in longer.items())
 
 
 def test_a_rate_that_is_given_is_not_tried(attempts: Any, tiny_options: MakeOptions, tmp_path: Any) -> None:

@@ -62,6 +62,9 @@ def test_the_whole_way_without_a_label(cli: Cli, place: Path) -> None:
     assert done.code == 0, done.err
     built = json.loads(done.out)
     assert [row["name"] for row in built["table"]["rows"]] == ["original", "longer", "conv", "gap"]
+    last = {entry["network"]: entry["step"] for entry in built["table"]["ledger"]}
+    del last["Original"]
+    assert all(step.endswith(", the original as teacher") for step in last.values()), "nothing else says anything"
     assert "Reading unlabelled images: done" in done.err
     assert not any("Test images" in note for note in built["notes"])
     again = cli("build", *arguments(), "--json")

@@ -61,8 +61,8 @@ Recipe = Annotated[
     str | None,
     typer.Option(
         help="best: all layers at once, filters chosen by elimination, their consumers refitted without training, "
-        "widths where they help most, the original as teacher of the fine-tuning. iccv2017, tpami2019: the papers', "
-        "layer by layer with fine-tuning between.  \\[default: best]"
+        "widths where they help most, the original trained on as teacher of the fine-tuning. iccv2017, tpami2019: the "
+        "papers', layer by layer with fine-tuning between.  \\[default: best]"
     ),
 ]
 Method = Annotated[
@@ -155,8 +155,9 @@ FinetuneEpochs = Annotated[
 Controls = Annotated[
     str | None,
     typer.Option(
-        help="What the thin networks stand beside: unpruned (the original, trained as many epochs more as they were), "
-        "all (also their architecture from scratch, for the epochs of all training together), none.  "
+        help="What the thin networks stand beside: unpruned (the original, trained as many epochs more as they were, "
+        "which is also their teacher), all (also their architecture from scratch, for the epochs of all training "
+        "together), none (the teacher is the original as it is).  "
         "\\[default: unpruned]"
     ),
 ]

@@ -155,26 +155,34 @@ def _group(run: SharedRun, tools: Tools, pruned: Stage, name: str) -> Stage:
 
 
 def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> Networks:
-    """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls; `where` as for `prune`."""
+    """Original → ThiNet-Conv (by each method) → ThiNet-GAP, and the controls; `where` as for `prune`.
+
+    The original trained on is what they are compared with; trained on labels, it is what they learn from too (ADR 31).
+    """
     options, dense, report = tools.job.options, pruning.original, pruning.first.json(REPORT)
     how = _fine_tuning(run, tools, pruning, where)
     after = {
+        **tools.job.identity,
         **training_of(options),
-        "seed": options.seed,
         "recipe": options.recipe,
         "epochs": how.epochs,
         "rate": how.lr,
-        "data": tools.job.data.digest,
         "dense": dense.digest,
-        "taught": bool(how.teacher),
     }
+    learnt = {**after, "teacher": dense.digest if how.teacher else None}
     networks = Networks({"original": dense}, {"original": "Original"}, "conv", [], [])
     networks.ledger.append(Entry.of("as given" if options.weights else "trained here", accuracy_of(dense), "Original"))
+    extra = report["epochs"] + how.epochs * (2 if pruning.head else 1)
+    if options.controls != "none" and extra:
+        longer = _trained_on(run, tools, networks, how, after, extra)
+        if how.teacher and tools.job.data.train.labelled:
+            how = replace(how, teacher=longer.folder, teacher_name="the original trained on")
+            learnt["teacher"] = longer.digest
     for method, pruned in pruning.by_method.items():
         name = _named("conv", method, options)
         label = options.title(method=method)
         work = partial(stages.tuned, tools, label, how, pruned.folder)
-        conv = run.stage(name + where, {**after, "prune": pruned.digest}, work)
+        conv = run.stage(name + where, {**learnt, "prune": pruned.digest}, work)
         networks.stages[name], networks.labels[name] = conv, label
         tuning = verify.tuning_hop(name, "pruned → fine-tuned", accuracy_of(pruned), accuracy_of(conv))
         grouping = [_grouping_hop(name, pruned)] if "grouping" in pruned.json(REPORT) else []
@@ -182,10 +190,7 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> N
         networks.ledger += [Entry.read(entry, label) for entry in pruned.json(REPORT)["ledger"]]
         networks.ledger.append(Entry.of(tuned(how), accuracy_of(conv), label))
     if pruning.head:
-        _replace_head(run, tools, networks, how, after, where)
-    extra = report["epochs"] + how.epochs * (2 if pruning.head else 1)
-    if options.controls != "none" and extra:
-        _trained_on(run, tools, networks, how, after, extra)
+        _replace_head(run, tools, networks, how, learnt, where)
     if options.controls == "all":
         from_scratch(run, tools, networks, options.epochs + extra, after)
     return networks
@@ -204,11 +209,12 @@ def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Netw
 
 
 def _replace_head(
-    run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], where: str
+    run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, learnt: dict[str, Any], where: str
 ) -> None:
     dense, conv = networks.stages["original"], networks.stages["conv"]
     work = partial(stages.gap, tools, how, dense.folder, conv.folder)
-    gap = run.stage(f"gap{where}", {**after, "conv": conv.digest}, work)
+    images = tools.job.options.calibration_images
+    gap = run.stage(f"gap{where}", {**learnt, "conv": conv.digest, "images": images}, work)
     before, accuracy = Accuracy.read(gap.json(REPORT)["before"]), accuracy_of(gap)
     label = tools.job.options.title(head=True)
     networks.stages["gap"], networks.labels["gap"], networks.ship = gap, label, "gap"
@@ -221,14 +227,16 @@ def _replace_head(
 
 def _trained_on(
     run: SharedRun, tools: Tools, networks: Networks, how: FineTuning, after: dict[str, Any], extra: int
-) -> None:
-    """The control: the original with `extra` epochs more."""
-    label, longer = f"Original, {epochs_in_words(extra)} more", replace(how, epochs=extra)
+) -> Stage:
+    """The control: the original with `extra` epochs more on the labels, or, without them, on what it says."""
+    label = f"Original, {epochs_in_words(extra)} more"
+    longer = replace(how, epochs=extra, teacher=None if tools.job.data.train.labelled else how.teacher)
     work = partial(stages.tuned, tools, label, longer, networks.stages["original"].folder)
-    stage = run.stage("longer", {**after, "epochs": extra}, work)
-    note = "the original, trained on like the thin networks and for as long; same architecture, so same times"
+    stage = run.stage("longer", {**after, "epochs": extra, "taught": bool(longer.teacher)}, work)
+    note = "the original, trained on for as long as the thin networks; same architecture, so same times"
     networks.controls["longer"] = Control("original", label, note, accuracy_of(stage))
     networks.ledger.append(Entry.of(tuned(longer), accuracy_of(stage), label))
+    return stage
 
 
 def from_scratch(run: SharedRun, tools: Tools, networks: Networks, epochs: int, after: dict[str, Any]) -> None:
@@ -248,13 +256,12 @@ def _fine_tuning(run: SharedRun, tools: Tools, pruning: Pruning, where: str) -> 
     """How to train at the end: as the recipe says, or what a trial says."""
     options, epochs = tools.job.options, last_epochs(tools.job.options, pruning)
     if not options.distils:
-        return FineTuning(epochs, options.rate, None)
+        return FineTuning(epochs, options.rate)
     if not epochs or options.trainer:
         return FineTuning(epochs, options.rate, pruning.original.folder)
     inputs = {
+        **tools.job.identity,
         **training_of(options),
-        "seed": options.seed,
-        "data": tools.job.data.digest,
         "dense": pruning.original.digest,
         "prune": pruning.first.digest,
         "epochs": epochs,
@@ -295,8 +302,8 @@ def _named(stage: str, method: str, options: Options) -> str:
 
 def tuned(how: FineTuning) -> str:
     """What the ledger calls a fine-tuning."""
-    teacher = ", the original as teacher" if how.teacher else ""
-    return f"fine-tuned, {epochs_in_words(how.epochs)} at {how.lr:g}{teacher}"
+    taught = f", {how.teacher_name} as teacher" if how.teacher else ""
+    return f"fine-tuned, {epochs_in_words(how.epochs)} at {how.lr:g}{taught}"
 
 
 def _pruning_hop(name: str, pruned: Stage) -> verify.Hop:

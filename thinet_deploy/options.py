@@ -42,7 +42,7 @@ class Options(BaseModel):
         input_shape: channels, height and width of the input, for a model that does not say.
         preset: what to make; None for thinet-gap where the network has a fully connected head. Some say all widths.
         recipe: "best": all layers at once, chosen by elimination, reconstructed without training, widths put where they
-            help most, the original as teacher; or the papers' (layer by layer, with fine-tuning between).
+            help most, the original trained on as teacher; or the papers' (layer by layer, with fine-tuning between).
         method: how filters are chosen, if not as the recipe says; with several ("a,b,c" or a tuple) all are made and
             compared, and the first is the one that ships.
         reconstruction: how their consumers make up for those that go, if not as the recipe says.
@@ -69,7 +69,8 @@ class Options(BaseModel):
             papers': 12, and 9 in networks with branches.
         transfer_epochs: of all fine-tuning to the images of `transfer_to`; None for as many as `finetune_epochs`.
         controls: what the thin networks are compared with: "unpruned": the original, trained for as many epochs more
-            as they were; "all": also their architecture from scratch, for as many epochs as all training together.
+            as they were, which is also what they learn from; "all": also their architecture from scratch, for as many
+            epochs as all training together; "none": nothing, so that they learn from the original as it is.
         lr: learning rate of training from fresh weights: of the original and of the control from scratch.
         finetune_lr: learning rate of fine-tuning; if not given, the papers' in their recipes, else see `trial`.
         train: settings of all training by name, such as {"precision": "bf16"}: see `training.Recipe`.

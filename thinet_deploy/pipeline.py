@@ -244,6 +244,7 @@ def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
             "prune": {method: stage.digest for method, stage in pruning.by_method.items()},
             "dense": pruning.original.digest,
             "head": pruning.head,
+            "images": tools.job.options.calibration_images,
         },
         lambda f, _: stages.unfinished(tools, pruning.original.folder, prunings, pruning.head, f),
     )

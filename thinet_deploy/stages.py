@@ -43,11 +43,13 @@ class FineTuning:
         epochs: passes over the training images.
         lr: learning rate at the start.
         teacher: folder of the network to learn from, if there is one.
+        teacher_name: what the ledger calls it.
     """
 
     epochs: int
     lr: float
-    teacher: Path | None
+    teacher: Path | None = None
+    teacher_name: str = "the original"
 
 
 def tuned(tools: Tools, name: str, how: FineTuning, start_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:

@@ -34,7 +34,13 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
     epochs = last_epochs(source.job.options, pruning) if asked is None else asked
     target, rate = _with(target, finetune_epochs=epochs), target.job.options.rate
     where = target.job.data.name
-    given = {**training_of(target.job.options), "epochs": epochs, **target.job.identity, "from": source.job.identity}
+    given = {
+        **training_of(target.job.options),
+        "recipe": target.job.options.recipe,
+        "epochs": epochs,
+        **target.job.identity,
+        "from": source.job.identity,
+    }
 
     def carry(name: str, stage: Stage, label: str, teacher: Stage | None) -> Stage:
         how = FineTuning(epochs, rate, teacher.folder if teacher else None)
@@ -54,9 +60,7 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
         + [replace(hop, model="pruned-there") for hop in there.hops],
         [replace(entry, network=f"{entry.network}, {source.job.data.name}") for entry in here.ledger],
     )
-    networks.ledger += [
-        Entry.of(tuned(FineTuning(epochs, rate, None)), accuracy_of(original), networks.labels["original"])
-    ]
+    networks.ledger += [Entry.of(tuned(FineTuning(epochs, rate)), accuracy_of(original), networks.labels["original"])]
     networks.ledger += [replace(each, network="FT & prune") for each in there.ledger if each.network != "Original"]
     if before := thin.json(REPORT).get("before"):
         networks.ledger.append(Entry.of("new last layer fitted", Accuracy.read(before), label))
