@@ -100,7 +100,7 @@ def _longer() -> Iterator[str]:
         "## Fine-tuned, beside the original trained for as long",
         "",
         "ResNet-20 at half of its multiply-accumulates. *Taught*: nine tenths of the loss come from the original",
-        "as teacher; *half taught*: half of it, as `build` does unasked.",
+        "as teacher; *half taught*: half of it. `build` takes half from the unpruned one after its epochs.",
         "`benchmarks/finetuning.py`;",
         "[what was tried](adr/0015-short-fine-tuning.md)",
         "",
