@@ -49,9 +49,9 @@ def test_the_users_trainer_trains_every_network(
         ["Training the original", 2, 0.3],
         ["Fine-tuning, layer features.0", 1, pytest.approx(0.1)],
         ["Fine-tuning, layer features.2", 1, pytest.approx(0.1)],
+        ["Fine-tuning Original, 4 epochs more", 4, 0.1],
         ["Fine-tuning ThiNet-Conv (r=0.5)", 1, 0.1],
         ["Fine-tuning ThiNet-GAP", 1, 0.1],
-        ["Fine-tuning Original, 4 epochs more", 4, 0.1],
         ["Training from scratch", 6, 0.3],
     ]
     assert all(call[4:] == [36, given] for call in calls)
