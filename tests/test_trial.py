@@ -21,8 +21,6 @@ from thinet_deploy.training import train
 
 MakeOptions = Callable[..., Options]
 Attempt = tuple[float, bool]  # learning rate, and whether the original teaches
-
-
 Weights = dict[str, torch.Tensor]
 
 

@@ -93,9 +93,8 @@ class Inside:
         """Squared error of each image, shape (n,), as a share of what the teacher says, averaged over the parts."""
         ours, theirs = self._said
         shares = []
-        for name in (
-            each for each in self.names or () if each in ours and each in theirs
-        ):  # a part may be left out in training
+        heard = [name for name in self.names or () if name in ours and name in theirs]  # training may leave a part out
+        for name in heard:
             mine, aim = ours[name].float().flatten(1), theirs[name].float().flatten(1)
             shares.append((mine - aim).square().mean(1) / aim.square().mean(1).clamp_min(1e-12))
         ours.clear()

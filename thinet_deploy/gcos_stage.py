@@ -6,14 +6,13 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from .artifact import read_json, write_json
 from .counting import count
 from .errors import InputError
 from .ledger import Entry
-from .prune_stage import PROOF_IMAGES, calibration, graph_of
+from .prune_stage import calibration, graph_of, proof_images
 from .pruning.gcos import default_groups, group_convolutions
 from .pruning.plan import load_plan
 from .pruning.surgery import apply
@@ -39,9 +38,7 @@ def grouped(tools: Tools, pruned_folder: Path, folder: Path) -> None:
         )
     done = group_convolutions(thin, graph, wanted, calibration(tools)[0], shape, progress=tools.progress)
     small = apply(done.plan, done.model)
-    train = tools.job.data.train
-    images = train.inputs(np.arange(min(PROOF_IMAGES, len(train))))
-    hop = grouping_hop("conv", done.model, small, images)
+    hop = grouping_hop("conv", done.model, small, proof_images(tools.job.data.train))
     accuracy = tools.test(small, "the grouped network")
     write_network(folder, small, plan.then(done.plan))
     changes = {

@@ -242,7 +242,7 @@ def _trained_on(
 def from_scratch(run: SharedRun, tools: Tools, networks: Networks, epochs: int, after: dict[str, Any]) -> None:
     """The control: the thin architecture with fresh weights; `after`: what the result depends on besides."""
     ship = networks.stages[networks.ship]
-    inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, **tools.job.identity}
+    inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs}
     stage = run.stage("scratch", inputs, partial(stages.scratch, tools, ship.folder, epochs))
     note = (
         f"the architecture of {networks.labels[networks.ship]} with fresh weights, {epochs_in_words(epochs)} = all "

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,7 +41,7 @@ from .store import Checkpoint
 from .tools import REPORT, Tools, json_ready, labelled_by, write_network
 from .training import evaluate
 
-PROOF_IMAGES = 3
+_PROOF_IMAGES = 3
 HELD_OUT = 0.1  # of the training images, for choices between variants
 
 
@@ -135,6 +136,11 @@ def calibration(tools: Tools) -> tuple[Sample, ImageSet]:
     return Sample(fit, chosen, min(batch, 64), options.seed), held_out
 
 
+def proof_images(train: ImageSet) -> NDArray[np.float32]:
+    """What a cut is proved on: a few images, fewer where there are not as many."""
+    return train.inputs(np.arange(min(_PROOF_IMAGES, len(train))))
+
+
 def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """The network without the filters that go, the plan, and its proof."""
     job, options = tools.job, tools.job.options
@@ -143,7 +149,7 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
     work = _layerwise if options.layerwise else _one_shot
     done = work(tools, original, graph, checkpoint)
     plan = done.plan.model_copy(update={"weights": weights_fingerprint(original), "preprocess": job.data.preprocess})
-    images = torch.from_numpy(job.data.train.inputs(np.arange(min(PROOF_IMAGES, len(job.data.train)))))
+    images = torch.from_numpy(proof_images(job.data.train))
     proof = prove(original, graph, plan, (images,), seed=options.seed)
     write_network(folder, done.model, plan)
     before, after = (count(model, job.input_shape).macs for model in (original, done.model))
