@@ -16,6 +16,7 @@ import pytest
 from tiny_onnx import pooled_onnx
 
 from thinet_deploy import latency, runner, runner_text, samples, sensors, torch_latency, torch_worker
+from thinet_deploy.engines import gpus_of
 from thinet_deploy.errors import InputError, MissingError, ModelError, ThinetDeployError
 from thinet_deploy.interfaces import Precision
 from thinet_deploy.latency import EngineLatency, EngineRef
@@ -193,6 +194,24 @@ def test_a_machine_that_throttles_makes_a_time_invalid(tmp_path: Path, monkeypat
     (found,) = latency.measure_engines([one_engine(tmp_path)], INPUTS, threads=1, rounds=2, seconds=0.01)
     (reason,) = found.samples.summary["invalid"]
     assert reason.startswith("the machine throttled: cpu0 core_throttle_count rose by")
+
+
+class HotGpu:
+    """NVIDIA's library on a machine whose GPU works for somebody else, at its power cap."""
+
+    def state(self) -> dict[str, dict[str, int]]:
+        return {"gpu0": {"slowed": 0x4, "temperature_c": 90, "energy_mj": time.monotonic_ns()}}
+
+
+def test_a_gpu_that_throttles_says_nothing_of_a_time_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("sensors", "engines", "torch_latency"):
+        monkeypatch.setattr(f"thinet_deploy.{module}.Nvml", HotGpu)
+    assert sensors.Watch(gpus=gpus_of("onnxruntime", "tensorrt")).summary()["throttled"] == ["gpu0: power cap"]
+    (found,) = latency.measure_engines([one_engine(tmp_path)], INPUTS, threads=1, rounds=2, seconds=0.01)
+    assert not any("gpu" in reason for reason in found.samples.summary["invalid"])
+    assert not any("gpu" in sensor for sensor in (found.energy or {}).get("joules_per_run", {}))
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the engine's process in /proc")

@@ -63,16 +63,9 @@ def paper(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-class NoGpu(sensors.Nvml):
-    """A machine without NVIDIA's library."""
-
-    def __init__(self) -> None:
-        self.devices = []
-
-
 def watched(root: Path, change: dict[str, str]) -> dict[str, Any]:
     """What a watch says when files change while it watches."""
-    watch = sensors.Watch(str(root), NoGpu())
+    watch = sensors.Watch(str(root))
     paper(root, change)
     watch.look()
     found = watch.summary()
@@ -94,7 +87,7 @@ def test_a_machine_that_tells_nothing_is_not_said_to_be_fine(tmp_path: Path) -> 
     assert {found[key] for key in ("cpu_clock_mhz", "gpu_clock_mhz", "throttled", "busy", "stolen", "others")} == {None}
     assert found["temperatures_c"] is None
     assert sensors.memory_bytes(str(tmp_path)) == {"now": None, "peak": None}
-    assert not sensors.EnergyMeter(str(tmp_path), NoGpu()).there
+    assert not sensors.EnergyMeter(str(tmp_path)).there
 
 
 @pytest.mark.parametrize(
@@ -115,7 +108,7 @@ def test_throttling_is_seen(machine: dict[str, str], file: str, text: str, words
 
 def test_throttling_that_is_over_at_the_end_is_seen_too(tmp_path: Path) -> None:
     root = paper(tmp_path, JETSON)
-    watch, state = sensors.Watch(str(root), NoGpu()), root / "sys/class/thermal/cooling_device0/cur_state"
+    watch, state = sensors.Watch(str(root)), root / "sys/class/thermal/cooling_device0/cur_state"
     state.write_text("2")
     watch.look()
     state.write_text("0")
@@ -146,7 +139,7 @@ def test_programs_on_other_processors_disturb_too(tmp_path: Path) -> None:
 def test_a_child_that_ended_was_no_other_program(tmp_path: Path) -> None:
     ended = stat(7, "python", 1, 40).replace(" 0 0 0 20 0 1 ", " 0 90 0 20 0 1 ")
     root = paper(tmp_path, PC)
-    watch = sensors.Watch(str(root), NoGpu())
+    watch = sensors.Watch(str(root))
     (root / "proc/8/stat").unlink()
     paper(root, {"proc/self/stat": ended, "proc/7/stat": ended, "proc/stat": "cpu  130 0 100 870 0 0 0 0 0 0"})
     assert watch.summary()["others"] == 0
@@ -166,18 +159,18 @@ def test_rapl_counts_packages_once_and_goes_round(tmp_path: Path) -> None:
         (root / "sys/class/powercap/intel-rapl:0/energy_uj").write_text("100000000")  # 200 J on, past its end
         return 50
 
-    found = sensors.EnergyMeter(str(root), NoGpu()).measure(work)
+    found = sensors.EnergyMeter(str(root)).measure(work)
     assert found is not None
     assert found["joules_per_run"] == pytest.approx({"RAPL package-0": 4.0})
     assert found["runs"] == 50
 
 
 def test_a_counter_that_stands_still_is_no_measurement(tmp_path: Path) -> None:
-    assert sensors.EnergyMeter(str(paper(tmp_path, PC)), NoGpu()).measure(lambda: 5) is None
+    assert sensors.EnergyMeter(str(paper(tmp_path, PC))).measure(lambda: 5) is None
 
 
 def test_power_of_a_jetsons_rails_is_added_up(tmp_path: Path) -> None:
-    meter = sensors.EnergyMeter(str(paper(tmp_path, JETSON)), NoGpu())
+    meter = sensors.EnergyMeter(str(paper(tmp_path, JETSON)))
 
     def work() -> int:
         time.sleep(0.1)

@@ -131,7 +131,11 @@ def test_a_round_of_a_machine_that_throttles_does_not_count(
     with pytest.raises(GateError, match=r"throttled in each of 3 attempts \(cpu0 .* rose by 1\)") as raised:
         Engine("openvino").time(tasks)
     assert raised.value.hint.startswith("Cool it")
-    asked = {"engine": {}, "networks": {"0": {"path": "0.onnx", "what": "conv"}}, "pairs": [["0", None]]}
+    asked = {
+        "engine": {"runtime": "openvino"},
+        "networks": {"0": {"path": "0.onnx", "what": "conv"}},
+        "pairs": [["0", None]],
+    }
     write_json(tmp_path / "asked.json", {"layers": {**asked, "rounds": 3, "at_least": 3, "seconds": 1, "steady": 1}})
     monkeypatch.setattr(Hot, "left", 3)
     assert runner.main(["trial", str(tmp_path / "asked.json")]) == 4, "device_timer takes that for a hot device"

@@ -35,6 +35,7 @@ class Engine(abc.ABC):
         module: what Python imports, where it is called otherwise.
         to_get: how it is installed, if not by pip.
         environment: variables that the runtime reads when it is imported.
+        on_gpu: whether it computes on a GPU.
         input_names: the names `run` expects.
     """
 
@@ -42,6 +43,7 @@ class Engine(abc.ABC):
     module = ""
     to_get = ""
     environment: Mapping[str, str] = MappingProxyType({})
+    on_gpu = False
     input_names: list[str]
 
     @abc.abstractmethod

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Mapping
 import numpy as np
 
 from .engine import Engine, MissingRuntimeError, RunnerError, in_steps, reason
+from .sensors import Nvml
 from .tensorrt_engine import TensorRt, TensorRtRtx
 
 if TYPE_CHECKING:
@@ -182,6 +183,11 @@ ENGINES: dict[str, type[Engine]] = {
 def can_run(runtime: str) -> bool:
     """Whether engines of this kind can run on this machine, if the runtime is installed."""
     return runtime in ENGINES and ENGINES[runtime].can_run()
+
+
+def gpus_of(*runtimes: str) -> Nvml | None:
+    """What to ask about GPUs while engines of these kinds run; None where they run on the CPU."""
+    return Nvml() if any(ENGINES[runtime].on_gpu for runtime in runtimes) else None
 
 
 def import_runtime(runtime: str) -> Any:

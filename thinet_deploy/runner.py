@@ -55,7 +55,7 @@ from typing import IO, Any, Callable, Mapping, NoReturn, Sequence
 
 from . import samples, sensors
 from .engine import MissingRuntimeError, RunnerError, ThrottledError
-from .engines import ENGINES
+from .engines import ENGINES, gpus_of
 from .runner_text import latency_text, verify_text
 from .self_test import PASSED, check_files, each_engine, load_manifest, verify
 from .serving import clean_stdout, serve
@@ -175,14 +175,15 @@ def measure(
         (see sensors.Watch), clocks_ms by part, launch_ms (None without a GPU), memory, energy (None where no
         sensor is), fps.
     """
-    watch = sensors.Watch()
+    gpus = gpus_of(*(reply["describe"]["runtime"] for _, reply in opened.values()))
+    watch = sensors.Watch(gpus=gpus)
 
     def after_round(done: int) -> None:
         watch.look()
         on_round(done)
 
     series = interleave({name: worker for name, (worker, _) in opened.items()}, rounds, seconds, after_round, fps)
-    machine, meter, rows = watch.summary(), sensors.EnergyMeter(), {}
+    machine, meter, rows = watch.summary(), sensors.EnergyMeter(gpus=gpus), {}
     for name, (worker, reply) in opened.items():
         row: dict[str, Any] = {key: reply[key] for key in ("load_ms", "first_ms", "describe")}
         summary = samples.judged(samples.summarize_rounds(series[name], fps), machine, finite=reply["finite"])

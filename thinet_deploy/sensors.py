@@ -98,11 +98,11 @@ class Watch:
 
     Args:
         root: where /sys and /proc are.
-        gpus: NVIDIA's library, or one that answers like it.
+        gpus: NVIDIA's library where the work is a GPU's: what slows a GPU down says nothing of work on the CPU.
     """
 
     def __init__(self, root: str = "/", gpus: Nvml | None = None) -> None:
-        self.root, self.gpus = Path(root), gpus or Nvml()
+        self.root, self.gpus = Path(root), gpus
         self.started, self.looks = time.perf_counter(), [self._state()]
         self._own_before = self._own_ticks()
 
@@ -123,7 +123,7 @@ class Watch:
             "events": events,
             "slowing": slowing,
             "firmware": _text(self.root / "sys/devices/platform/soc/soc:firmware/get_throttled"),
-            "gpus": self.gpus.state(),
+            "gpus": self.gpus.state() if self.gpus else {},
             "waited_us": self._waited_us(),
             "ticks": self._ticks(),
         }
@@ -273,11 +273,11 @@ _STATUS = {"now": "VmRSS", "peak": "VmHWM"}
 class EnergyMeter:
     """Energy that passes the machine's sensors: RAPL (x86), NVML (NVIDIA GPUs), INA3221 rails (Jetson).
 
-    Each sensor sees a whole package, GPU or rail, not one process.
+    Each sensor sees a whole package, GPU or rail, not one process. Arguments are those of `Watch`.
     """
 
     def __init__(self, root: str = "/", gpus: Nvml | None = None) -> None:
-        self.root, self.gpus = Path(root), gpus or Nvml()
+        self.root, self.gpus = Path(root), gpus
 
     def measure(self, work: Callable[[], int]) -> dict[str, Any] | None:
         """Meter `work`, which returns how often it ran: joules per run by sensor; None without a sensor that moves."""
@@ -306,7 +306,7 @@ class EnergyMeter:
             # Sub-zones (intel-rapl:0:1) are part of their package, and psys holds all of it once more.
             if used is not None and zone.name.count(":") == 1 and name != "psys":
                 found[f"RAPL {name}"] = (used / 1e6, (_number(zone / "max_energy_range_uj") or 0) / 1e6)
-        for gpu, state in self.gpus.state().items():
+        for gpu, state in (self.gpus.state() if self.gpus else {}).items():
             if "energy_mj" in state:
                 found[f"NVML {gpu}"] = (state["energy_mj"] / 1e3, 0.0)
         return found

@@ -49,6 +49,7 @@ class TensorRt(Engine):
     """
 
     package = module = "tensorrt"
+    on_gpu = True
     to_get = "on a Jetson: apt install python3-libnvinfer; elsewhere: pip install tensorrt"
 
     def __init__(self, runtime: Any, path: str, threads: int, precision: str) -> None:

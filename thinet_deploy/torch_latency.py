@@ -16,7 +16,7 @@ from .errors import InputError, MissingError
 from .interfaces import Progress, silent
 from .latency import BASELINE, Samples, Speedup, TorchLatency, speedup
 from .seeds import derive, generator
-from .sensors import Watch
+from .sensors import Nvml, Watch
 from .torch_worker import Pass, TorchWorker, write_model
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def measure_torch(
             write_model(model, name, path)
             workers[name] = processes.enter_context(TorchWorker(name, path, asked))
         where = [worker.ready() for worker in workers.values()]
-        passes, machine = _interleave(workers, rounds, progress)
+        gpus = Nvml() if torch.device(device).type == "cuda" else None
+        passes, machine = _interleave(workers, rounds, Watch(gpus=gpus), progress)
         peaks = {name: worker.memory() for name, worker in workers.items()}
     found = [
         TorchLatency(
@@ -141,7 +142,7 @@ def _launch_share(passes: Sequence[Pass]) -> float | None:
 
 
 def _interleave(
-    workers: Mapping[str, TorchWorker], rounds: int, progress: Progress
+    workers: Mapping[str, TorchWorker], rounds: int, watch: Watch, progress: Progress
 ) -> tuple[dict[str, list[Pass]], dict[str, Any]]:
     """The passes of every model, round by round after the warm-up, and what the machine's sensors saw meanwhile."""
     end, warm = time.perf_counter() + WARM_UP_SECONDS * len(workers), 0
@@ -150,7 +151,7 @@ def _interleave(
             worker.run()
         warm += 1
     passes: dict[str, list[Pass]] = {name: [] for name in workers}
-    names, watch = sorted(workers), Watch()
+    names = sorted(workers)
     for number in range(rounds):
         for index in generator("latency", number).permutation(len(names)):
             time.sleep(SETTLE_S)

@@ -13,6 +13,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 from . import sensors
 from .engine import ThrottledError
+from .engines import gpus_of
 
 ATTEMPTS = 3  # where the machine throttles
 _LEAST_SHARE = 0.05  # of a network's time that is its layer's at least, where the frame's noise says otherwise
@@ -42,7 +43,8 @@ def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, Any]
     Raises:
         ThrottledError: the machine throttled in every attempt at a round.
     """
-    networks, rounds, watch = asked["networks"], asked["rounds"], sensors.Watch()
+    networks, rounds, gpus = asked["networks"], asked["rounds"], gpus_of(asked["engine"]["runtime"])
+    watch = sensors.Watch(gpus=gpus)
     found: dict[str, list[float]] = {name: [] for name in networks}
     for number in range(rounds):
         early = number < asked["at_least"]
@@ -54,17 +56,17 @@ def turns(ask: Ask, asked: Mapping[str, Any], on_turn: OnTurn) -> dict[str, Any]
             on_turn(before + done, rounds * len(networks), networks[name]["what"])
             return _turn(ask, {**asked["engine"], **networks[name]}, asked["seconds"])
 
-        for name, ms in zip(order, _unthrottled(turn, order)):
+        for name, ms in zip(order, _unthrottled(turn, order, gpus)):
             found[name].append(ms)
     on_turn(rounds * len(networks), rounds * len(networks), f"{len(networks)} networks")
     return {"turns_ms": found, "warnings": watch.summary()["warnings"]}
 
 
-def _unthrottled(turn: Callable[[int, str], float], order: Sequence[str]) -> list[float]:
+def _unthrottled(turn: Callable[[int, str], float], order: Sequence[str], gpus: sensors.Nvml | None) -> list[float]:
     """A round, once more where the machine throttled meanwhile: such times decide nothing."""
     throttled: list[str] = []
     for _ in range(ATTEMPTS):
-        watch, found = sensors.Watch(), []
+        watch, found = sensors.Watch(gpus=gpus), []
         for done, name in enumerate(order):
             found.append(turn(done, name))
             watch.look()
