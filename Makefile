@@ -4,14 +4,14 @@
 #                   PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" (or …/cu130)
 #   CONSTRAINTS     the pinned set of packages
 #   EXTRAS          of the package, as pyproject.toml names them; given ones are added to what is installed
-#   WORKERS         of the tests; by default two, each with whole files
+#   WORKERS         of the tests; by default two, each with whole files, in their order: the longest has few tests
 #   PYTEST_OPTIONS  for pytest, such as "-k parity"
 #   BENCH_OPTIONS   for the scripts in benchmarks/, such as --quick
 PYTHON ?= python3
 PIP_OPTIONS ?=
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= cpu,train,tasks,dev
-WORKERS ?= -n 2 --dist loadfile
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST_OPTIONS ?=
 BENCH_OPTIONS ?=
 

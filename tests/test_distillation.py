@@ -80,7 +80,26 @@ def test_equal_networks_do_not_differ() -> None:
     with Inside(model, teacher) as inside:
         inside.find(x)
         model(x), teacher(x)
-        torch.testing.assert_close(inside.differences(), torch.zeros(5))
+        differences_n = inside.differences()
+        assert differences_n is not None
+        torch.testing.assert_close(differences_n, torch.zeros(5))
+        differences_n.sum().backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert not any(bool(gradient.any()) for gradient in gradients), "the length of a zero has no gradient of its own"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_differences_are_the_same_in_every_precision(dtype: torch.dtype) -> None:
+    x, model, teacher = torch.randn(5, 4, 6, 6), blocks(2).eval(), blocks(4).eval()
+    found = []
+    for kind in (torch.float32, dtype):
+        model, teacher = model.to(kind), teacher.to(kind)
+        with Inside(model, teacher) as inside:
+            inside.find(x.to(kind))
+            model(x.to(kind)), teacher(x.to(kind))
+            found.append(inside.differences())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0, check_dtype=False)
 
 
 def test_nothing_is_kept_and_nothing_listens_afterwards() -> None:

@@ -92,11 +92,8 @@ class Inside:
     def differences(self) -> torch.Tensor | None:
         """Squared error of each image, shape (n,), as a share of what the teacher says, averaged over the parts."""
         ours, theirs = self._said
-        shares = []
         heard = [name for name in self.names or () if name in ours and name in theirs]  # training may leave a part out
-        for name in heard:
-            mine, aim = ours[name].float().flatten(1), theirs[name].float().flatten(1)
-            shares.append((mine - aim).square().mean(1) / aim.square().mean(1).clamp_min(1e-12))
+        shares = [_squares(ours[name] - theirs[name]) / _squares(theirs[name]).clamp_min(1e-12) for name in heard]
         ours.clear()
         theirs.clear()
         return torch.stack(shares).mean(0) if shares else None
@@ -110,6 +107,13 @@ class Inside:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _squares(part: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of each image, shape (n,), added up in fp32 without a copy in fp32."""
+    dims, wide = tuple(range(1, part.ndim)), torch.promote_types(part.dtype, torch.float32)
+    lengths_n: torch.Tensor = torch.linalg.vector_norm(part, dim=dims, dtype=wide)
+    return lengths_n.square()
 
 
 def _regrouped(model: nn.Module, teacher: nn.Module) -> bool:
@@ -142,6 +146,6 @@ def _outputs(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
             hook.remove()
     different: dict[int, str] = {}
     for name, output in said.items():  # the innermost runs first
-        if isinstance(output, torch.Tensor) and output is not whole:
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and output is not whole:
             different.setdefault(id(output), name)
     return {name: said[name] for name in parts if name in different.values()}
