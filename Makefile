@@ -24,8 +24,7 @@ UNFINISHED := $(VENV)/.unfinished
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Python 3.8, as JetPack 5 has it.
-ON_DEVICES := runner.py cuda.py engine.py engines.py runner_text.py samples.py self_test.py sensors.py serving.py \
-	tensorrt_engine.py turns.py tensorrt_builder.py on_device.py detections.py integrations/python/classify.py
+ON_DEVICES := on_device integrations/python/classify.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format types bench wheel clean

@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
 from thinet_deploy.interfaces import Precision, Progress, silent
-from thinet_deploy.latency import EngineLatency, EngineRef
-from thinet_deploy.latency_stage import Bench, engine_for, layer_costs, shaped, with_room
 from thinet_deploy.pruning.allocation import Costs, Curve
 from thinet_deploy.pruning.budget import Widths, Wish, choices, cost, may_vanish, some, uniform
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import Branch, ChannelGraph, ChannelGroup
-from thinet_deploy.pruning.latency_budget import CORRECTIONS, NEAR, Goal, Measured, Trial
-from thinet_deploy.pruning.milliseconds import Milliseconds
 from thinet_deploy.pruning.oneshot import Method, prune_once, weigh
 from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply
 from thinet_deploy.pruning.trace import example_inputs, named_tensors
+from thinet_deploy.stages.latency import Bench, engine_for, layer_costs, shaped, with_room
 from thinet_deploy.target import load_profile
+from thinet_deploy.timing.budget import CORRECTIONS, NEAR, Goal, Measured, Trial
+from thinet_deploy.timing.latency import EngineLatency, EngineRef
+from thinet_deploy.timing.milliseconds import Milliseconds
 
 
 @dataclass

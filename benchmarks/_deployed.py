@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from thinet_deploy import registry
-from thinet_deploy.engines import can_run, open_engine
 from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Conversion, Precision
 from thinet_deploy.models.vgg import VGG
+from thinet_deploy.on_device.engines import can_run, open_engine
 from thinet_deploy.precision.accuracy_gate import outputs
 from thinet_deploy.precision.calibration import limits, observe
 from thinet_deploy.precision.executed import prove_precision

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from thinet_deploy.data import Dataset
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.intervals import accuracy_interval, difference_interval
 from thinet_deploy.tasks.classification import ranks
 from thinet_deploy.training import logits

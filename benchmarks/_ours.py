@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from thinet_deploy.data import Dataset
-from thinet_deploy.preprocess import Preprocess
+from thinet_deploy.data.dataset import Dataset
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.pruning.allocation import Costs, allocate
 from thinet_deploy.pruning.budget import Wish, choose_widths
 from thinet_deploy.pruning.calibration import Sample

@@ -14,10 +14,11 @@ from _record import keep, kept
 from _trained import RESNET20_WEIGHTS, cifar10, trained_vgg, vgg_weights
 from rich.console import Console
 
-from thinet_deploy import pipeline, report
+from thinet_deploy import pipeline
 from thinet_deploy.environment import cache_folder
-from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import make_options
+from thinet_deploy.reports import texts
+from thinet_deploy.reports.ledger import render_ledger
 
 TRAINED = Path(__file__).with_name("_trained.py")
 PAPERS: dict[str, list[dict[str, Any]]] = {
@@ -57,4 +58,4 @@ def accuracies(name: str, imagenet: Path | None, weights: str, *, quick: bool) -
         asked = {key: str(value) for key, value in recipe.items()}
         rows[label] = {"options": asked, "table": done.table.to_json(), "parity": [vars(hop) for hop in done.hops]}
         keep(title, {"rows": rows}, quick=quick)
-        console.print(report.render([done.table], console.width), render_ledger(done.table.ledger))
+        console.print(texts.render([done.table], console.width), render_ledger(done.table.ledger))

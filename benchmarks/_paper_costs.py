@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from thinet_deploy import samples
 from thinet_deploy.counting import count
 from thinet_deploy.models.loading import build_model
-from thinet_deploy.torch_latency import measure_torch
-from thinet_deploy.torch_modes import Mode
+from thinet_deploy.on_device import samples
+from thinet_deploy.timing.torch_latency import measure_torch
+from thinet_deploy.timing.torch_modes import Mode
 
 
 def networks(names: list[str], shape: tuple[int, int, int] | None) -> dict[str, nn.Module]:

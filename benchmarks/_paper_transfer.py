@@ -37,13 +37,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from thinet_deploy import pipeline, report
-from thinet_deploy.data import digits_preprocess, load_digits, load_folder
-from thinet_deploy.deployment import Build
+from thinet_deploy import pipeline
+from thinet_deploy.data.dataset import digits_preprocess, load_digits, load_folder
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.environment import cache_folder
-from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import make_options
-from thinet_deploy.preprocess import Preprocess
+from thinet_deploy.reports import texts
+from thinet_deploy.reports.ledger import render_ledger
+from thinet_deploy.stages.deployment import Build
 from thinet_deploy.training import train
 
 NAME = "paper_tables-transfer"
@@ -65,7 +66,7 @@ def transfers(*, quick: bool) -> None:
             found = strategies(target, quick=quick)
             row |= {"table": found.table.to_json(), "parity": [vars(hop) for hop in found.hops]}
             keep(NAME, {"epochs": EPOCHS, "rows": rows}, quick=quick)
-            console.print(report.render([found.table], console.width), render_ledger(found.table.ledger))
+            console.print(texts.render([found.table], console.width), render_ledger(found.table.ledger))
         for network in [name for name in SMALL if name not in row["small"]]:
             row["small"][network] = small_network(network, target, quick=quick)
             keep(NAME, {"epochs": EPOCHS, "rows": rows}, quick=quick)

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from thinet_deploy.counting import count
-from thinet_deploy.data import Dataset, ImageSet
+from thinet_deploy.data.dataset import Dataset, ImageSet
 from thinet_deploy.models.resnet_cifar import Block, Padding
 
 Contender = Callable[[nn.Module, Dataset, int], nn.Module]

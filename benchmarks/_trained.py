@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from thinet_deploy.artifact import hash_json
-from thinet_deploy.data import Dataset, ImageSet, load_folder
+from thinet_deploy.data.dataset import Dataset, ImageSet, load_folder
+from thinet_deploy.data.preprocess import Augment, Preprocess, load_preprocess
 from thinet_deploy.environment import cache_folder
 from thinet_deploy.interfaces import Progress, silent
 from thinet_deploy.models import squeezenet
@@ -34,7 +35,6 @@ from thinet_deploy.models.alexnet import alexnet as caffe_alexnet
 from thinet_deploy.models.resnet_cifar import resnet_cifar
 from thinet_deploy.models.vgg import VGG
 from thinet_deploy.models.weights import load_weights, save_weights
-from thinet_deploy.preprocess import Augment, Preprocess, load_preprocess
 from thinet_deploy.store import Checkpoint
 from thinet_deploy.training import Recipe, evaluate, train
 

@@ -15,7 +15,7 @@ from _judge import judged, percent, unpack
 from _record import keep, kept
 from _trained import cifar10, few, missing, trained_resnet20
 
-from thinet_deploy.data import Dataset
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.intervals import difference_interval
 from thinet_deploy.pruning.allocation import Costs, allocate
 from thinet_deploy.pruning.budget import Widths, Wish, may_vanish

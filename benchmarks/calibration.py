@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.models.vgg import vgg16, vgg_small
-from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.pruning.allocation import Costs, allocate
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.calibration import Sample

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thinet_deploy.counting import count
-from thinet_deploy.data import Dataset
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method
 

@@ -20,12 +20,12 @@ from _record import RESULTS, keep, kept
 from _trained import NETWORKS, cifar10, few, missing
 from rich.console import Console
 
-from thinet_deploy.cli_progress import bars
-from thinet_deploy.data import Dataset
+from thinet_deploy.cli.progress import bars
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.errors import GateError, InputError
 from thinet_deploy.pruning.allocation import Costs, Curve, allocate
 from thinet_deploy.pruning.budget import Widths, Wish, choose_widths
-from thinet_deploy.pruning.latency_budget import Goal, meet
+from thinet_deploy.timing.budget import Goal, meet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

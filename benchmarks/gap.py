@@ -14,12 +14,13 @@ from _record import keep
 from _trained import cifar10, missing, trained_vgg, vgg_weights
 from rich.console import Console
 
-from thinet_deploy import pipeline, report
+from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
 from thinet_deploy.environment import cache_folder
-from thinet_deploy.hops import render_hops
-from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import make_options
+from thinet_deploy.reports import texts
+from thinet_deploy.reports.hops import render_hops
+from thinet_deploy.reports.ledger import render_ledger
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
         quick=given.quick,
     )
     console = Console(width=160)
-    console.print(report.render([done.table], console.width), render_ledger(done.table.ledger))
+    console.print(texts.render([done.table], console.width), render_ledger(done.table.ledger))
     console.print(render_hops(done.hops, done.table), path)
 
 

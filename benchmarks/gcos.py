@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thinet_deploy.counting import count
-from thinet_deploy.data import Dataset
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.pruning.gcos import Choose
 from thinet_deploy.pruning.partition import Layer, Partition, by_position
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from thinet_deploy.artifact import hash_json
 from thinet_deploy.counting import count
-from thinet_deploy.data import Dataset, ImageSet
+from thinet_deploy.data.dataset import Dataset, ImageSet
 from thinet_deploy.environment import cache_folder
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method

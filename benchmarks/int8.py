@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from thinet_deploy import latency, registry
+from thinet_deploy import registry
 from thinet_deploy.counting import count
-from thinet_deploy.data import Dataset
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.environment import fingerprint
 from thinet_deploy.export import INPUT, export_onnx
 from thinet_deploy.interfaces import Conversion, Precision
@@ -37,10 +37,11 @@ from thinet_deploy.precision.calibration import Floats, limits, observe
 from thinet_deploy.precision.graph import read_onnx
 from thinet_deploy.precision.int8 import quantise
 from thinet_deploy.precision.plan import plan_precision
-from thinet_deploy.prune_stage import HELD_OUT
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method
+from thinet_deploy.stages.prune import HELD_OUT
 from thinet_deploy.target import load_profile
+from thinet_deploy.timing import latency
 
 RUNTIMES = ("openvino", "onnxruntime")
 KINDS = ("dense", "pruned")

@@ -27,17 +27,17 @@ from _record import keep, kept
 from rich.console import Console
 from torch import nn
 
-from thinet_deploy.cli_progress import bars
-from thinet_deploy.data import UNLABELLED, ImageSet
+from thinet_deploy.cli.progress import bars
+from thinet_deploy.data.dataset import UNLABELLED, ImageSet
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.errors import GateError, InputError
 from thinet_deploy.interfaces import Precision
-from thinet_deploy.latency import EngineLatency
 from thinet_deploy.models.resnet import resnet50
 from thinet_deploy.models.vgg import vgg16, vgg_small
-from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.allocation import Costs, Curve, predicted_error
 from thinet_deploy.pruning.budget import Widths, Wish, choose_widths
-from thinet_deploy.pruning.latency_budget import NEAR, Goal, meet
+from thinet_deploy.timing.budget import NEAR, Goal, meet
+from thinet_deploy.timing.latency import EngineLatency
 
 NAME = "latency_budgets"
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"vgg16-gap": lambda: vgg16(gap=True), "resnet50": resnet50}

@@ -20,7 +20,7 @@ from _paper_transfer import transfers
 from _papers import COSTS
 from _trained import cifar10, few, missing
 
-from thinet_deploy.torch_modes import MODES
+from thinet_deploy.timing.torch_modes import MODES
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from _paper_criteria import EPOCHS, METHODS, NAME, RATE, RATIOS
 from _papers import ALSO, COSTS, CRITERIA, FILTER_PRUNING, TRANSFER
 from _record import kept
 
-from thinet_deploy.report import to_markdown
-from thinet_deploy.table import Table
+from thinet_deploy.reports.table import Table
+from thinet_deploy.reports.texts import to_markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "papers.md"
 TITLES = {"vgg16": "VGG-16", "resnet50": "ResNet-50"}

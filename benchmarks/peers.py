@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import nn
 
 from thinet_deploy.counting import count
-from thinet_deploy.data import Dataset
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method
 

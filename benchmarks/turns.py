@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from thinet_deploy import runner
-from thinet_deploy.layer_networks import frame, framed, image_of, layers_of
 from thinet_deploy.models.loading import build_model
-from thinet_deploy.staircase import ROUNDS, ROUNDS_AT_LEAST, STEADY
-from thinet_deploy.turns import layer_time
+from thinet_deploy.on_device import runner
+from thinet_deploy.on_device.turns import layer_time
+from thinet_deploy.timing.layer_networks import frame, framed, image_of, layers_of
+from thinet_deploy.timing.staircase import ROUNDS, ROUNDS_AT_LEAST, STEADY
 
 TURNS, SECONDS, WARM_UP = 70, 0.03, 0.01
 Turn = tuple[float, float]  # median and lower quartile of its runs, ms

@@ -24,10 +24,10 @@ from held_out import HELD_OUT, trained
 from rich.console import Console
 from rich.table import Table
 
-from thinet_deploy.data import Dataset
+from thinet_deploy.data.dataset import Dataset
 from thinet_deploy.pruning.allocation import Costs, Descent, predicted_error
 from thinet_deploy.pruning.budget import Widths
-from thinet_deploy.pruning.latency_budget import Goal
+from thinet_deploy.timing.budget import Goal
 
 TIMES, EPOCHS, SEEDS, SHARE = 1.5, 1, (0, 1), 0.5  # the last: of the loss from the original
 WORTH = (0.0, 12.0, 20.0)  # of all multiply-accumulates, in predicted errors of what loses least

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..errors import ConversionError
 from ..interfaces import Contract, Conversion, Progress
+from ..on_device.tensorrt_builder import BuildError, Settings, build
 from ..target import load_profile
-from ..tensorrt_builder import BuildError, Settings, build
 
 CONTRACT = Contract(
     source="onnx",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import ConversionError
 from ..interfaces import Contract, Conversion, Progress
-from ..tensorrt_builder import BuildError, Settings, build
+from ..on_device.tensorrt_builder import BuildError, Settings, build
 
 CONTRACT = Contract(
     source="onnx",

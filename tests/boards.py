@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from thinet_deploy.device_site import Machine
+from thinet_deploy.devices.site import Machine
+from thinet_deploy.devices.ssh import Ssh
 from thinet_deploy.environment import JETSON_COMMANDS
-from thinet_deploy.ssh import Ssh
 
 
 def a_machine(**facts: Any) -> Machine:

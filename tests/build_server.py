@@ -26,9 +26,10 @@ import onnxruntime  # noqa: E402, F401 - loaded before the fork
 import openvino  # noqa: E402, F401
 import torch  # noqa: E402
 
-from thinet_deploy import artifact, deploy_stage, pipeline, store  # noqa: E402
+from thinet_deploy import artifact, pipeline, store  # noqa: E402
 from thinet_deploy.export import check_exportable  # noqa: E402
 from thinet_deploy.options import make_options  # noqa: E402
+from thinet_deploy.stages import deploy as deploy_stage  # noqa: E402
 
 FAILPOINT = "THINET_DEPLOY_FAILPOINT"
 

@@ -101,7 +101,7 @@ def _usual_toolchains() -> Iterator[None]:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Runs `thinet-deploy ARGUMENTS` in this process, through main()."""
-    from thinet_deploy.cli import main
+    from thinet_deploy.cli.app import main
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["thinet-deploy", *map(str, arguments)])
@@ -140,7 +140,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures latency for moments only: the figures of these builds are looked at by nobody."""
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from thinet_deploy import deploy_stage
+    from thinet_deploy.stages import deploy as deploy_stage
 
     for name, value in {"ENGINE_SECONDS": 0.01, "ENGINE_ROUNDS": 8, "TORCH_ROUNDS": 8, "TORCH_BATCH": 2}.items():
         monkeypatch.setattr(deploy_stage, name, value)
@@ -185,7 +185,7 @@ def quick_module() -> Iterator[None]:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from thinet_deploy import deploy_stage
+    from thinet_deploy.stages import deploy as deploy_stage
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -224,7 +224,9 @@ def brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Layers and networks are timed for moments, and the user's cache stays as it is; the one that is used."""
     from functools import partial
 
-    from thinet_deploy import latency_stage, staircase, staircase_stage
+    from thinet_deploy.stages import latency as latency_stage
+    from thinet_deploy.stages import staircase as staircase_stage
+    from thinet_deploy.timing import staircase
 
     monkeypatch.setenv("THINET_CACHE", str(tmp_path / "cache"))
     for module, name, value in (
@@ -322,7 +324,7 @@ def make_bundle(device_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Makes the stage of a bundle, which its device measures for a second."""
     from ssh_bundles import maker
 
-    from thinet_deploy import device_stage
+    from thinet_deploy.stages import device as device_stage
 
     monkeypatch.setattr(device_stage, "SECONDS", 1)
     return maker(device_spec, tmp_path)

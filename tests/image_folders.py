@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from thinet_deploy.data import ImageSet
-from thinet_deploy.preprocess import Augment, Preprocess
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 
 PREPROCESS = Preprocess(
     resize=12, crop=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), augment=Augment(mirror=True, pad=1)

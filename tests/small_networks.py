@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from thinet_deploy.data import ImageSet
-from thinet_deploy.preprocess import Augment, Preprocess
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import ChannelGraph

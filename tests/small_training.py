@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.interfaces import Progress
-from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.training import Recipe, train
 
 COUNT, CLASSES = 50, 4

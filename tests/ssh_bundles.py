@@ -16,13 +16,15 @@ import pytest
 from ssh_server import Server
 from tiny_onnx import scored_spec
 
-from thinet_deploy import bundle, device_site, device_stage
+from thinet_deploy import bundle
 from thinet_deploy.artifact import hash_json, read_json, sha256_of, write_json
 from thinet_deploy.bundle import BundleSpec, TypedFile
-from thinet_deploy.devices import find_device
+from thinet_deploy.devices import site as device_site
+from thinet_deploy.devices.address import find_device
 from thinet_deploy.errors import ThinetDeployError
 from thinet_deploy.interfaces import silent
 from thinet_deploy.shared_run import SharedRun
+from thinet_deploy.stages import device as device_stage
 from thinet_deploy.store import Stage
 from thinet_deploy.target import load_profile
 

@@ -26,7 +26,7 @@ import tensorrt_bindings as trt  # type: ignore[import-not-found]  # see tensorr
 from tensorrt_stand_in import WORLD, StandIn, stand_in
 from tensorrt_versions import FAKE_GPU, FAKE_HEADER, fake_engine
 
-from thinet_deploy import cuda
+from thinet_deploy.on_device import cuda
 
 VERSION = os.environ.get("TENSORRT_FAKE_VERSION", trt.__version__)
 GPU = os.environ.get("TENSORRT_FAKE_GPU", FAKE_GPU)

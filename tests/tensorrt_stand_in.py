@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorrt_bindings as trt  # type: ignore[import-not-found]  # downloaded by test_tensorrt.py
 
-from thinet_deploy.tensorrt_builder import BuildError, Settings, build
+from thinet_deploy.on_device.tensorrt_builder import BuildError, Settings, build
 
 CALLED: list[str] = []
 # What the inspector calls the type of a tensor.

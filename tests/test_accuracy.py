@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from small_training import CLASSES, COUNT, corners, network
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
 from thinet_deploy.tasks.base import Accuracy
 from thinet_deploy.tasks.classification import CLASSIFICATION
 from thinet_deploy.training import logits

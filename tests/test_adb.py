@@ -19,18 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_onnx import scored_onnx
 
-from thinet_deploy import android_site, android_stage, bundle, device_stage
-from thinet_deploy.adb import Adb
+from thinet_deploy import bundle
 from thinet_deploy.apps import App
 from thinet_deploy.artifact import hash_json, read_json
 from thinet_deploy.bundle import BundleSpec, EngineFile
-from thinet_deploy.cli_device import show_device
-from thinet_deploy.devices import find_device
+from thinet_deploy.cli.device import show_device
+from thinet_deploy.data.preprocess import Preprocess
+from thinet_deploy.devices import android as android_site
+from thinet_deploy.devices.adb import Adb
+from thinet_deploy.devices.address import find_device
 from thinet_deploy.errors import DeviceError, GateError, InputError, MissingError, TargetError, ThinetDeployError
 from thinet_deploy.interfaces import TensorSpec, silent
-from thinet_deploy.preprocess import Preprocess
-from thinet_deploy.runner import ROUNDS
+from thinet_deploy.on_device.runner import ROUNDS
 from thinet_deploy.shared_run import SharedRun
+from thinet_deploy.stages import android as android_stage
+from thinet_deploy.stages import device as device_stage
 from thinet_deploy.store import Stage
 from thinet_deploy.target import load_profile
 

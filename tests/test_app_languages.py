@@ -19,9 +19,9 @@ from tiny_onnx import scored_onnx
 from thinet_deploy import apps, bundle, registry
 from thinet_deploy.apps import App, Ends
 from thinet_deploy.bundle import BundleSpec, EngineFile
-from thinet_deploy.engines import open_engine
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.interfaces import Conversion, Precision, TensorSpec
-from thinet_deploy.preprocess import Preprocess
+from thinet_deploy.on_device.engines import open_engine
 
 STAND_INS = Path(__file__).with_name("app_stand_ins")
 HOW = Preprocess(resize=14, crop=(12, 12))

@@ -19,8 +19,8 @@ from tiny_onnx import scored_spec
 from thinet_deploy import apps, bundle, registry
 from thinet_deploy.apps import App, Ends
 from thinet_deploy.bundle import BundleSpec, EngineFile, TypedFile, verify_bundle
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.interfaces import Conversion
-from thinet_deploy.preprocess import Preprocess
 
 HOW = Preprocess(resize=14, crop=(12, 12), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 NONE = np.zeros((1, 1), np.float32)

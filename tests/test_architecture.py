@@ -6,143 +6,30 @@ from pathlib import Path
 import pytest
 from package_modules import CONVERTERS, CORE, IMPORTS, MODULES, PROFILES, Import
 
-from thinet_deploy.runner import COMPANIONS
+from thinet_deploy.on_device.runner import COMPANIONS
 
-# A module may import from its own level and from lower ones. Names are relative to thinet_deploy; a sub-package stands
-# for all its modules. The package itself (its __init__, the public API) is above all: nothing inside imports it.
-LEVELS = {
-    4: {
-        "cli",
-        "cli_options",
-        "cli_build",
-        "cli_errors",
-        "cli_targets",
-        "cli_processes",
-        "cli_progress",
-        "cli_tables",
-        "cli_scatter",
-        "cli_count",
-        "cli_compare",
-        "cli_device",
-        "cli_latency",
-        "cli_staircase",
-        "__main__",
-    },
-    3: {
-        "pipeline",
-        "deployment",
-        "device_stage",
-        "android_stage",
-        "networks",
-        "stages",
-        "build_table",
-        "parity_stage",
-        "bundle_stage",
-        "deploy_stage",
-        "prune_stage",
-        "gcos_stage",
-        "transfer",
-        "transfer_stage",
-        "trial",
-        "precision_stage",
-        "feasibility_stage",
-        "latency_stage",
-        "staircase_stage",
-        "tools",
-        "job",
-    },
-    2: {
-        "pruning",
-        "precision",
-        "training",
-        "norms",
-        "ledger",
-        "export",
-        "registry",
-        "verify",
-        "latency",
-        "torch_latency",
-        "torch_worker",
-        "torch_modes",
-        "things",
-        "bundle",
-        "apps",
-        "device_site",
-        "android_site",
-        "report",
-        "hops",
-        "html_report",
-        "report_plots",
-        "table",
-        "comparison",
-        "contract",
-        "plots",
-        "counting",
-        "layer_networks",
-        "layer_times",
-        "staircase",
-        "timers",
-        "device_timer",
-    },
-    1: {
-        "artifact",
-        "store",
-        "seeds",
-        "environment",
-        "target",
-        "data",
-        "crops",
-        "voc",
-        "voc_boxes",
-        "voc_masks",
-        "tasks",
-        "detections",
-        "image_files",
-        "device",
-        "devices",
-        "ssh",
-        "adb",
-        "distillation",
-        "intervals",
-        "surfaces",
-        "isolation",
-        "parallel",
-        "preprocess",
-        "program",
-        "reproduce",
-        "tensorrt_builder",
-        "models",
-        "on_device",
-        "runner",
-        "cuda",
-        "engine",
-        "engines",
-        "runner_text",
-        "samples",
-        "self_test",
-        "sensors",
-        "serving",
-        "tensorrt_engine",
-        "turns",
-        "options",
-        "shared_run",
-    },
-    0: {"errors", "interfaces"},
-}
-TOP_LEVEL = 5
+ON_DEVICE = f"{CORE}.on_device"
+
+# Folders and modules of the package from the top down: each may import from itself and from what stands below it.
+# The package itself (its __init__, the public API) is above all: nothing inside imports it.
+ORDER = (
+    *("__main__", "cli", "pipeline", "stages"),
+    *("reports", "devices", "timing", "verify", "export", "precision", "pruning", "norms", "training"),
+    *("registry", "bundle", "apps", "shared_run", "store", "models", "data", "environment", "reproduce", "target"),
+    *("isolation", "program", "parallel", "tasks", "options", "artifact", "on_device"),
+    *("counting", "intervals", "seeds", "interfaces", "errors"),
+)
 # What a converter may know of the core; nothing in the core names a converter (the registry finds them by name).
 # Two of them are shared by several converters: how a program is read, how TensorRT builds.
 FOR_CONVERTERS = {
-    f"{CORE}.{name}" for name in ("interfaces", "artifact", "target", "errors", "program", "tensorrt_builder")
+    f"{CORE}.{name}"
+    for name in ("interfaces", "artifact", "target", "errors", "program", "on_device", "on_device.tensorrt_builder")
 }
 
 
-def _level(module: str) -> int | None:
-    """The declared level of a core module; None when it has none."""
-    if module == CORE:
-        return TOP_LEVEL
-    first = module.split(".")[1]
-    return next((level for level, names in LEVELS.items() if first in names), None)
+def _place(module: str) -> int:
+    """In ORDER, 0 at the top; -1 for the package itself."""
+    return -1 if module == CORE else ORDER.index(module.split(".")[1])
 
 
 def _is_core(module: str) -> bool:
@@ -153,9 +40,9 @@ def _at(module: str, found: Import) -> str:
     return f"{MODULES[module].name}:{found.line} imports {found.target}"
 
 
-def test_every_core_module_has_a_level() -> None:
-    without = sorted(module for module in MODULES if _is_core(module) and _level(module) is None)
-    assert not without, f"Decide where these belong, and add them to LEVELS in {Path(__file__).name}: {without}"
+def test_every_core_module_has_a_place() -> None:
+    names = {module.split(".")[1] for module in MODULES if _is_core(module) and module != CORE}
+    assert names == set(ORDER), f"Decide where these belong in ORDER in {Path(__file__).name}"
 
 
 def test_imports_of_our_own_modules_exist() -> None:
@@ -168,16 +55,14 @@ def test_imports_of_our_own_modules_exist() -> None:
     assert not missing
 
 
-def test_imports_run_down_or_along_a_level() -> None:
-    upward = []
-    for module in filter(_is_core, MODULES):
-        for found in IMPORTS[module]:
-            if found.target not in MODULES or not _is_core(found.target):
-                continue
-            own, other = _level(module), _level(found.target)
-            if own is not None and other is not None and other > own:
-                upward.append(f"{_at(module, found)} (level {own} → {other})")
-    assert not upward
+def test_imports_run_down() -> None:
+    upward = [
+        _at(module, found)
+        for module in filter(_is_core, MODULES)
+        for found in IMPORTS[module]
+        if found.target in MODULES and _is_core(found.target) and _place(found.target) < _place(module)
+    ]
+    assert not upward, f"see ORDER in {Path(__file__).name}"
 
 
 def test_no_import_cycles() -> None:
@@ -220,11 +105,12 @@ def test_converters_know_little_and_load_late(module: str) -> None:
     assert not heavy, "a converter imports its runtime inside the function that needs it"
 
 
-@pytest.mark.parametrize("name", ["runner", *COMPANIONS, "tensorrt_builder", "on_device", "detections"])
-def test_what_runs_on_devices_stands_alone(name: str) -> None:
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith(f"{ON_DEVICE}.")))
+def test_what_runs_on_devices_stands_alone(module: str) -> None:
     """It is copied to devices and runs there without this package; only run.py has files beside it."""
-    beside = {f"{CORE}.{each}" for each in COMPANIONS} if name in ("runner", *COMPANIONS) else set()
-    ours = {found.target for found in IMPORTS[f"{CORE}.{name}"] if found.target.startswith(f"{CORE}.")}
+    with_companions = {f"{ON_DEVICE}.{name}" for name in ("runner", *COMPANIONS)}
+    beside = with_companions if module in with_companions else set()
+    ours = {found.target for found in IMPORTS[module] if found.target.startswith(f"{CORE}.")}
     assert not ours - beside
-    early = {found.target for found in IMPORTS[f"{CORE}.{name}"] if not found.in_function}
+    early = {found.target for found in IMPORTS[module] if not found.in_function}
     assert early - beside <= sys.stdlib_module_names | {"numpy"}

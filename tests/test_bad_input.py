@@ -281,7 +281,7 @@ def test_unknown_command(command: str, cli: Callable[..., Any]) -> None:
 )
 def test_as_a_program(name: str, arguments: str, workplace: Path) -> None:
     attack_in_zip()
-    command = [sys.executable, "-m", "thinet_deploy.cli", *GOOD.split(), *arguments.split()]
+    command = [sys.executable, "-m", "thinet_deploy", *GOOD.split(), *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=workplace)
     assert done.returncode == 2
     assert done.stdout == ""

@@ -12,8 +12,8 @@ import pytest
 
 from thinet_deploy.artifact import sha256_of, write_json
 from thinet_deploy.intervals import Interval
+from thinet_deploy.reports.table import Row, Table, Time
 from thinet_deploy.store import Run
-from thinet_deploy.table import Row, Table, Time
 
 Cli = Callable[..., Any]
 GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--layer-epochs", "1"]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from thinet_deploy import detections
 from thinet_deploy.models.ssd import SSD, default_boxes, ssd300
+from thinet_deploy.on_device import detections
 from thinet_deploy.tasks.detection import NONE, Detection
 from thinet_deploy.tasks.matching import encoded, intersection_over_union, matched
 

@@ -14,14 +14,14 @@ from torch import nn
 from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
 from thinet_deploy.counting import count
-from thinet_deploy.data import UNLABELLED, ImageSet
+from thinet_deploy.data.dataset import UNLABELLED, ImageSet
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.errors import InputError, ModelError
 from thinet_deploy.export import OUTPUT, export_onnx, run_onnx
 from thinet_deploy.models.resnet_cifar import resnet_cifar
 from thinet_deploy.models.vanished import Constant
 from thinet_deploy.models.weights import save_weights
 from thinet_deploy.options import Options
-from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.allocation import Costs, Curve, allocate
 from thinet_deploy.pruning.budget import Widths, Wish, cost, may_vanish, possible, some
 from thinet_deploy.pruning.calibration import Sample

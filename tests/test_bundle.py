@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_onnx import scored_spec
 
-from thinet_deploy import bundle, runner, runner_text, self_test
+from thinet_deploy import bundle
 from thinet_deploy.artifact import sha256_of
 from thinet_deploy.bundle import BundleSpec, EngineFile
-from thinet_deploy.engine import RunnerError
 from thinet_deploy.errors import BundleError, OutputError
+from thinet_deploy.on_device import runner, runner_text, self_test
+from thinet_deploy.on_device.engine import RunnerError
 
 FORBIDDEN = ("torch", "onnx", "pydantic", "thinet_deploy")
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from thinet_deploy.data import ImageSet
-from thinet_deploy.preprocess import Augment, Preprocess
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.pruning import wide as wide_module
 from thinet_deploy.pruning.by_channel import ChannelSums, centred_by_channel, saying_by_channel
 from thinet_deploy.pruning.calibration import Sample

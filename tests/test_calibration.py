@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.errors import ModelError
-from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.pruning import calibration, sums
 from thinet_deploy.pruning.calibration import Sample, Sampling, observe
 from thinet_deploy.pruning.discovery import channel_graph

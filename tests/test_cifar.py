@@ -85,7 +85,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(*arguments: object) -> dict[str, Any]:
-    command = [sys.executable, "-m", "thinet_deploy.cli", "build", "--json", *map(str, arguments)]
+    command = [sys.executable, "-m", "thinet_deploy", "build", "--json", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     document: dict[str, Any] = json.loads(done.stdout)

@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 import pytest
 from rich.console import Console
 
-import thinet_deploy.cli as commands
-from thinet_deploy import cli_targets, environment
-from thinet_deploy.cli_progress import bars
+import thinet_deploy.cli.app as commands
+from thinet_deploy import environment
+from thinet_deploy.cli import targets as cli_targets
+from thinet_deploy.cli.progress import bars
 from thinet_deploy.options import Options
 
 Cli = Callable[..., Any]
@@ -226,7 +227,7 @@ def test_a_line_for_each_finished_stage_and_bars_for_those_in_flight(
 
 
 def test_progress_and_results_go_different_ways(workplace: Path) -> None:
-    command = [sys.executable, "-m", "thinet_deploy.cli", "prune", *GOOD, "--json"]
+    command = [sys.executable, "-m", "thinet_deploy", "prune", *GOOD, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert strict_json(done.stdout)["folder"] == "run/thin"
@@ -239,7 +240,7 @@ def test_interrupted(workplace: Path) -> None:
     Path("mine.py").write_text(
         "import pathlib, time\ndef fit(model, images):\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
     )
-    command = [sys.executable, "-m", "thinet_deploy.cli", "prune", *GOOD, "--trainer", "mine.py:fit"]
+    command = [sys.executable, "-m", "thinet_deploy", "prune", *GOOD, "--trainer", "mine.py:fit"]
     child = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -261,7 +262,7 @@ def test_interrupted(workplace: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
-    command = f"{sys.executable} -m thinet_deploy.cli targets --json | head -c 1"
+    command = f"{sys.executable} -m thinet_deploy targets --json | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "["
     assert "Traceback" not in done.stderr

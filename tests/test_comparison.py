@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from thinet_deploy import comparison, intervals, report, report_plots, samples
+from thinet_deploy import intervals
 from thinet_deploy.artifact import write_json
-from thinet_deploy.comparison import Against, Difference
 from thinet_deploy.errors import UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
+from thinet_deploy.on_device import samples
+from thinet_deploy.reports import comparison, html_plots, texts
+from thinet_deploy.reports.comparison import Against, Difference
+from thinet_deploy.reports.table import Row, Table, Time, check_machines
 from thinet_deploy.store import Run
-from thinet_deploy.table import Row, Table, Time, check_machines
 
 FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}
 ORIGINAL = Row("original", "Original", FIGURES, 9, 9, Time(9, 8, 10), Time(9, 8, 10), {"ov": Time(8, 7.9, 8.1)}, 800)
@@ -106,15 +108,15 @@ def test_an_invalid_time_is_not_shown_as_a_time() -> None:
     assert (hot.speedup, hot.invalid) == (None, "the machine throttled: heat")
     row = replace(CONV, engines={"ov": hot}, forward=hot, backward=hot)
     table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), (row,), (), ships="conv")
-    assert report.cells(row, ["top-1", "top-5"], ["ov"])[5:7] == ["invalid", "invalid"]
+    assert texts.cells(row, ["top-1", "top-5"], ["ov"])[5:7] == ["invalid", "invalid"]
     console = Console(file=io.StringIO(), width=160)
-    console.print(report.render([table], 160))
+    console.print(texts.render([table], 160))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "█" not in text
     assert "Thin on ov: invalid because the machine throttled: heat; measure again." in text
-    assert report_plots.accuracy_plot(table) == ""
+    assert html_plots.accuracy_plot(table) == ""
     assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
-    (line,) = csv.DictReader(io.StringIO(report.to_csv([table])))
+    (line,) = csv.DictReader(io.StringIO(texts.to_csv([table])))
     assert {line[name] for name in ("forward_ms", "backward_ms", "ov_ms", "ov_speedup")} == {""}
 
 
@@ -124,10 +126,10 @@ def test_an_unstable_time_is_named_under_the_table() -> None:
     )
     rows = (ORIGINAL, replace(CONV, engines={"ov": shaky}, forward=shaky, backward=shaky), LONGER)
     table = Table("cpu", "net", "photos", 1000, "m", "CPU", 1, 2, 32, ("ov",), rows, (), ships="conv")
-    (note,) = (note for note in report.notes_of(table) if "Unstable" in note)
+    (note,) = (note for note in texts.notes_of(table) if "Unstable" in note)
     assert note.endswith("than the intervals say: Thin on torch; Thin on ov.")
     calm = replace(table, rows=(ORIGINAL, CONV, LONGER))
-    assert not any("Unstable" in note for note in report.notes_of(calm))
+    assert not any("Unstable" in note for note in texts.notes_of(calm))
 
 
 def test_across_machines_no_interval_is_claimed(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinet_deploy import contract
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import InputError, UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
+from thinet_deploy.on_device.samples import judged, summarize
 from thinet_deploy.options import Options
-from thinet_deploy.samples import judged, summarize
+from thinet_deploy.reports import contract
+from thinet_deploy.reports.table import Row, Table, Time
 from thinet_deploy.store import Run
-from thinet_deploy.table import Row, Table, Time
 
 TORCH = Time(9, 8, 10)
 FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}

@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import nn
 
-from thinet_deploy import registry, tensorrt_builder
+from thinet_deploy import registry
 from thinet_deploy.artifact import Artifact, sha256_of, size_of
-from thinet_deploy.engines import ENGINES, open_engine
 from thinet_deploy.errors import ConversionError, InputError, MissingError, TargetError, UnknownNameError
 from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Contract, Conversion, Precision
+from thinet_deploy.on_device import tensorrt_builder
+from thinet_deploy.on_device.engines import ENGINES, open_engine
 from thinet_deploy.reproduce import SCRIPT
 from thinet_deploy.target import load_profile, profile_names
 

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorrt_versions import CACHE, compiler, driver
 
-from thinet_deploy import cuda
-from thinet_deploy.cuda import Cuda, CudaError
-from thinet_deploy.engine import MissingRuntimeError
+from thinet_deploy.on_device import cuda
+from thinet_deploy.on_device.cuda import Cuda, CudaError
+from thinet_deploy.on_device.engine import MissingRuntimeError
 
 # One of JetPack 5's CUDA 11, 6's 12 and 7's 13 each.
 HEADERS = ("nvidia-cuda-runtime-cu11==11.7.99", "nvidia-cuda-runtime-cu12==12.6.77", "nvidia-cuda-runtime==13.2.75")

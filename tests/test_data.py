@@ -1,4 +1,4 @@
-"""The digits, and folders of images of any kind (data.py)."""
+"""The digits, and folders of images of any kind (data/dataset.py)."""
 
 import contextlib
 import io
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from image_folders import PREPROCESS, everything, write_folder
 from PIL import Image
 
-from thinet_deploy import data
-from thinet_deploy.data import Dataset, load_digits, load_folder
+from thinet_deploy.data import dataset as data
+from thinet_deploy.data.dataset import Dataset, load_digits, load_folder
+from thinet_deploy.data.image_files import check_header, decode
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.errors import DataError
-from thinet_deploy.image_files import check_header, decode
-from thinet_deploy.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")

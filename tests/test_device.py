@@ -11,11 +11,10 @@ import pytest
 from ssh_bundles import PYTHON, Make, builder, deploy, starts
 from ssh_server import Server
 
-from thinet_deploy import bundle, device_stage
+from thinet_deploy import bundle
 from thinet_deploy.artifact import read_json, sha256_of
-from thinet_deploy.errors import (
-    MissingError,
-)
+from thinet_deploy.errors import MissingError
+from thinet_deploy.stages import device as device_stage
 
 NAMES = ("facts", "verify", "latency", "precision")
 

@@ -19,21 +19,27 @@ from boards import PI_FILES, a_machine
 from ssh_bundles import wait_for
 from ssh_server import Server
 
-from thinet_deploy import device_site, device_timer, latency_stage, pipeline, runner, staircase, timers, tools
+from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
-from thinet_deploy.device_timer import DeviceTimer
-from thinet_deploy.devices import find_device
+from thinet_deploy.devices import site as device_site
+from thinet_deploy.devices import timer as device_timer
+from thinet_deploy.devices.address import find_device
+from thinet_deploy.devices.ssh import Ssh
+from thinet_deploy.devices.timer import DeviceTimer
 from thinet_deploy.errors import DeviceError, GateError, InputError, MissingError, ThinetDeployError
 from thinet_deploy.interfaces import Progress, silent
-from thinet_deploy.latency_stage import Bench, engine_for
-from thinet_deploy.layer_networks import LayerShape, framed
+from thinet_deploy.on_device import runner
 from thinet_deploy.options import Options
-from thinet_deploy.pruning import latency_budget
-from thinet_deploy.ssh import Ssh
-from thinet_deploy.staircase import Engine, Points, Task
-from thinet_deploy.surfaces import Timing
+from thinet_deploy.stages import latency as latency_stage
+from thinet_deploy.stages import tools
+from thinet_deploy.stages.latency import Bench, engine_for
 from thinet_deploy.target import load_profile
-from thinet_deploy.timers import HERE
+from thinet_deploy.timing import budget as latency_budget
+from thinet_deploy.timing import staircase, timers
+from thinet_deploy.timing.layer_networks import LayerShape, framed
+from thinet_deploy.timing.staircase import Engine, Points, Task
+from thinet_deploy.timing.surfaces import Timing
+from thinet_deploy.timing.timers import HERE
 
 Cli = Callable[..., Any]
 MakeOptions = Callable[..., Options]
@@ -140,7 +146,7 @@ def test_a_budget_of_time_is_met_on_the_device(
 def test_widths_for_a_device_depend_on_the_device(
     server: Server, tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from thinet_deploy.job import load_job
+    from thinet_deploy.stages.job import load_job
 
     def inputs(machine: device_site.Machine | None, **budget: str) -> dict[str, Any]:
         job = load_job(tiny_options(tmp_path / "run", target="cpu", device=server.address, **budget))
@@ -286,7 +292,7 @@ def test_layers_there_are_their_networks_less_their_frames() -> None:
 
 def test_points_belong_to_the_board_and_to_its_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("THINET_CACHE", str(tmp_path))
-    monkeypatch.setattr("thinet_deploy.staircase.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("thinet_deploy.timing.staircase.cache_folder", lambda: tmp_path)
     board = a_machine()
 
     def path(machine: device_site.Machine) -> Path | None:

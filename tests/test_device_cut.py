@@ -9,10 +9,8 @@ from ssh_bundles import Make, builder, deploy, in_thread, kill_jobs, on_path, st
 from ssh_server import Server, serving
 
 from thinet_deploy.artifact import read_json
-from thinet_deploy.errors import (
-    DeviceError,
-)
-from thinet_deploy.ssh import Ssh
+from thinet_deploy.devices.ssh import Ssh
+from thinet_deploy.errors import DeviceError
 
 
 def test_a_build_goes_on_while_the_connection_is_cut(server: Server, make_bundle: Make, tmp_path: Path) -> None:

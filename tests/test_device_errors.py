@@ -10,17 +10,11 @@ import pytest
 from ssh_bundles import PYTHON, Make, builder, deploy, on_path, refused, vouch
 from ssh_server import Server, serving
 
-from thinet_deploy import device_site
 from thinet_deploy.artifact import read_json
 from thinet_deploy.bundle import BundleSpec
-from thinet_deploy.devices import find_device
-from thinet_deploy.errors import (
-    BundleError,
-    ConversionError,
-    DeviceError,
-    GateError,
-    MissingError,
-)
+from thinet_deploy.devices import site as device_site
+from thinet_deploy.devices.address import find_device
+from thinet_deploy.errors import BundleError, ConversionError, DeviceError, GateError, MissingError
 
 
 def test_an_engine_that_computes_something_else_there_fails_the_build(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from boards import a_machine
 
-from thinet_deploy import device_site
-from thinet_deploy.device_site import Machine
+from thinet_deploy.devices import site as device_site
+from thinet_deploy.devices.site import Machine
 from thinet_deploy.errors import MissingError, TargetError, UnknownNameError
 from thinet_deploy.pipeline import _check_stack
 from thinet_deploy.target import load_profile
@@ -60,7 +60,7 @@ def test_a_stack_that_nobody_knows_is_named_with_those_that_are_known() -> None:
 )
 def test_a_stack_can_be_named(target: str, opset: int, ir: int) -> None:
     """Without a device it decides what the ONNX files are."""
-    from thinet_deploy.precision_stage import file_notes
+    from thinet_deploy.stages.precision import file_notes
 
     profile = load_profile(target)
     assert (profile.opset, profile.ir_version) == (opset, ir)

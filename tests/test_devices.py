@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinet_deploy import on_device
-from thinet_deploy.device import Local
-from thinet_deploy.devices import find_device
+from thinet_deploy.devices.address import find_device
+from thinet_deploy.devices.device import Local
+from thinet_deploy.devices.ssh import Ssh
 from thinet_deploy.errors import DeviceError, InputError
-from thinet_deploy.ssh import Ssh
+from thinet_deploy.on_device import agent
 
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 NAMES = st.text("ab'\"$(){};|&<>*? \\\n~#!-é", min_size=1, max_size=12).filter(lambda name: name not in {".", ".."})
@@ -117,9 +117,9 @@ def test_what_cannot_be_written_or_read_is_said(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ on the device
 
 
-def agent(*words: object) -> tuple[list[str], dict[str, object]]:
+def ask(*words: object) -> tuple[list[str], dict[str, object]]:
     done = subprocess.run(
-        [sys.executable, on_device.__file__, *map(str, words)], capture_output=True, text=True, check=True
+        [sys.executable, agent.__file__, *map(str, words)], capture_output=True, text=True, check=True
     )
     *lines, answer = done.stdout.strip().splitlines()
     return [line for line in lines if line], json.loads(answer)
@@ -129,42 +129,42 @@ def test_a_job_is_done_once_and_its_output_is_there_for_everyone_who_asks(tmp_pa
     place, marker = tmp_path / "jobs" / "one", tmp_path / "marker"
     command = ["sh", "-c", f"echo started >> {marker}; sleep 0.5; echo ready"]
     first, second = (
-        subprocess.Popen([sys.executable, on_device.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
+        subprocess.Popen([sys.executable, agent.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
         for _ in range(2)
     )
     said = [process.communicate()[0].decode().split("\n")[0] for process in (first, second)]
     assert said == ["ready", "ready"]
-    assert agent("job", place, *command)[0] == ["ready"]
+    assert ask("job", place, *command)[0] == ["ready"]
     assert marker.read_text() == "started\n"
-    agent("forget", place)
-    agent("job", place, *command)
+    ask("forget", place)
+    ask("job", place, *command)
     assert marker.read_text() == "started\n" * 2
 
 
 def test_a_job_that_failed_is_tried_again(tmp_path: Path) -> None:
     command = ["sh", "-c", f"echo no >&2; test -e {tmp_path}/there"]
-    _, answer = agent("job", tmp_path / "jobs" / "a", *command)
+    _, answer = ask("job", tmp_path / "jobs" / "a", *command)
     assert (answer["code"], answer["err"]) == (1, "no")
     (tmp_path / "there").touch()
-    assert agent("job", tmp_path / "jobs" / "a", *command)[1]["code"] == 0
+    assert ask("job", tmp_path / "jobs" / "a", *command)[1]["code"] == 0
 
 
 def test_a_job_outlives_who_started_it(tmp_path: Path) -> None:
     place = tmp_path / "jobs" / "long"
     command = ["sh", "-c", "echo begun; sleep 1; echo ended"]
-    first = subprocess.Popen([sys.executable, on_device.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, agent.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
     assert first.stdout is not None
     assert first.stdout.readline() == b"begun\n"
     first.kill()
     first.communicate()
-    assert agent("job", place, *command)[0] == ["begun", "ended"]
+    assert ask("job", place, *command)[0] == ["begun", "ended"]
 
 
 def test_sums_leave_out_what_came_in_part(tmp_path: Path) -> None:
     (tmp_path / "a'b $(c)").write_bytes(b"1")
     (tmp_path / "half.partial").write_bytes(b"2")
-    assert agent("sums", tmp_path)[1] == {"a'b $(c)": on_device.sha256_of(tmp_path / "a'b $(c)")}
-    assert agent("sums", tmp_path / "none")[1] == {}
+    assert ask("sums", tmp_path)[1] == {"a'b $(c)": agent.sha256_of(tmp_path / "a'b $(c)")}
+    assert ask("sums", tmp_path / "none")[1] == {}
 
 
 def test_nothing_in_a_home_folder_stands_in_for_the_standard_library(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_nothing_in_a_home_folder_stands_in_for_the_standard_library(tmp_path: P
     request = json.dumps({"modules": [], "files": [], "commands": []})
     done = subprocess.run(
         [sys.executable, "-", "look", request],
-        input=Path(on_device.__file__).read_bytes(),
+        input=Path(agent.__file__).read_bytes(),
         cwd=tmp_path,
         capture_output=True,
         check=True,
@@ -183,5 +183,5 @@ def test_nothing_in_a_home_folder_stands_in_for_the_standard_library(tmp_path: P
 
 def test_a_program_that_hangs_is_not_waited_for() -> None:
     start = time.monotonic()
-    assert on_device.run(["sleep", "60"], 0.1) == ""
+    assert agent.run(["sleep", "60"], 0.1) == ""
     assert time.monotonic() - start < 30

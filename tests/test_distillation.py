@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from thinet_deploy.distillation import Inside, Mix, losses
+from thinet_deploy.tasks.distillation import Inside, Mix, losses
 
 COUNT, CLASSES = 20, 7
 LABELS = torch.arange(COUNT) % CLASSES

@@ -18,10 +18,10 @@ from torch import nn
 
 from thinet_deploy import registry
 from thinet_deploy.bundle import read_manifest, verify_bundle
-from thinet_deploy.engines import ENGINES, open_engine
 from thinet_deploy.errors import InputError
 from thinet_deploy.export import INPUT, OUTPUT
 from thinet_deploy.interfaces import Conversion, Precision
+from thinet_deploy.on_device.engines import ENGINES, open_engine
 from thinet_deploy.pipeline import build
 from thinet_deploy.precision.executed import prove_precision
 from thinet_deploy.precision.graph import read_onnx
@@ -193,7 +193,7 @@ def test_ncnn_computes_in_fp16_only_when_asked_to(make: Make) -> None:
 def test_threads_of_ncnn_do_not_spin() -> None:
     """OpenMP reads the variable when it is loaded; what it then goes by, it displays."""
     pytest.importorskip("ncnn", reason="ncnn is not installed")
-    code = "from thinet_deploy.engines import import_runtime; import_runtime('ncnn')"
+    code = "from thinet_deploy.on_device.engines import import_runtime; import_runtime('ncnn')"
     policy = {}
     for own in ({}, {"OMP_WAIT_POLICY": "active"}):
         environment = {**os.environ, "OMP_DISPLAY_ENV": "true", **own}

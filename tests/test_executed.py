@@ -119,7 +119,7 @@ def test_bf16_in_place_of_fp32_is_found(mixed_file: Path, mixed_model: ModelProt
     assert prove_precision("openvino", built, mixed_model, "bf16").shares == {"bf16": 100.0}
     # OpenVINO's own default on such a CPU: what happens to those who ask for nothing.
     with pytest.MonkeyPatch.context() as patch:
-        from thinet_deploy import engines
+        from thinet_deploy.on_device import engines
 
         patch.setattr(engines._OpenVino, "hints", {"fp32": "bf16"})
         assert {each.got for each in prove_precision("openvino", built, mixed_model, "fp32").wrong} == {"bf16"}

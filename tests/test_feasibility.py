@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import thinet_deploy.cli as commands
+import thinet_deploy.cli.app as commands
 from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
-from thinet_deploy.cli_scatter import scatter
+from thinet_deploy.cli.scatter import scatter
 from thinet_deploy.errors import GateError, InputError
 from thinet_deploy.options import Options
 from thinet_deploy.pruning.allocation import Costs, Curve, allocate

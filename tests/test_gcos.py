@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from thinet_deploy.artifact import read_json
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.errors import ModelError
 from thinet_deploy.export import export_onnx, run_onnx
 from thinet_deploy.models.presets import build_preset
@@ -21,7 +22,6 @@ from thinet_deploy.models.vgg import VGG
 from thinet_deploy.models.weights import save_weights
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build, prune
-from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.gcos import Grouped, check, default_groups, group_convolutions, possible

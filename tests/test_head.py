@@ -6,8 +6,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from thinet_deploy.data import ImageSet
-from thinet_deploy.preprocess import Preprocess
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.pruning import head as heads
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.head import fit_head

@@ -13,10 +13,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from thinet_deploy import html_report, report_plots
-from thinet_deploy.deployment import Build
-from thinet_deploy.html_report import Page
 from thinet_deploy.pipeline import build
+from thinet_deploy.reports import html as html_report
+from thinet_deploy.reports import html_plots
+from thinet_deploy.reports.html import Page
+from thinet_deploy.stages.deployment import Build
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 SECTIONS = ("contract", "papers", "accuracy", "widths", "layers", "latency", "parity", "ledger", "environment")
@@ -58,7 +59,7 @@ def test_it_needs_no_other_file(page: str) -> None:
 
 def test_pictures_follow_the_pages_colours(built: Build) -> None:
     engines = html_report._json(built.run / "latency" / "latency.json")["engines"]
-    for picture in (report_plots.accuracy_plot(built.table), report_plots.latency_plot(built.table, engines)):
+    for picture in (html_plots.accuracy_plot(built.table), html_plots.latency_plot(built.table, engines)):
         ET.fromstring(picture)
         assert "#ab00" not in picture, "every colour of ours has become a variable"
         colours = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", picture))

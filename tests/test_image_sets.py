@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from image_folders import PREPROCESS, everything
 from numpy.typing import NDArray
 
-from thinet_deploy.data import UNLABELLED, Dataset, ImageSet, load_digits
+from thinet_deploy.data.dataset import UNLABELLED, Dataset, ImageSet, load_digits
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.errors import DataError
-from thinet_deploy.preprocess import Augment, Preprocess
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from thinet_deploy.errors import ModelError
-from thinet_deploy.job import load_job
 from thinet_deploy.options import Options
+from thinet_deploy.stages.job import load_job
 
 MakeOptions = Callable[..., Options]
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from tiny_onnx import pooled_onnx
 
-from thinet_deploy import latency, runner, runner_text, samples, sensors, torch_latency, torch_worker
-from thinet_deploy.engines import gpus_of
 from thinet_deploy.errors import InputError, MissingError, ModelError, ThinetDeployError
 from thinet_deploy.interfaces import Precision
-from thinet_deploy.latency import EngineLatency, EngineRef
+from thinet_deploy.on_device import runner, runner_text, samples, sensors
+from thinet_deploy.on_device.engines import gpus_of
+from thinet_deploy.timing import latency, torch_latency, torch_worker
+from thinet_deploy.timing.latency import EngineLatency, EngineRef
 
 INPUTS = {"x": np.ones((2, 3, 16, 16), "float32")}
 
@@ -322,7 +323,7 @@ def _runs(pid: str) -> bool:
 def test_a_model_of_a_users_file_can_be_timed(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     from thinet_deploy.models.loading import load_function
-    from thinet_deploy.things import Model, find
+    from thinet_deploy.timing.things import Model, find
 
     (tmp_path / "bad.py").write_text("not python")
     with pytest.raises(ModelError):  # a file that has nothing to do with the model
@@ -392,7 +393,7 @@ def test_nested_outputs_and_too_few_rounds() -> None:
 
 def test_modes_change_how_a_model_runs_and_not_what_it_says() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from thinet_deploy.torch_modes import Mode, in_mode, laid_out
+    from thinet_deploy.timing.torch_modes import Mode, in_mode, laid_out
 
     torch.manual_seed(0)
     images = torch.randn(2, 3, 8, 8)

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 from thinet_deploy.errors import GateError, InputError
-from thinet_deploy.latency import EngineRef, Samples
-from thinet_deploy.latency_stage import Bench
-from thinet_deploy.layer_networks import LayerShape, layers_of
+from thinet_deploy.on_device.samples import judged
 from thinet_deploy.pruning.allocation import Costs, Curve, Descent
 from thinet_deploy.pruning.budget import Widths, Wish, possible, uniform
 from thinet_deploy.pruning.discovery import channel_graph
-from thinet_deploy.pruning.latency_budget import AS_GOOD, CORRECTIONS, Found, Goal, Measured, meet
-from thinet_deploy.pruning.milliseconds import Milliseconds, fastest, sized, unpaid
 from thinet_deploy.pruning.trace import named_tensors
-from thinet_deploy.samples import judged
-from thinet_deploy.staircase import Engine, Points, Task, survey
-from thinet_deploy.staircase_stage import Staircase, climb
-from thinet_deploy.surfaces import TOLERANCE, Timing
+from thinet_deploy.stages.latency import Bench
+from thinet_deploy.stages.staircase import Staircase, climb
 from thinet_deploy.target import load_profile
+from thinet_deploy.timing.budget import AS_GOOD, CORRECTIONS, Found, Goal, Measured, meet
+from thinet_deploy.timing.latency import EngineRef, Samples
+from thinet_deploy.timing.layer_networks import LayerShape, layers_of
+from thinet_deploy.timing.milliseconds import Milliseconds, fastest, sized, unpaid
+from thinet_deploy.timing.staircase import Engine, Points, Task, survey
+from thinet_deploy.timing.surfaces import TOLERANCE, Timing
 
 SHAPE = (3, 16, 16)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_onnx import pooled_onnx
 
-from thinet_deploy import things
 from thinet_deploy.artifact import write_json
 from thinet_deploy.bundle import BundleSpec, EngineFile, write_bundle
 from thinet_deploy.errors import BundleError, InputError, UnknownNameError
 from thinet_deploy.export import INPUT
 from thinet_deploy.interfaces import TensorSpec
-from thinet_deploy.things import Engines, Model, find
+from thinet_deploy.timing import things
+from thinet_deploy.timing.things import Engines, Model, find
 
 Cli = Callable[..., Any]
 FAST = ("--seconds", "0.05", "--rounds", "6")

@@ -12,10 +12,10 @@ from mixed_layers import Mixed
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from thinet_deploy.engines import open_engine
 from thinet_deploy.interfaces import Precision
-from thinet_deploy.layer_networks import LayerShape, frame, framed, image_of, layers_of
-from thinet_deploy.staircase import Engine
+from thinet_deploy.on_device.engines import open_engine
+from thinet_deploy.timing.layer_networks import LayerShape, frame, framed, image_of, layers_of
+from thinet_deploy.timing.staircase import Engine
 
 
 def test_a_layer_that_reads_maps_of_several_sizes_is_timed_on_each() -> None:

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.errors import MissingError, ThinetDeployError
 from thinet_deploy.parallel import Team, join, leave
-from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.store import Checkpoint
 from thinet_deploy.training import Recipe, logits, train
 

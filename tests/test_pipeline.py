@@ -14,17 +14,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from thinet_deploy import deploy_stage, pipeline, prune_stage, registry, report, stages, table, verify
+from thinet_deploy import pipeline, registry, verify
 from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
-from thinet_deploy.deployment import Build
 from thinet_deploy.errors import GateError
-from thinet_deploy.hops import render_hops
 from thinet_deploy.interfaces import Conversion
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build
 from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.pruning.proof import Proof
+from thinet_deploy.reports import table, texts
+from thinet_deploy.reports.hops import render_hops
+from thinet_deploy.stages import deploy as deploy_stage
+from thinet_deploy.stages import prune as prune_stage
+from thinet_deploy.stages import steps
+from thinet_deploy.stages.deployment import Build
 from thinet_deploy.target import load_profile
 
 pytestmark = pytest.mark.usefixtures("quick_module")
@@ -76,7 +80,7 @@ def test_the_table_has_the_papers_rows(full: Build) -> None:
             assert (time.speedup is None) == (row.name in {"original", "longer"})
     assert table.read_table(full.run) == full.table
     assert full.table.torch_threads == 1, "as measured, which `quick_module` sets; the machine may have more cores"
-    assert "1.00×" not in report.to_markdown([full.table]).split("\n")[2], "the original has no speed-up"
+    assert "1.00×" not in texts.to_markdown([full.table]).split("\n")[2], "the original has no speed-up"
 
 
 def test_every_hop_has_a_verdict_and_all_pass(full: Build) -> None:
@@ -98,13 +102,13 @@ def test_every_hop_has_a_verdict_and_all_pass(full: Build) -> None:
 @pytest.mark.parametrize("width", [80, 160])
 def test_table_and_verdicts_fit_the_terminal(width: int, full: Build) -> None:
     console = Console(file=io.StringIO(), width=width)
-    console.print(report.render([full.table], console.width), render_hops(full.hops, full.table))
+    console.print(texts.render([full.table], console.width), render_hops(full.hops, full.table))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     assert text.count("\n model ") in ({2, 3} if width == 80 else {1}), "a third one where a mark makes cells wider"
-    figures, runtimes = report.figures_of([full.table]), report.runtimes_of([full.table])
-    assert [cell for row in full.table.rows for cell in report.cells(row, figures, runtimes) if cell not in text] == []
+    figures, runtimes = texts.figures_of([full.table]), texts.runtimes_of([full.table])
+    assert [cell for row in full.table.rows for cell in texts.cells(row, figures, runtimes) if cell not in text] == []
     assert text.count("passed error") + text.count("passed 15 images") + text.count("passed fp32") == len(full.hops)
     assert "18 of 18 passed" in text
 
@@ -229,7 +233,7 @@ def test_a_device_gets_a_bundle_and_is_not_said_to_have_been_measured(
     exported = read_json(done.run / "onnx" / "export.json")
     assert {(e["opset"], e["ir_version"]) for e in exported.values()} == {(opset, ir_version)}
     assert all(row.engines == {} for row in done.table.rows)
-    table = report.to_markdown([done.table])
+    table = texts.to_markdown([done.table])
     assert "not run" in table
     assert all(f"{runtime} (ms)" in table for runtime in load_profile(target).runtimes if runtime != "torch")
     manifest, checked = read_manifest(done.bundle), verify_bundle(done.bundle)
@@ -332,7 +336,7 @@ def test_an_interrupt_ends_with_130_and_the_next_build_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "tuned", interrupt)
+        patch.setattr(steps, "tuned", interrupt)
         stopped = cli("build", *arguments(asked))
     assert stopped.code == 130
     assert "same command again" in " ".join(stopped.err.split())

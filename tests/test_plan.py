@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from prunable import NETWORKS, SHAPE, Kept, graph_of, images, network, prune, some_kept
 from torch import nn
 
-from thinet_deploy.preprocess import Preprocess
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import ChannelGraph, ChannelGroup
-from thinet_deploy.pruning.plan import (
-    GapHead,
-    Plan,
-    empty_plan,
-    fingerprint,
-    plan_channels,
-    weights_fingerprint,
-)
+from thinet_deploy.pruning.plan import GapHead, Plan, empty_plan, fingerprint, plan_channels, weights_fingerprint
 from thinet_deploy.pruning.proof import prove
 from thinet_deploy.pruning.retrace import settled_plan
 from thinet_deploy.pruning.surgery import apply

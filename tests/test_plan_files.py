@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prunable import NETWORKS, SHAPE, graph_of, images, network, prune
 
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.errors import InputError, ModelError
 from thinet_deploy.models.vgg import VGG
 from thinet_deploy.models.weights import save_weights
-from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.pruning.plan import GapHead, Plan, empty_plan, fingerprint, load_plan
 from thinet_deploy.pruning.surgery import apply, fold_scale, load_thin
 

@@ -12,10 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from thinet_deploy import deploy_stage, precision_stage, registry
+from thinet_deploy import registry
 from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
-from thinet_deploy.deployment import Build
 from thinet_deploy.errors import DataError, GateError, MissingError, TargetError, UnknownNameError
 from thinet_deploy.interfaces import Conversion, Precision
 from thinet_deploy.options import Options, make_options
@@ -23,6 +22,9 @@ from thinet_deploy.pipeline import build, build_from, prune
 from thinet_deploy.precision import plan
 from thinet_deploy.precision.accuracy_gate import outputs
 from thinet_deploy.precision.graph import opset_of, read_onnx
+from thinet_deploy.stages import deploy as deploy_stage
+from thinet_deploy.stages import precision as precision_stage
+from thinet_deploy.stages.deployment import Build
 from thinet_deploy.target import load_profile
 from thinet_deploy.verify import distance
 

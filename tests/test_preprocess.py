@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from thinet_deploy.data.preprocess import Augment, Preprocess, default_preprocess, load_preprocess
 from thinet_deploy.errors import DataError, UnknownNameError
-from thinet_deploy.preprocess import Augment, Preprocess, default_preprocess, load_preprocess
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 SIDES = st.one_of(st.integers(1, 60), st.sampled_from([1, 2, 997, 4000]))

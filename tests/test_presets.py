@@ -14,12 +14,12 @@ from torch import nn
 
 from thinet_deploy import pipeline
 from thinet_deploy.errors import InputError, ModelError, UnknownNameError
-from thinet_deploy.job import load_job
 from thinet_deploy.models.loading import MODELS, build_model
 from thinet_deploy.models.presets import PRESETS, build_preset, preset_widths
 from thinet_deploy.models.weights import load_weights
 from thinet_deploy.options import HEAD_REPLACED, FixedPreset, Options, Preset, make_options
 from thinet_deploy.pruning.selection import keep_count
+from thinet_deploy.stages.job import load_job
 
 Cli = Callable[..., Any]
 KEPT = {"thinet-conv": 0.5, "thinet-70": 0.7, "thinet-50": 0.5, "thinet-30": 0.3}

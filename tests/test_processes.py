@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from thinet_deploy import cli, deploy_stage, pipeline, prune_stage, registry
+from thinet_deploy import pipeline, registry
 from thinet_deploy.artifact import read_json
-from thinet_deploy.data import ImageSet
+from thinet_deploy.cli import app as cli
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
 from thinet_deploy.errors import ModelError
 from thinet_deploy.options import make_options
 from thinet_deploy.parallel import Team, join, leave
-from thinet_deploy.preprocess import Augment, Preprocess
 from thinet_deploy.pruning.budget import Wish, uniform
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
@@ -36,6 +37,8 @@ from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.pruning.proof import prove
 from thinet_deploy.pruning.trace import example_inputs
 from thinet_deploy.shared_run import SharedRun
+from thinet_deploy.stages import deploy as deploy_stage
+from thinet_deploy.stages import prune as prune_stage
 
 PROCESSES, TIMEOUT_S, SEEDS, SHAPE = 2, 200, 4, (3, 8, 8)
 # Unequal shares; fewer images than two batches; one process without any.

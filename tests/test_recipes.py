@@ -10,10 +10,10 @@ import torch
 from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
 from thinet_deploy.errors import InputError, UnknownNameError
-from thinet_deploy.job import load_job
 from thinet_deploy.options import make_options
 from thinet_deploy.pruning.plan import load_plan
 from thinet_deploy.pruning.surgery import load_thin
+from thinet_deploy.stages.job import load_job
 
 MakeOptions = Callable[..., Any]
 
@@ -96,7 +96,7 @@ def test_what_only_the_best_recipe_can_do_is_refused_elsewhere(tiny_options: Mak
 def test_fine_tuning_after_the_best_recipe_learns_from_the_original(
     tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from thinet_deploy import tools
+    from thinet_deploy.stages import tools
 
     teachers: dict[str, bool] = {}
     from thinet_deploy.training import train
@@ -160,7 +160,7 @@ def test_the_papers_train_an_epoch_per_layer_and_two_in_front_of_a_pool(
     def watch(model: Any, images: Any, recipe: Any, **given: Any) -> None:
         seen.append((given["stage"], recipe.epochs, recipe.lr, recipe.schedule))
 
-    monkeypatch.setattr("thinet_deploy.tools.train", watch)
+    monkeypatch.setattr("thinet_deploy.stages.tools.train", watch)
     usual = {"model": f"{Path(__file__).with_name('tiny_nets.py')}:plain", "recipe": "iccv2017", "controls": "none"}
     given = tiny_options(tmp_path / "run").model_dump(include={"data", "out"})
     papers = make_options({**usual, **given, "target": "ios"})

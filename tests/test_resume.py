@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 from thinet_deploy.artifact import read_json
 from thinet_deploy.bundle import read_manifest
-from thinet_deploy.engines import open_engine
 from thinet_deploy.errors import BundleError
-from thinet_deploy.self_test import load_arrays, verify
+from thinet_deploy.on_device.engines import open_engine
+from thinet_deploy.on_device.self_test import load_arrays, verify
 
 SERVER = Path(__file__).with_name("build_server.py")
 TRAINED = ["dense", "prune", "longer", "conv", "gap", "scratch"]

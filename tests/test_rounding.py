@@ -6,14 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinet_deploy.pruning.moments import Centred, centred
-from thinet_deploy.pruning.rounding import (
-    corrected_shift,
-    nearest,
-    output_error,
-    refitted,
-    steps_of,
-    with_feedback,
-)
+from thinet_deploy.pruning.rounding import corrected_shift, nearest, output_error, refitted, steps_of, with_feedback
 from thinet_deploy.pruning.sums import Sums
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Centred, torch.Tensor]

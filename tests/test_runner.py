@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinet_deploy import engines, runner, self_test, serving
-from thinet_deploy.engine import MissingRuntimeError, RunnerError, in_steps, to_batch
+from thinet_deploy.on_device import engines, runner, self_test, serving
+from thinet_deploy.on_device.engine import MissingRuntimeError, RunnerError, in_steps, to_batch
 
 SOURCE = Path(runner.__file__)
 

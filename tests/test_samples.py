@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinet_deploy import samples
+from thinet_deploy.on_device import samples
 
 
 @pytest.mark.parametrize("n", [6, 7, 15, 40])

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.errors import ModelError
-from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.graph import ChannelGraph
 from thinet_deploy.pruning.plan import Plan, empty_plan

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from thinet_deploy import sensors
+from thinet_deploy.on_device import sensors
 
 
 def stat(number: int, name: str, parent: int, ticks: int) -> str:

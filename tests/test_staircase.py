@@ -15,21 +15,23 @@ import pytest
 from mixed_layers import Mixed
 from torch import nn
 
-from thinet_deploy import pipeline, runner, sensors, staircase, timers
+from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json, write_json
 from thinet_deploy.counting import count
 from thinet_deploy.environment import cache_folder
 from thinet_deploy.errors import GateError, InputError
 from thinet_deploy.interfaces import Precision, Progress, silent
-from thinet_deploy.latency_stage import Bench
-from thinet_deploy.layer_networks import LayerShape, layers_of
+from thinet_deploy.on_device import runner, sensors
+from thinet_deploy.on_device.turns import layer_time
 from thinet_deploy.options import Options
-from thinet_deploy.pruning import latency_budget
-from thinet_deploy.pruning.latency_budget import Measured
 from thinet_deploy.pruning.plan import load_plan
-from thinet_deploy.staircase import Engine, Points, Task
-from thinet_deploy.surfaces import Timing
-from thinet_deploy.turns import layer_time
+from thinet_deploy.stages.latency import Bench
+from thinet_deploy.timing import budget as latency_budget
+from thinet_deploy.timing import staircase, timers
+from thinet_deploy.timing.budget import Measured
+from thinet_deploy.timing.layer_networks import LayerShape, layers_of
+from thinet_deploy.timing.staircase import Engine, Points, Task
+from thinet_deploy.timing.surfaces import Timing
 
 Cli = Callable[..., Any]
 MakeOptions = Callable[..., Options]

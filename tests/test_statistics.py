@@ -13,21 +13,15 @@ from nets import drawn
 from numpy.typing import NDArray
 from torch import nn
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.errors import ModelError
-from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.geometry import as_convolution, map_size
 from thinet_deploy.pruning.graph import STAYS, ChannelGroup
 from thinet_deploy.pruning.plan import empty_plan, members
 from thinet_deploy.pruning.retrace import settled_plan
-from thinet_deploy.pruning.statistics import (
-    Draws,
-    consumer_calls,
-    contributions,
-    draw,
-    sampled_gram,
-)
+from thinet_deploy.pruning.statistics import Draws, consumer_calls, contributions, draw, sampled_gram
 from thinet_deploy.pruning.surgery import apply
 from thinet_deploy.pruning.trace import example_inputs
 from thinet_deploy.pruning.watch import Call, watch

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinet_deploy.surfaces import POINTS, Domain, Point, Surface, Timing, fast_widths, stair, wanted
+from thinet_deploy.timing.surfaces import POINTS, Domain, Point, Surface, Timing, fast_widths, stair, wanted
 
 Time = Callable[[int, int], float]
 

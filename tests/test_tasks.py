@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from torch import nn
 from voc_shapes import NETWORKS
 
-from thinet_deploy import detections
-from thinet_deploy.detections import Found
-from thinet_deploy.distillation import Mix
 from thinet_deploy.export import export_onnx, export_program
 from thinet_deploy.interfaces import INPUT, Conversion
 from thinet_deploy.intervals import accuracy_interval
 from thinet_deploy.models.fcn import FCN8s
 from thinet_deploy.models.loading import MODELS, build_model, input_shape_of
+from thinet_deploy.on_device import detections
+from thinet_deploy.on_device.detections import Found
 from thinet_deploy.program import load_program, output_names
 from thinet_deploy.pruning.budget import Wish, some, uniform
 from thinet_deploy.pruning.discovery import channel_graph
@@ -36,6 +35,7 @@ from thinet_deploy.tasks.base import named, said
 from thinet_deploy.tasks.classification import CLASSIFICATION
 from thinet_deploy.tasks.coco import average_precisions
 from thinet_deploy.tasks.detection import Detection
+from thinet_deploy.tasks.distillation import Mix
 from thinet_deploy.tasks.groups import GROUPS, grouped, jackknife
 from thinet_deploy.tasks.segmentation import Segmentation
 from thinet_deploy.verify import Hop, engine_hop, onnx_hop, rounding_noise, tolerance

@@ -13,14 +13,14 @@ import pytest
 import torch
 from voc_shapes import NETWORKS, write_voc
 
-from thinet_deploy import report
-from thinet_deploy import table as tables
 from thinet_deploy.artifact import read_json
 from thinet_deploy.bundle import verify_bundle
-from thinet_deploy.deployment import Build
-from thinet_deploy.job import load_job
 from thinet_deploy.options import make_options
 from thinet_deploy.pipeline import build
+from thinet_deploy.reports import table as tables
+from thinet_deploy.reports import texts
+from thinet_deploy.stages.deployment import Build
+from thinet_deploy.stages.job import load_job
 from thinet_deploy.training import evaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torchvision_or_none")]
@@ -102,7 +102,7 @@ def test_it_is_in_the_table_and_in_the_contract(built: tuple[str, Build, list[fl
     kind, done, _ = built
     table = tables.read_table(done.run)
     assert table == done.table
-    head = report.to_markdown([table]).splitlines()[0]
+    head = texts.to_markdown([table]).splitlines()[0]
     assert TASKS[kind][0] in head
     assert "top-1" not in head
     assert {runtime for row in table.rows for runtime in row.engines} == {"openvino", "onnxruntime"}

@@ -11,7 +11,7 @@ import torch
 from small_training import COUNT, RECIPE, corners, network, plain, same, trained
 from torch import nn
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
 from thinet_deploy.errors import InputError
 from thinet_deploy.training import Recipe, evaluate, train
 

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from tensorrt_versions import BINDINGS, Version, version_of, with_bindings
 
-from thinet_deploy import registry, tensorrt_builder
+from thinet_deploy import registry
 from thinet_deploy.errors import ConversionError
 from thinet_deploy.interfaces import Conversion, Precision
-from thinet_deploy.tensorrt_builder import BuildError, Settings, workspace_mb
+from thinet_deploy.on_device import tensorrt_builder
+from thinet_deploy.on_device.tensorrt_builder import BuildError, Settings, workspace_mb
 
 Build = Callable[..., dict[str, Any]]
 

@@ -17,7 +17,7 @@ from tensorrt_8_5 import LATER, MEMBERS, VALUES
 from tensorrt_versions import Version, as_tensorrt, fake_engine, version_of, with_bindings
 from tiny_onnx import scored_onnx
 
-from thinet_deploy import tensorrt_builder, tensorrt_engine
+from thinet_deploy.on_device import tensorrt_builder, tensorrt_engine
 
 BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32": ("FLOAT", {}),

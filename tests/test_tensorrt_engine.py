@@ -273,7 +273,7 @@ def test_an_image_of_another_size_is_refused(latest: Version, source: Path, tmp_
 def test_the_inspectors_words_for_types(text: str, kind: str) -> None:
     from types import SimpleNamespace
 
-    from thinet_deploy.tensorrt_engine import executed_types
+    from thinet_deploy.on_device.tensorrt_engine import executed_types
 
     for key in ("Format/Datatype", "Datatype"):  # until 10, and from 11 on
         layers = [{"LayerType": "kgen", "Inputs": [{key: text}]}, {"LayerType": "Reformat"}, "a name only"]

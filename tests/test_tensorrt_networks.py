@@ -26,19 +26,20 @@ from onnx import ModelProto
 from PIL import Image
 from torch import nn
 
-from thinet_deploy import registry, tensorrt_builder
+from thinet_deploy import registry
+from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.export import export_onnx
 from thinet_deploy.interfaces import Conversion, Precision
 from thinet_deploy.models.alexnet import alexnet
 from thinet_deploy.models.presets import build_preset
 from thinet_deploy.models.squeezenet import squeezenet1_1
+from thinet_deploy.on_device import tensorrt_builder
 from thinet_deploy.precision.calibration import MIN_IMAGES, limits, observe
 from thinet_deploy.precision.graph import layers, read_onnx
 from thinet_deploy.precision.half import overflowing, to_half
 from thinet_deploy.precision.inspected import proof_of
 from thinet_deploy.precision.int8 import quantise
 from thinet_deploy.precision.weights import S8S8
-from thinet_deploy.preprocess import Preprocess
 from thinet_deploy.target import load_profile
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos10.zip"

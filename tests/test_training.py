@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from small_training import CLASSES, COUNT, RECIPE, corners, network, plain, same, trained
 from torch import nn
 
-from thinet_deploy.data import ImageSet
-from thinet_deploy.preprocess import Augment
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment
 from thinet_deploy.training import Recipe, evaluate, train
 
 

@@ -11,7 +11,7 @@ import torch
 from small_training import COUNT, RECIPE, StoppedError, corners, network, same, stop_after, trained
 from torch import nn
 
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.dataset import ImageSet
 from thinet_deploy.errors import ThinetDeployError
 from thinet_deploy.store import Checkpoint
 from thinet_deploy.training import Recipe, train

@@ -13,13 +13,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from thinet_deploy.bundle import read_manifest
-from thinet_deploy.deployment import Build
-from thinet_deploy.job import load_job, moved
-from thinet_deploy.ledger import render_ledger
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build
 from thinet_deploy.pruning.plan import load_plan
-from thinet_deploy.tools import Tools
+from thinet_deploy.reports.ledger import render_ledger
+from thinet_deploy.stages.deployment import Build
+from thinet_deploy.stages.job import load_job, moved
+from thinet_deploy.stages.tools import Tools
 from thinet_deploy.training import logits
 
 Made = Callable[[Callable[[], Any]], tuple[Any, list[str]]]

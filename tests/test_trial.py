@@ -15,8 +15,8 @@ from thinet_deploy.artifact import read_json
 from thinet_deploy.errors import DivergedError
 from thinet_deploy.options import Options
 from thinet_deploy.parallel import Team
+from thinet_deploy.stages.tools import Tools
 from thinet_deploy.tasks.classification import Ranked
-from thinet_deploy.tools import Tools
 from thinet_deploy.training import train
 
 MakeOptions = Callable[..., Options]
@@ -44,7 +44,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[Attempt, int]], 
             return Ranked(np.where(np.arange(100) < right[made[-1]], 0, 9))
 
         monkeypatch.setattr(Tools, "train", short)
-        monkeypatch.setattr("thinet_deploy.trial.judge", judge)
+        monkeypatch.setattr("thinet_deploy.stages.trial.judge", judge)
         return made
 
     return watch
@@ -114,8 +114,8 @@ def test_the_first_process_decides_for_all(
         def once(self, work: Callable[[], Any]) -> Any:
             return Ranked(np.zeros(100, np.int64))
 
-    monkeypatch.setattr("thinet_deploy.trial.join", lambda: Second(1, 2, torch.device("cpu")))
-    monkeypatch.setattr("thinet_deploy.trial.judge", lambda *_: pytest.fail("this process judges by itself"))
+    monkeypatch.setattr("thinet_deploy.stages.trial.join", lambda: Second(1, 2, torch.device("cpu")))
+    monkeypatch.setattr("thinet_deploy.stages.trial.judge", lambda *_: pytest.fail("this process judges by itself"))
     done = pipeline.build(tiny_options(tmp_path / "run", finetune_lr=0.02, controls="none", target="ios"))
     assert len(read_json(done.run / "trial" / "trial.json")["tried"]) == 2
 
@@ -130,7 +130,7 @@ def test_an_attempt_is_a_tenth_of_the_work(
             seen.add((recipe.epochs, len(images)))
         train(model, images, recipe, **given)
 
-    monkeypatch.setattr("thinet_deploy.tools.train", watch)
+    monkeypatch.setattr("thinet_deploy.stages.tools.train", watch)
     options = tiny_options(tmp_path / "run", finetune_epochs=2, controls="none", target="ios")
     pipeline.build(options)
     fit = read_json(tmp_path / "run" / "trial" / "trial.json")

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from thinet_deploy.data import UNLABELLED, load_folder
+from thinet_deploy.data.dataset import UNLABELLED, load_folder
+from thinet_deploy.data.image_files import copies
+from thinet_deploy.data.preprocess import default_preprocess
 from thinet_deploy.errors import InputError
-from thinet_deploy.image_files import copies
-from thinet_deploy.job import load_job
 from thinet_deploy.models.loading import build_model
 from thinet_deploy.options import Options, make_options, read_config
-from thinet_deploy.preprocess import default_preprocess
 from thinet_deploy.pruning.budget import Wish, uniform
 from thinet_deploy.pruning.calibration import Sample
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.layerwise import prunable
 from thinet_deploy.pruning.oneshot import Method, prune_once
 from thinet_deploy.pruning.trace import example_inputs
-from thinet_deploy.tools import Tools, labelled_by
+from thinet_deploy.stages.job import load_job
+from thinet_deploy.stages.tools import Tools, labelled_by
 from thinet_deploy.training import evaluate
 
 Cli = Callable[..., Any]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from image_folders import PREPROCESS, everything, write_folder
 
-from thinet_deploy import data
-from thinet_deploy.data import UNLABELLED, images_digest, load_folder, load_images
+from thinet_deploy.data import dataset as data
+from thinet_deploy.data.dataset import UNLABELLED, images_digest, load_folder, load_images
 from thinet_deploy.errors import DataError
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from thinet_deploy.engines import open_engine
 from thinet_deploy.export import export_onnx
 from thinet_deploy.interfaces import OUTPUT, Conversion
 from thinet_deploy.intervals import Interval
 from thinet_deploy.models.vgg import VGG
+from thinet_deploy.on_device.engines import open_engine
 from thinet_deploy.pruning.proof import Proof
 from thinet_deploy.registry import convert
 from thinet_deploy.tasks.base import Accuracy

@@ -17,20 +17,20 @@ from PIL import Image
 from torch import nn
 from voc_shapes import CLASSES, NETWORKS, write_voc
 
-from thinet_deploy.crops import Window, centre_window, cut
-from thinet_deploy.data import ImageSet
+from thinet_deploy.data.crops import Window, centre_window, cut
+from thinet_deploy.data.dataset import ImageSet
+from thinet_deploy.data.preprocess import Augment, Preprocess
+from thinet_deploy.data.voc import is_voc, load_voc, tasks_of
+from thinet_deploy.data.voc_boxes import cut_boxes, place_boxes, read_annotation
+from thinet_deploy.data.voc_masks import BORDER
 from thinet_deploy.errors import DataError, InputError, MissingError, ModelError
-from thinet_deploy.job import load_job
 from thinet_deploy.models.ssd import default_boxes
 from thinet_deploy.options import make_options
-from thinet_deploy.preprocess import Augment, Preprocess
+from thinet_deploy.stages.job import load_job
 from thinet_deploy.tasks.base import Task
 from thinet_deploy.tasks.choice import task_of
 from thinet_deploy.tasks.detection import NONE, Detection
 from thinet_deploy.tasks.segmentation import Segmentation
-from thinet_deploy.voc import is_voc, load_voc, tasks_of
-from thinet_deploy.voc_boxes import cut_boxes, place_boxes, read_annotation
-from thinet_deploy.voc_masks import BORDER
 
 WHOLE = Preprocess(resize=(48, 48), crop=(48, 48), augment=Augment(pad=6))
 DETECTION: Task = Detection(default_boxes([(2, 2)], [()]))
@@ -106,7 +106,7 @@ def test_a_view_knows_the_same_of_its_images(task: Task, original: Path) -> None
 
 def test_masks_that_do_not_fit_in_memory_are_read_again(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = load_voc(original, SEGMENTATION, WHOLE)
-    monkeypatch.setattr("thinet_deploy.voc_masks.MEMORY_BYTES", 0)
+    monkeypatch.setattr("thinet_deploy.data.voc_masks.MEMORY_BYTES", 0)
     np.testing.assert_array_equal(
         first_targets(load_voc(original, SEGMENTATION, WHOLE).train), first_targets(kept.train)
     )
@@ -329,7 +329,7 @@ def test_a_classifier_cannot_learn_boxes(options: Callable[..., Any], root: Path
 
 
 def test_types_other_than_fp32_are_refused_before_any_work(options: Callable[..., Any]) -> None:
-    from thinet_deploy.precision_stage import planned
+    from thinet_deploy.stages.precision import planned
 
     with pytest.raises(InputError, match="files in int8 are made of classifiers only so far"):
         planned(load_job(options(precision="int8")))

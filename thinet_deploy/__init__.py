@@ -12,29 +12,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import verify_bundle
     from .counting import count
-    from .data import Dataset, load_digits, load_folder
-    from .deployment import Build
+    from .data.dataset import Dataset, load_digits, load_folder
+    from .data.preprocess import Preprocess
     from .errors import GateError, InputError, MissingError, ThinetDeployError
     from .export import export_onnx
-    from .latency import measure_engines
     from .options import Options
     from .pipeline import build, build_from, feasibility, prune
-    from .preprocess import Preprocess
     from .pruning.plan import Plan, load_plan
     from .pruning.surgery import load_thin
-    from .table import read_table
+    from .reports.table import read_table
+    from .stages.deployment import Build
     from .target import TargetProfile, load_profile
-    from .torch_latency import measure_torch
+    from .timing.latency import measure_engines
+    from .timing.torch_latency import measure_torch
 
 _HOME = {
-    "Build": "deployment",
-    "Dataset": "data",
+    "Build": "stages.deployment",
+    "Dataset": "data.dataset",
     "GateError": "errors",
     "InputError": "errors",
     "MissingError": "errors",
     "Options": "options",
     "Plan": "pruning.plan",
-    "Preprocess": "preprocess",
+    "Preprocess": "data.preprocess",
     "TargetProfile": "target",
     "ThinetDeployError": "errors",
     "build": "pipeline",
@@ -42,15 +42,15 @@ _HOME = {
     "count": "counting",
     "export_onnx": "export",
     "feasibility": "pipeline",
-    "load_digits": "data",
-    "load_folder": "data",
+    "load_digits": "data.dataset",
+    "load_folder": "data.dataset",
     "load_plan": "pruning.plan",
     "load_profile": "target",
     "load_thin": "pruning.surgery",
-    "measure_engines": "latency",
-    "measure_torch": "torch_latency",
+    "measure_engines": "timing.latency",
+    "measure_torch": "timing.torch_latency",
     "prune": "pipeline",
-    "read_table": "table",
+    "read_table": "reports.table",
     "verify_bundle": "bundle",
 }
 

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from .artifact import hash_json, sha256_of, write_bytes
+from .data.preprocess import Preprocess
 from .interfaces import Array
-from .preprocess import Preprocess
 
 SOURCES = Path(__file__).with_name("integrations")
 FOLDER = "app"

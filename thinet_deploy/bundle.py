@@ -27,11 +27,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from . import runner
 from .apps import App, Ends, write_app
 from .artifact import explain_os_errors, sha256_of, write_json
 from .errors import BundleError, OutputError
 from .interfaces import Array, Precision, TensorSpec
+from .on_device import runner
 
 GOLDEN, ONNX, MANIFEST = "golden.npz", "model.onnx", "manifest.json"
 _RUNNER = Path(runner.__file__)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data import ImageSet
+from .data.dataset import ImageSet
 from .interfaces import Progress, silent
 from .parallel import join
 from .seeds import generator

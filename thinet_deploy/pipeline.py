@@ -7,24 +7,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import contract, device_stage, feasibility_stage, latency_stage, networks, precision_stage, registry, stages
-from .android_site import Phone
+from . import registry
 from .artifact import read_json, sha256_of, write_json
-from .deployment import Build, deploy
-from .device_site import Machine
+from .devices.android import Phone
+from .devices.site import Machine
 from .errors import InputError, TargetError, first_line
 from .interfaces import Progress, silent
-from .job import Job, load_job, moved
-from .networks import Pruning
 from .options import Options, make_options
 from .parallel import join
 from .precision.plan import PrecisionPlan
 from .registry import host_runtimes, runs_here
+from .reports import contract
 from .shared_run import SharedRun
+from .stages import device as device_stage
+from .stages import feasibility as feasibility_stage
+from .stages import latency as latency_stage
+from .stages import networks, steps
+from .stages import precision as precision_stage
+from .stages.deployment import Build, deploy
+from .stages.job import Job, load_job, moved
+from .stages.networks import Pruning
+from .stages.tools import Tools
+from .stages.transfer_table import transfer
 from .store import Stage, open_run
 from .target import TargetProfile, load_profile
-from .tools import Tools
-from .transfer import transfer
 
 
 def prune(options: Options, progress: Progress = silent) -> Path:
@@ -232,7 +238,7 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
         pruning = networks.prune(run, tools)
         thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
-        own = run.alone("own", inputs, lambda f, _: stages.own(tools, thin.folder, weights, f))
+        own = run.alone("own", inputs, lambda f, _: steps.own(tools, thin.folder, weights, f))
         return deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
 
 
@@ -246,7 +252,7 @@ def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
             "head": pruning.head,
             "images": tools.job.options.calibration_images,
         },
-        lambda f, _: stages.unfinished(tools, pruning.original.folder, prunings, pruning.head, f),
+        lambda f, _: steps.unfinished(tools, pruning.original.folder, prunings, pruning.head, f),
     )
 
 

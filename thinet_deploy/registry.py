@@ -9,10 +9,10 @@ from typing import cast
 
 from .artifact import Artifact, sha256_of, size_of
 from .bundle import BUILDER, built_path
-from .engines import can_run
 from .errors import InputError, MissingError, UnknownNameError
 from .interfaces import Contract, Conversion, Converter, Precision, Progress, silent
 from .isolation import LIMIT_S, convert_isolated
+from .on_device.engines import can_run
 from .reproduce import write_script
 from .target import TargetProfile, load_profile
 

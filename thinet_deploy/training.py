@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
-from .data import ImageSet
-from .distillation import Inside, Mix
+from .data.dataset import ImageSet
 from .errors import DivergedError, InputError, UnknownNameError
 from .interfaces import Progress, silent
 from .parallel import Team, join
 from .seeds import derive
 from .store import Checkpoint
 from .tasks.base import Accuracy, Judgement, Outputs, Targets, said
+from .tasks.distillation import Inside, Mix
 
 Schedule = Literal["cosine", "steps", "constant"]
 # Images that are tested at once: in other tasks outputs, and what decodes them, are larger.

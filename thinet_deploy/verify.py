@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .engines import open_engine
 from .export import INPUT, OUTPUT, run_onnx
 from .interfaces import Precision
+from .on_device.engines import open_engine
 from .pruning.proof import Proof
 from .tasks.base import Accuracy, said
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from ..engine import MissingRuntimeError
-from ..engines import import_runtime, open_engine
 from ..errors import MissingError, ThinetDeployError
 from ..interfaces import Precision
+from ..on_device.engine import MissingRuntimeError
+from ..on_device.engines import import_runtime, open_engine
 from .graph import COMPUTING, layers, readers
 from .held import READERS, Kernel, held
 

@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from ..artifact import read_json
 from ..interfaces import Precision
-from ..tensorrt_engine import inspected_layers
+from ..on_device.tensorrt_engine import inspected_layers
 from .executed import Executed, Proof
 from .graph import COMPUTING, element_types, layers, read_onnx
 from .held import UNKNOWN

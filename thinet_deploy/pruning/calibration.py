@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from ..data import ImageSet
+from ..data.dataset import ImageSet
 from ..errors import NOT_FINITE, ModelError
 from ..interfaces import Progress, silent
 from ..parallel import join

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..data import Dataset
+from ..data.dataset import Dataset
 from ..errors import ModelError
 from ..interfaces import Progress, silent
 from ..parallel import join

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from ..artifact import hash_json, write_bytes
+from ..data.preprocess import Preprocess
 from ..errors import InputError, ModelError
-from ..preprocess import Preprocess
 from .graph import STAYS, ChannelGraph, ChannelGroup, Channels, Consumer
 from .trace import named_tensors
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..data import ImageSet
+from ..data.dataset import ImageSet
 from ..errors import NOT_FINITE, ModelError
 from ..parallel import join
 from ..seeds import generator

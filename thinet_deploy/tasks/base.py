@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..distillation import USUAL, Mix
 from ..interfaces import OUTPUTS
 from ..intervals import Interval
+from .distillation import USUAL, Mix
 
 Outputs = tuple[torch.Tensor, ...]
 Arrays = Sequence[NDArray[np.float32]]

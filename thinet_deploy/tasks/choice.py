@@ -38,8 +38,8 @@ def task_of(model: nn.Module, name: str, found: Sequence[str], root: Path) -> Ta
     if mine not in found:
         raise DataError(
             f"{name} is for {mine}, but {root} has images for {' and '.join(found)} only.",
-            hint="See the top of thinet_deploy/voc.py for where lists and annotations belong, or give another --model: "
-            "ssd300-… detects, fcn8s-… segments.",
+            hint="See the top of thinet_deploy/data/voc.py for where lists and annotations belong, or give another "
+            "--model: ssd300-… detects, fcn8s-… segments.",
         )
     return Segmentation() if mine == Segmentation.name else Detection(_default_boxes(model, name))
 

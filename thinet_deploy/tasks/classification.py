@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..distillation import USUAL, Mix, losses
 from ..interfaces import OUTPUT
 from ..intervals import Interval, accuracy_interval, difference_interval
 from .base import Accuracy, Arrays, Outputs, Targets
+from .distillation import USUAL, Mix, losses
 
 TOP1, TOP5 = "top-1", "top-5"
 

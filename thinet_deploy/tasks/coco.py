@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..detections import Found
 from ..errors import MissingError
+from ..on_device.detections import Found
 
 _EVERY_SIZE = (0.0, 1e10)
 # An area out of range: such an object counts neither way, and is overlapped like any other. pycocotools' crowds would

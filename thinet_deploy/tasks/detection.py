@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from .. import detections
-from ..distillation import USUAL, Mix, losses
 from ..interfaces import OUTPUTS
+from ..on_device import detections
 from .base import Arrays, Outputs, Targets
 from .coco import average_precisions, check_installed
+from .distillation import USUAL, Mix, losses
 from .groups import GROUPS, Grouped, grouped
 from .matching import encoded, matched
 

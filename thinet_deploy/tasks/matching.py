@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..detections import CENTRE, SIZE
+from ..on_device.detections import CENTRE, SIZE
 
 # From this intersection over union on a default box learns an object.
 _OVERLAP = 0.5

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..distillation import USUAL, Mix, losses
 from ..errors import MissingError, first_line
 from ..interfaces import OUTPUT
 from .base import Arrays, Outputs, Targets
+from .distillation import USUAL, Mix, losses
 from .groups import GROUPS, Grouped, grouped
 
 NOWHERE = -1  # the class of a pixel that counts neither for nor against, such as VOC's borders

@@ -1,4 +1,4 @@
-// From decoded pixels to the network's input, as thinet_deploy/preprocess.py does it in training and calibration.
+// From decoded pixels to the network's input, as thinet_deploy/data/preprocess.py does it in training and calibration.
 //
 // The same as preprocess.h, which has the reasons: Pillow's resizing to the last bit, in fixed point.
 // Plain Swift without Apple's frameworks but Foundation, so that it runs in unit tests anywhere.

@@ -1,0 +1,1 @@
+"""Machines that engines run on, and what is asked of them: over ssh, over adb."""

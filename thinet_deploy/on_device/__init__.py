@@ -1,0 +1,1 @@
+"""What runs on devices: Python 3.8, the standard library and numpy, no other part of this package."""

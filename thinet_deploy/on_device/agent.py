@@ -1,0 +1,235 @@
+"""What thinet-deploy does on a device that it reaches by ssh: one file that needs Python 3.8 and nothing else.
+
+    python3 - look REQUEST                     facts about the machine, as JSON; sent by stdin, before any file
+    python3 agent.py sums FOLDER           SHA-256 of each file below a folder
+    python3 agent.py folder FOLDER         make it
+    python3 agent.py job PLACE COMMAND…    run a command that outlives the connection, and follow its output
+    python3 agent.py forget PLACE          the job's results have been fetched
+    python3 agent.py unpack FILE FOLDER    what a .zip file holds, and no longer the file
+    python3 agent.py remove PATH…          files, and folders with all that is in them
+
+A job has a session of its own and a lock, which the kernel lets go when it ends in whatever way. So the same call
+starts it, follows one that was started before the connection was cut, or shows the output of one that is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] in {"", os.path.dirname(os.path.realpath(sys.argv[0]))}:
+    del sys.path[0]  # nothing that lies in a home folder may stand in for the standard library
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, Sequence
+
+PAUSE_S = 0.2
+PATIENCE_S = 10
+
+
+def look(request: dict[str, Any]) -> dict[str, Any]:
+    """Facts about this machine.
+
+    Args:
+        request: modules: names to look for; files: to read; commands: to run, each a list.
+    """
+    return {
+        "root": str(root()),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_bytes": free_bytes(root()),
+        "modules": {name: version_of(name) for name in request["modules"]},
+        "files": {path: read(path) for path in request["files"]},
+        "commands": {" ".join(command): run(command) for command in request["commands"]},
+    }
+
+
+def root() -> Path:
+    """The folder that bundles are copied into."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "thinet-deploy").absolute()
+
+
+def free_bytes(path: Path) -> int:
+    """Free space where `path` is or will be."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    return shutil.disk_usage(str(there)).free
+
+
+def version_of(module: str) -> str | None:
+    """The version of an installed module, "" where it does not tell; None when it is not there."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(module)
+    code = "import {0}; print('\\n' + str(getattr({0}, '__version__', '')))".format(module.partition(".")[0])
+    return run([sys.executable, "-c", code], PATIENCE_S * 3).strip().rpartition("\n")[2]
+
+
+def read(path: str) -> str:
+    """The text of a system file without surrounding blanks and NULs, or "" when it cannot be read."""
+    with contextlib.suppress(OSError), Path(path).open("rb") as stream:
+        return stream.read(1 << 20).decode("utf-8", "replace").strip("\0\n ")
+    return ""
+
+
+def run(command: Sequence[str], seconds: float = PATIENCE_S) -> str:
+    """What a program prints, or "" when it is not there, fails or takes longer."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds,
+            check=True,
+        )
+        return done.stdout.decode("utf-8", "replace").strip()
+    return ""
+
+
+def sums(folder: str) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path; of files that arrived whole."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".partial"]
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(files)}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def make_folder(folder: str) -> None:
+    """Make a folder, unless it is there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def unpack(file: str, folder: str) -> None:
+    """Take the files out of an archive, which goes; what was cut off in between has another checksum."""
+    with zipfile.ZipFile(file) as packed:
+        packed.extractall(folder)
+    Path(file).unlink()
+
+
+def remove(*paths: str) -> None:
+    """Remove files, and folders with all that is in them; what is not there is gone already."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+
+
+# ----------------------------------------------------------------------------------------------- jobs
+
+
+def job(place: Path, command: Sequence[str]) -> dict[str, Any]:
+    """Start a command unless it runs or is done, and print its output until it ends.
+
+    Args:
+        place: folder that takes `out`, `err` and, once it has ended, `code`; the command runs in the one above it.
+        command: to run.
+
+    Returns:
+        code: its exit code; None when it was ended together with its keeper, as by a power cut. err: its last words.
+        free_bytes: room on the disk.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "lock").open("a") as lock:
+        if take(lock, fcntl.LOCK_EX) and code_of(place) != 0:
+            forget(str(place))
+            (place / "out").touch()
+            start([str(place), str(lock.fileno()), *command], lock.fileno())
+    follow(place)
+    words = read(str(place / "err"))[-2000:]
+    return {"code": code_of(place), "err": words, "free_bytes": free_bytes(place)}
+
+
+def take(lock: Any, kind: int) -> bool:
+    """Whether the lock could be had."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def start(words: list[str], lock: int) -> None:
+    """Start the keeper of a job, in a session of its own; it inherits the lock."""
+    keeper, none = [sys.executable, str(Path(__file__).resolve()), "keep", *words], subprocess.DEVNULL
+    subprocess.Popen(keeper, stdin=none, stdout=none, stderr=none, start_new_session=True, pass_fds=[lock])
+
+
+def keep(place: Path, lock: int, command: Sequence[str]) -> None:
+    """Run the command; it shares the lock, so that it is not started twice even when this process is killed alone."""
+    none = subprocess.DEVNULL
+    with Path(place, "out").open("wb") as out, Path(place, "err").open("wb") as err:
+        code = subprocess.call(command, stdin=none, stdout=out, stderr=err, cwd=str(place.parent), pass_fds=[lock])
+    partial = place / "code.partial"
+    partial.write_text(str(code))
+    partial.replace(place / "code")
+
+
+def code_of(place: Path) -> int | None:
+    """The exit code of a job that has ended."""
+    text = read(str(place / "code"))
+    return int(text) if text else None
+
+
+def forget(place: str) -> None:
+    """Remove what a job left."""
+    for name in ("code", "out", "err"):
+        with contextlib.suppress(FileNotFoundError):
+            Path(place, name).unlink()
+
+
+def follow(place: Path) -> None:
+    """Print the job's output until it ends."""
+    with Path(place, "out").open("rb") as out, Path(place, "lock").open() as lock:
+        running = True
+        while running:
+            running = not take(lock, fcntl.LOCK_SH)  # asked before reading, so that no last words are missed
+            sys.stdout.buffer.write(out.read())
+            sys.stdout.buffer.flush()
+            time.sleep(PAUSE_S if running else 0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; the last line on stdout is the answer, as JSON."""
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name == "keep":
+            keep(Path(rest[0]), int(rest[1]), rest[2:])
+            return 0
+        if name == "look":
+            answer = look(json.loads(rest[0]))
+        elif name == "job":
+            answer = job(Path(rest[0]), rest[1:])
+        else:
+            work: dict[str, Any] = {"sums": sums, "folder": make_folder, "unpack": unpack}
+            answer = {**work, "forget": forget, "remove": remove}[name](*rest) or {}
+    except OSError as error:
+        answer = {"error": str(error), "errno": error.errno}
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")
+    sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

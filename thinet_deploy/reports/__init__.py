@@ -1,0 +1,1 @@
+"""What a run or several come to, for people: tables, ledgers, verdicts, pictures, pages."""

@@ -1,0 +1,216 @@
+"""The papers' table of one run as data: networks, their figures and times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..artifact import read_json
+from ..errors import InputError, first_line
+from ..intervals import Interval
+from ..store import open_run
+from ..tasks.base import Accuracy, read_figures
+from .ledger import Entry
+
+_SCHEMA = {"schema": "thinet-deploy/table", "version": 3}
+
+
+@dataclass(frozen=True)
+class Time:
+    """A measured time.
+
+    Attributes:
+        ms: median in milliseconds.
+        low: lower end of its 95 % interval; None with too few samples.
+        high: upper end.
+        speedup: the original's time divided by this one, measured in turn; None for the original.
+        speedup_low: lower end of its 95 % interval.
+        speedup_high: upper end.
+        invalid: why it does not hold, such as a machine that throttled; "" where it does. It has no speed-up then.
+        unstable: whether something disturbed the measurement, so that another one may find something else.
+    """
+
+    ms: float
+    low: float | None
+    high: float | None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    invalid: str = ""
+    unstable: bool = False
+
+    @classmethod
+    def of(cls, summary: dict[str, Any], speedup: dict[str, Any] | None) -> Time:
+        """From a summary of samples and a speed-up as latency.json has them."""
+        low, high = summary["interval_ms"] or (None, None)
+        unstable = any(warning.startswith("unstable") for warning in summary["warnings"])
+        time = cls(summary["median_ms"], low, high, invalid="; ".join(summary["invalid"]), unstable=unstable)
+        if time.invalid or speedup is None:
+            return time
+        return replace(time, speedup=speedup["ratio"], speedup_low=speedup["low"], speedup_high=speedup["high"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the papers' table.
+
+    Attributes:
+        name: of the network in the run: "original", "conv", "gap" …
+        label: what people read.
+        figures: of the task on the test images, such as "top-1" → percent with its 95 % interval; the first decides.
+        parameters: #Param by the papers' rule.
+        flops: #FLOPs by the papers' rule.
+        forward: milliseconds per batch in torch.
+        backward: milliseconds per batch in torch.
+        engines: runtime → milliseconds per image.
+        size_bytes: of the ONNX file.
+        note: shown under the table; such a row has the times of another, of the same architecture.
+        drop: of the figure that decides against the original on the same images, in percentage points; None where it
+            was not judged.
+    """
+
+    name: str
+    label: str
+    figures: Mapping[str, Interval]
+    parameters: int
+    flops: int
+    forward: Time
+    backward: Time
+    engines: dict[str, Time]
+    size_bytes: int
+    note: str = ""
+    drop: Interval | None = None
+
+    @classmethod
+    def make(
+        cls, name: str, label: str, accuracy: Accuracy, counted: dict[str, int], size: int, timing: dict[str, Any]
+    ) -> Row:
+        """From a stage's accuracy and count, and latency.json."""
+        torch_row = next(row for row in timing["models"] if row["model"] == name)
+        engines = {
+            row["runtime"]: Time.of(row["samples"]["summary"], row["speedup"])
+            for row in timing["engines"]
+            if row["model"] == name
+        }
+        return cls(
+            name=name,
+            label=label,
+            figures=accuracy.figures,
+            parameters=counted["parameters"],
+            flops=counted["flops"],
+            forward=Time.of(torch_row["forward"]["summary"], torch_row["speedup"]),
+            backward=Time.of(torch_row["backward"]["summary"], None),
+            engines=engines,
+            size_bytes=size,
+        )
+
+    def with_weights(self, name: str, label: str, accuracy: Accuracy, note: str) -> Row:
+        """The same architecture with other weights: its times and size are this row's."""
+        return replace(self, name=name, label=label, figures=accuracy.figures, note=note, drop=None)
+
+    @property
+    def main(self) -> Interval:
+        """The figure that decides."""
+        return next(iter(self.figures.values()))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The papers' table of one run.
+
+    Attributes:
+        target: id of the target profile.
+        model: the network's name.
+        data: the data's name.
+        images: number of test images.
+        machine: id of the machine that was measured on.
+        processor: its name.
+        threads: of the engines.
+        torch_threads: of forward and backward in torch.
+        batch: of forward and backward.
+        runtimes: the target's; what was not run here is shown as such.
+        rows: the networks.
+        ledger: accuracy, step by step.
+        precision: that the engines were asked for.
+        ships: name of the row that goes into the bundle.
+    """
+
+    target: str
+    model: str
+    data: str
+    images: int
+    machine: str
+    processor: str
+    threads: int
+    torch_threads: int
+    batch: int
+    runtimes: tuple[str, ...]
+    rows: tuple[Row, ...]
+    ledger: tuple[Entry, ...]
+    precision: str = "fp32"
+    ships: str = ""
+
+    @property
+    def shipped(self) -> Row:
+        """The row that goes into the bundle; of a table that does not say, the last network that was made for it."""
+        made = [row for row in self.rows if not row.note]
+        return next((row for row in self.rows if row.name == self.ships), made[-1])
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {**_SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Table:
+        """The inverse of `to_json`."""
+        values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows", "runtimes", "ledger")}
+        rows, ledger = tuple(map(_row, data["rows"])), tuple(map(Entry.read, data["ledger"]))
+        return cls(**values, runtimes=tuple(data["runtimes"]), rows=rows, ledger=ledger)
+
+
+def _row(data: dict[str, Any]) -> Row:
+    engines = {runtime: Time(**time) for runtime, time in data["engines"].items()}
+    times = {"forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines}
+    drop = Interval(**data["drop"]) if data.get("drop") else None
+    return Row(**{**data, **times, "figures": read_figures(data["figures"]), "drop": drop})
+
+
+def read_table(run: Path) -> Table:
+    """The table of a finished run.
+
+    Raises:
+        InputError: the run is not finished.
+    """
+    path = open_run(run) / "report" / "table.json"
+    if not path.exists():
+        raise InputError(
+            f"{run} has no table yet: its build is not finished.", hint="Run the same build again to finish it."
+        )
+    try:
+        return Table.from_json(read_json(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged, or of another version: {first_line(error)}.",
+            hint=f"Delete the folder {path.parent} and run the same build again: all else is kept.",
+        ) from error
+
+
+def check_machines(tables: Sequence[Table]) -> None:
+    """Raise InputError when the tables were measured on different machines, or with different numbers of threads."""
+    machines = {table.machine: table.processor for table in tables}
+    if len(machines) > 1:
+        named = ", ".join(f"{processor} ({machine})" for machine, processor in machines.items())
+        raise InputError(
+            f"The runs were measured on different machines: {named}. Their milliseconds do not compare.",
+            hint="Measure them on one machine, or give --across-machines to see them side by side all the same.",
+        )
+    threads = {(table.threads, table.torch_threads): None for table in tables}
+    if len(threads) > 1:
+        named = ", ".join(f"{engines} (and {torch} in torch)" for engines, torch in threads)
+        raise InputError(
+            f"The runs were measured with different numbers of threads: {named}. Their milliseconds do not compare.",
+            hint="Measure them with the same --threads (torch's are set by OMP_NUM_THREADS), or give --across-machines "
+            "to see them side by side all the same.",
+        )

@@ -1,0 +1,201 @@
+"""The papers' table as terminal text, Markdown or CSV, and what has to stand beside its figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table as Grid
+from rich.text import Text
+
+from .table import Row, Table, Time
+
+_BAR = 32
+_COUNTED = ("#Param", "#FLOPs")
+_TORCH = "f./b. (ms)"
+
+
+def cells(row: Row, figures: Sequence[str], runtimes: Sequence[str]) -> list[str]:
+    """A row as the papers print it: M and B for millions and billions, ms with the speed-up and its interval."""
+    times = [_engine(row.engines.get(runtime)) for runtime in runtimes]
+    return [
+        row.label,
+        *(f"{row.figures[name].value:.2f}" if name in row.figures else "–" for name in figures),
+        short_count(row.parameters),
+        short_count(row.flops),
+        "invalid" if row.forward.invalid or row.backward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
+        *times,
+        f"{row.size_bytes / 2**20:.2f} MB",
+    ]
+
+
+def short_count(number: int) -> str:
+    """Millions and billions as the papers print them: 7.91M, 9.34B."""
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _engine(time: Time | None) -> str:
+    if time is None:
+        return "not run"
+    if time.invalid:
+        return "invalid"
+    if time.speedup is None:
+        return _ms(time.ms)
+    interval = "" if time.speedup_low is None else f" [{time.speedup_low:.2f}, {time.speedup_high:.2f}]"
+    return f"{_ms(time.ms)}  {time.speedup:.2f}×{interval}{' ≈' if within_noise(time) else ''}"
+
+
+def within_noise(time: Time) -> bool:
+    """Whether a speed-up cannot be told from none."""
+    return time.speedup_low is not None and time.speedup_high is not None and time.speedup_low <= 1 <= time.speedup_high
+
+
+def runtimes_of(tables: Sequence[Table]) -> list[str]:
+    """The runtimes of all targets, in order of appearance."""
+    return list(dict.fromkeys(runtime for table in tables for runtime in table.runtimes))
+
+
+def figures_of(tables: Sequence[Table]) -> list[str]:
+    """The names of the figures of all networks, in order of appearance."""
+    return list(dict.fromkeys(name for table in tables for row in table.rows for name in row.figures))
+
+
+def headers(tables: Sequence[Table]) -> list[str]:
+    """The column names for tables side by side."""
+    times = [f"{runtime} (ms)" for runtime in runtimes_of(tables)]
+    return ["model", *figures_of(tables), *_COUNTED, _TORCH, *times, "size"]
+
+
+def notes_of(table: Table) -> list[str]:
+    """What has to stand under a table for its figures to mean something."""
+    counted = "#Param and #FLOPs by the papers' rule (weights without biases; 2 × multiply-accumulates)"
+    torch = f"f./b.: forward alone / backward alone in torch, batch {table.batch}, threads: {table.torch_threads}"
+    engines = f"Engines: {table.precision}, batch 1, threads: {table.threads}"
+    ratio = "× = original's time / this one's, measured in turn, with its 95 % interval"
+    notes = [
+        f"{table.model} on {table.data}: accuracy on {table.images} test images. {counted}.",
+        f"{torch}. {engines}; {ratio}.",
+        f"Measured on {table.processor} ({table.machine}).",
+    ]
+    if any(within_noise(time) for row in table.rows for time in row.engines.values()):
+        notes.append("≈: within the noise, no difference from the original is proven.")
+    timed = [(row.label, where, time) for row in table.rows if not row.note for where, time in _times(row)]
+    invalid = [(who, where, time.invalid) for who, where, time in timed if time.invalid]
+    notes += [f"{who} on {where}: invalid because {why}; measure again." for who, where, why in dict.fromkeys(invalid)]
+    unstable: dict[str, dict[str, None]] = {}
+    for who, where, time in timed:
+        if time.unstable and not time.invalid:
+            unstable.setdefault(where, {})[who] = None
+    if unstable:
+        every = len({who for who, _, _ in timed})
+        named = {where: ", ".join(who) if len(who) < every else "all" for where, who in unstable.items()}
+        names = "; ".join(f"{who} on {where}" for where, who in named.items())
+        notes.append(f"Unstable, so that another measurement may differ by more than the intervals say: {names}.")
+    return notes + [f"{row.label}: {row.note}." for row in table.rows if row.note]
+
+
+def _times(row: Row) -> Iterator[tuple[str, Time]]:
+    """All of its times, and where each was measured."""
+    yield from (("torch", time) for time in (row.forward, row.backward))
+    yield from row.engines.items()
+
+
+def built_notes(executed: Mapping[str, Any]) -> list[str]:
+    """What an engine that a device built computes in, and what of it runs elsewhere; see `stages.device.on_device`."""
+    notes, left = [f"runs {executed['text']}"] if "text" in executed else [], executed["gpu_fallback"]
+    return notes if left is None else [*notes, f"the DLA left to the GPU: {', '.join(left) or 'nothing'}"]
+
+
+def render(tables: Sequence[Table], width: int) -> RenderableType:
+    """The table, then the picture, then the small print, for a console of this width."""
+    runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width))
+    parts += [_bars(tables, runtime) for runtime in runtimes]
+    parts += [Text(note, style="dim") for table in tables for note in notes_of(table)]
+    return Group("ThiNet: the thin networks beside the original", *parts)
+
+
+def _grids(tables: Sequence[Table], width: int) -> list[Grid]:
+    """The table; where it is wider than the console, its columns go into several tables below each other."""
+    names, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
+    rows = [[cells(row, figures, runtimes) for row in table.rows] for table in tables]
+    widths = [max(map(len, column)) + 2 for column in zip(names, *chain(*rows), strict=True)]  # blanks on both sides
+    order = list(range(1, len(names)))
+    if sum(widths) > width:  # the size, which stands last, goes with the other figures that are no times
+        order.insert(names.index(_TORCH) - 1, order.pop())
+    parts = [[0]]
+    for index in order:
+        if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > width:
+            parts.append([0])
+        parts[-1].append(index)
+    return [_grid(tables, names, rows, part) for part in parts]
+
+
+def _grid(tables: Sequence[Table], names: list[str], rows: list[list[list[str]]], columns: list[int]) -> Grid:
+    grid = Grid(box=SIMPLE_HEAD, show_edge=False)
+    for index in columns:
+        grid.add_column(names[index], justify="right" if index else "left", no_wrap=index > 0)
+    for table, lines in zip(tables, rows, strict=True):
+        if len(tables) > 1:
+            grid.add_row(Text(f"{table.model} on {table.data} → {table.target}", style="bold"))
+        for line in lines:
+            grid.add_row(*(line[index] for index in columns))
+        grid.add_row()
+    return grid
+
+
+def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
+    """Latency as bars, one per network."""
+    every = [row for table in tables for row in table.rows if runtime in row.engines and not row.note]
+    rows = [row for row in every if not row.engines[runtime].invalid]
+    longest = max((row.engines[runtime].ms for row in rows), default=1.0)
+    picture = Grid.grid(padding=(0, 1))
+    for row in rows:
+        ms = row.engines[runtime].ms
+        bar = Text("█" * max(1, round(_BAR * ms / longest)), style="red" if row.name == "original" else "green")
+        picture.add_row(f"{runtime:>12}", row.label, bar, f"{_ms(ms)} ms")
+    return picture
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    """The table and its small print as Markdown."""
+    names, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
+    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
+    lines += ["| " + " | ".join(cells(row, figures, runtimes)) + " |" for table in tables for row in table.rows]
+    notes = [f"- {note}" for table in tables for note in notes_of(table)]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """The rows as CSV with full figures; times in milliseconds, empty where they are invalid; sizes in bytes."""
+    runtimes, stream = runtimes_of(tables), io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    figures = figures_of(tables)
+    fixed = ["target", "data", "model", *(name.replace("-", "") for name in figures)]
+    fixed += ["parameters", "flops", "forward_ms", "backward_ms", "size_bytes"]
+    measured = [
+        f"{runtime}_{part}" for runtime in runtimes for part in ("ms", "speedup", "speedup_low", "speedup_high")
+    ]
+    writer.writerow([*fixed, *measured])
+    for table in tables:
+        for row in table.rows:
+            values: list[object] = [table.target, table.data, row.label]
+            values += [row.figures[name].value if name in row.figures else None for name in figures]
+            values += [row.parameters, row.flops, _valid_ms(row.forward), _valid_ms(row.backward), row.size_bytes]
+            for runtime in runtimes:
+                time = row.engines.get(runtime)
+                values += [_valid_ms(time), time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
+            writer.writerow(values)
+    return stream.getvalue()
+
+
+def _valid_ms(time: Time) -> float | None:
+    return None if time.invalid else time.ms

@@ -1,0 +1,324 @@
+"""Everything a build starts from, loaded and checked before any work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..artifact import sha256_of
+from ..data.dataset import Dataset, digits_preprocess, load_digits, load_folder
+from ..data.preprocess import Preprocess, default_preprocess, load_preprocess
+from ..data.voc import is_voc, load_voc, tasks_of
+from ..devices.site import Machine
+from ..errors import InputError, ModelError, first_line
+from ..interfaces import Progress, silent
+from ..models.loading import InputShape, build_model, input_shape_of, load_function
+from ..models.presets import preset_widths
+from ..models.pretrained import default_weights
+from ..models.weights import load_weights
+from ..options import DEFAULT, HEAD_REPLACED, Options
+from ..pruning.surgery import gap_head
+from ..target import TargetProfile, load_profile
+from ..tasks.base import Task
+from ..tasks.choice import task_of
+from ..training import Recipe, changed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages work on.
+
+    Attributes:
+        options: as the user gave them, with the model's name filled in.
+        target: the profile to build for.
+        data: images.
+        widths: module name → filters that stay, where the preset says all widths.
+        machine: the device that a budget of time is met on; None for this machine.
+    """
+
+    options: Options
+    target: TargetProfile
+    data: Dataset
+    widths: Mapping[str, int] = field(default_factory=dict)
+    machine: Machine | None = None
+
+    @property
+    def input_shape(self) -> InputShape:
+        """Channels, height and width of the network's input."""
+        return self.data.preprocess.input_shape
+
+    @property
+    def model_name(self) -> str:
+        """The network's name for people, without the folders of the user's file."""
+        return Path(self.options.model).name
+
+    def fresh(self) -> nn.Module:
+        """The dense network with its initial weights."""
+        return build_model(
+            self.options.model,
+            input_shape=self.input_shape,
+            num_classes=len(self.data.classes),
+            seed=self.options.seed,
+        )
+
+    @property
+    def grid(self) -> int:
+        """What widths are multiples of."""
+        rounding = self.options.round_to
+        if rounding is None:  # the papers know no grid
+            return 1 if self.options.layerwise or self.widths else self.target.channel_grid
+        return self.target.channel_grid if rounding == "target" else rounding
+
+    @property
+    def replaces_head(self) -> bool:
+        """Whether the fully connected head becomes global average pooling (ThiNet-GAP)."""
+        preset = self.options.preset
+        return preset in HEAD_REPLACED or (not preset and gap_head(self.fresh()) is not None)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What every stage's result depends on: network, images, seed."""
+        source, _, factory = self.options.model.rpartition(":")
+        return {
+            "model": [factory, sha256_of(Path(source))] if source else self.options.model,
+            "classes": list(self.data.classes),
+            "data": self.data.digest,
+            "seed": self.options.seed,
+        }
+
+
+def load_job(options: Options, progress: Progress = silent, *, checked: bool = True) -> Job:
+    """Load target, data and network, and check that they fit together.
+
+    Args:
+        options: as the user gave them.
+        progress: to report to.
+        checked: whether every image is looked at now (see `load_folder`).
+
+    Raises:
+        InputError: one of them is wrong; nothing has been written yet.
+    """
+    target = load_profile(options.target)
+    _check_timed(options)
+    options = _named_weights(_named_model(options), progress)
+    _check_preset(options)
+    if options.drop_branches and (options.layerwise or set(options.methods) != {"elimination"}):
+        raise InputError(
+            "--drop-branches asks the error curves of the elimination which branches may go, and here there are none.",
+            hint="Leave out --recipe and --method, or --drop-branches.",
+        )
+    if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
+        raise InputError(
+            f"--recipe {options.recipe} goes layer by layer, where there is neither --method elimination nor "
+            "--reconstruction full.",
+            hint="Both belong to --recipe best.",
+        )
+    if options.unlabelled:
+        _check_unlabelled(options)
+    if options.trainer:
+        load_function(options.trainer, "fit")
+    changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
+    job = Job(options, target, _data(options, _preprocess(options), progress, checked=checked))
+    model = _check_model(job)
+    return replace(job, widths=preset_widths(str(options.preset), model)) if options.fixed else job
+
+
+def _check_timed(options: Options) -> None:
+    """Raise InputError for a budget of time beside another, or where widths are not chosen by error curves."""
+    if not options.timed:
+        return
+    asked = "--latency" if options.latency else "--speedup"
+    budgets = [name for name in ("latency", "speedup", "macs", "size") if getattr(options, name)]
+    budgets += ["keep"] * (options.keep != Options.model_fields["keep"].default)
+    if len(budgets) > 1:
+        raise InputError(
+            f"{' and '.join(f'--{name}' for name in budgets)} are {len(budgets)} budgets, but one was expected.",
+            hint="Leave the others out; --require holds a build to further figures.",
+        )
+    if options.layerwise or options.methods != ("elimination",):
+        how = f"--recipe {options.recipe}" if options.layerwise else f"--method {','.join(options.methods)}"
+        raise InputError(
+            f"{asked} puts widths where they cost least by the error curves of the elimination, and with {how} there "
+            "are none.",
+            hint="Leave out --recipe and --method, or give --keep, --macs or --size instead.",
+        )
+    if (options.times_faster or 2) <= 1 or options.most_ms == 0:
+        raise InputError(
+            f"{asked} is {options.speedup or options.latency}, but something faster than the original was expected.",
+            hint="Such as --speedup 2x, or --latency 8ms.",
+        )
+
+
+def _check_preset(options: Options) -> None:
+    """Raise InputError for widths that are asked for beside those of the preset."""
+    budgets = ("keep", "macs", "size", "latency", "speedup")
+    names = (*budgets, "round_to", "keep_layer", "ignore", "prune_shortcuts", "drop_branches")
+    given = [
+        name
+        for name in names
+        if getattr(options, name) != Options.model_fields[name].get_default(call_default_factory=True)
+    ]
+    if options.fixed and given:
+        raise InputError(
+            f"--preset {options.preset} says the width of every layer, so there is no --{given[0].replace('_', '-')}.",
+            hint="Leave one of them out.",
+        )
+
+
+def moved(job: Job, folder: Path, progress: Progress = silent) -> Job:
+    """The same job with other images, which may be of other classes.
+
+    Raises:
+        InputError: they cannot be read, or the network cannot tell so many classes apart.
+    """
+    there = replace(job, data=load_folder(folder, job.data.preprocess, progress))
+    _check_scores(there, there.fresh().eval(), "an image", 1, "--transfer-to takes a factory with num_classes.")
+    return there
+
+
+def _check_unlabelled(options: Options) -> None:
+    """Raise InputError for what cannot be done without labels."""
+    needs = {
+        "--weights: no network can be trained without labels": options.weights is None,
+        "--data: a folder with val/CLASS/*.jpg (or test/), to measure the accuracy on": options.data is None,
+        f"--recipe best: {options.recipe} trains on labels after each layer": options.layerwise,
+        "--controls unpruned or none: labels are what a network from scratch learns from": options.controls == "all",
+        "another --method: taylor looks at the loss, which takes labels": "taylor" in options.methods,
+    }
+    if missing := [need for need, lacks in needs.items() if lacks]:
+        raise InputError(
+            f"--unlabelled needs {missing[0]}.",
+            hint="For example: thinet-deploy build --unlabelled photos --data labelled --weights FILE …",
+        )
+
+
+def _data(options: Options, preprocess: Preprocess, progress: Progress, *, checked: bool) -> Dataset:
+    if options.data is None:
+        return load_digits(preprocess)
+    if is_voc(options.data):
+        return load_voc(options.data, _voc_task(options, preprocess), preprocess, progress)
+    return load_folder(options.data, preprocess, progress, unlabelled=options.unlabelled, checked=checked)
+
+
+def _voc_task(options: Options, preprocess: Preprocess) -> Task:
+    """What the network is for, which it may say itself, if the folder has images for it.
+
+    Raises:
+        InputError: something in the options goes with classification only.
+        DataError: the folder has images for another task, or for several, and the network does not say which.
+        MissingError: what its figures are counted with is not installed.
+    """
+    assert options.data is not None
+    for name in ("unlabelled", "transfer_to"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} goes with image folders, but {options.data} is in VOC's layout.",
+                hint="Detectors and segmenters learn from what the folder says of its images.",
+            )
+    found = tasks_of(options.data)
+    model = build_model(options.model, input_shape=preprocess.input_shape, num_classes=2, seed=options.seed)
+    task = task_of(model, options.model, found, options.data)
+    task.meter()  # what it needs is missed now, and not after the training
+    return task
+
+
+def _named_model(options: Options) -> Options:
+    if options.model:
+        return options
+    if options.data:
+        raise InputError(
+            "--data needs --model: which network is to be pruned?",
+            hint="For example --model vgg16, --model vgg-small or --model file.py:factory.",
+        )
+    return options.model_copy(update={"model": "vgg-small"})
+
+
+def _named_weights(options: Options, progress: Progress) -> Options:
+    """The options with the file of the weights that are asked for by name."""
+    if options.weights != Path(DEFAULT):
+        return options
+    return options.model_copy(update={"weights": default_weights(options.model, progress)})
+
+
+def _preprocess(options: Options) -> Preprocess:
+    """The user's file, else the usual preprocessing for the input that the user or the network names."""
+    if options.preprocess:
+        preprocess = load_preprocess(options.preprocess)
+        if options.input_shape and options.input_shape != preprocess.input_shape:
+            raise InputError(
+                f"--input-shape {'x'.join(map(str, options.input_shape))} does not fit {options.preprocess}, "
+                f"whose crop and colour give {'x'.join(map(str, preprocess.input_shape))}.",
+                hint="Leave --input-shape out: the file already says it.",
+            )
+        return preprocess
+    if options.data is not None and is_voc(options.data):
+        return _whole_images(_usual(options))
+    return _usual(options)
+
+
+def _whole_images(usual: Preprocess) -> Preprocess:
+    """Boxes and masks reach to the edges of an image: all of it is used, and training shifts it by up to an eighth."""
+    augment = usual.augment.model_copy(update={"pad": min(usual.crop) // 8})
+    return usual.model_copy(update={"resize": usual.crop, "augment": augment})
+
+
+def _usual(options: Options) -> Preprocess:
+    if options.data is None and options.input_shape in (None, digits_preprocess().input_shape):
+        return digits_preprocess()
+    shape = options.input_shape or input_shape_of(
+        build_model(options.model, input_shape=None, num_classes=2, seed=options.seed)
+    )
+    if shape is None:
+        raise InputError(
+            f"{options.model} does not say which images it takes.",
+            hint="Give --input-shape 3x224x224 (or as your network expects), or --preprocess FILE.toml.",
+        )
+    return default_preprocess(shape)
+
+
+def _check_model(job: Job) -> nn.Module:
+    """The network; run, its weights read, so that nothing is found out after minutes of work."""
+    model = job.fresh()
+    if job.options.weights:
+        load_weights(model, job.options.weights)
+    _check_scores(job, model.eval(), "an image", 1, "Check --input-shape or --preprocess: channels x height x width.")
+    if job.options.preset in HEAD_REPLACED and gap_head(model) is None:
+        raise ModelError(
+            f"{job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
+            "`features` and `classifier`, with a hidden layer in the classifier.",
+            hint="Use --preset thinet-conv, which keeps the head.",
+        )
+    if not job.options.trainer:
+        batch = min(2, job.options.batch_size)
+        hint = "BatchNorm needs --batch-size 2 or more; else look at what forward() does in training."
+        _check_scores(job, model.train(), f"a training batch of {batch}", batch, hint)
+    return model
+
+
+def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) -> None:
+    """Raise ModelError unless the network gives what the task expects, such as one score per image and class."""
+    try:
+        with torch.inference_mode():
+            output = model(torch.zeros(batch, *job.input_shape))
+    except Exception as error:  # the user's own forward() may raise anything
+        shape = "x".join(map(str, job.input_shape))
+        raise ModelError(
+            f"{job.options.model} cannot take {what} of {shape}: {first_line(error)}", hint=hint
+        ) from error
+    classes = len(job.data.classes)
+    shapes = job.data.task.shapes(classes, job.input_shape[1:])
+    expected = tuple((batch, *shape) for shape in shapes.values())
+    given = (output,) if isinstance(output, torch.Tensor) else output
+    tensors = isinstance(given, tuple | list) and all(isinstance(each, torch.Tensor) for each in given)
+    if not tensors or tuple(tuple(each.shape) for each in given) != expected:
+        found = ", ".join(str(tuple(each.shape)) for each in given) if tensors else type(output).__name__
+        raise ModelError(
+            f"{job.options.model} gives {found} for {what}, but {', '.join(map(str, expected))} was expected: "
+            f"{' and '.join(shapes)} for each of the {classes} classes.",
+            hint="A factory that takes num_classes is called with the number of classes in the data.",
+        )

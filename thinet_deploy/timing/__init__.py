@@ -1,0 +1,1 @@
+"""Milliseconds: of engines, of torch models, of single layers, and widths for a budget of them."""

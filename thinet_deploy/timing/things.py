@@ -1,0 +1,164 @@
+"""What `thinet-deploy latency` can time: an engine file, a bundle, a run, a model; found out by looking at it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+
+from ..artifact import read_json
+from ..bundle import GOLDEN, MANIFEST, read_manifest
+from ..errors import BundleError, InputError, UnknownNameError, first_line
+from ..export import INPUT
+from ..interfaces import Array, Precision
+from ..models.loading import MODELS, InputShape, build_model, input_shape_of
+from ..on_device import self_test
+from .latency import EngineRef
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# File → runtime; runtimes that this version cannot open are named in the error that the runner gives.
+_SUFFIXES = {
+    ".onnx": "onnxruntime",
+    ".xml": "openvino",
+    ".tflite": "litert",
+    ".param": "ncnn",
+    ".pte": "executorch",
+    ".engine": "tensorrt",
+}
+# Times do not depend on the number of classes, but for the last layer's share in them.
+_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines that take the same inputs, and are measured in turn.
+
+    Attributes:
+        refs: what to measure.
+        inputs: arrays by input name, one image.
+    """
+
+    refs: tuple[EngineRef, ...]
+    inputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A torch model and the shape of one image."""
+
+    name: str
+    module: nn.Module
+    input_shape: InputShape
+
+
+def find(name: str, input_shape: InputShape | None, precision: Precision) -> Engines | Model:
+    """Say what a name or path is.
+
+    Args:
+        name: a path of an engine file, a bundle or a run; a model's name or file.py:factory.
+        input_shape: for what does not say which images it takes.
+        precision: that an engine file has to compute in.
+
+    Raises:
+        InputError: it is none of these, damaged, or does not say which images it takes.
+    """
+    path = Path(name)
+    if (path / MANIFEST).is_file():
+        return _bundle(path)
+    if (path / "run.json").is_file():
+        return _run(path)
+    if path.is_file() and path.suffix in _SUFFIXES:
+        return Engines((EngineRef(path.stem, _SUFFIXES[path.suffix], path, precision),), _noise(path, input_shape))
+    if name in MODELS or ".py" in name:
+        return _model(name, input_shape)
+    if path.exists():
+        known = ", ".join(_SUFFIXES)
+        raise InputError(
+            f"{name} is neither an engine ({known}), nor a bundle, nor a run.",
+            hint="Give RUN or RUN/bundle of a finished build, an engine's file, or a model.",
+        )
+    raise UnknownNameError("file or model", name, [*MODELS, "file.py:factory"])
+
+
+def _model(name: str, input_shape: InputShape | None) -> Model:
+    classes = None if name in MODELS else _CLASSES  # our own know how many they have
+    module = build_model(name, input_shape=input_shape, num_classes=classes, seed=0)
+    shape = input_shape or input_shape_of(module)
+    if shape is None:
+        raise InputError(f"{name} does not say which images it takes.", hint="Give --input-shape 3x224x224.")
+    return Model(name, module, shape)
+
+
+def _bundle(folder: Path) -> Engines:
+    """Only engines that the manifest vouches for: loading one runs native code."""
+    manifest = read_manifest(folder)
+    files = self_test.check_files(str(folder), manifest.files)
+    if damaged := files["missing"] + files["changed"]:
+        raise BundleError(
+            f"{folder} is damaged: {', '.join(damaged[:3])} is not as the manifest says.",
+            hint="Copy the bundle again from where it was built; `thinet-deploy verify` shows everything.",
+        )
+    refs = [EngineRef(manifest.model, e.runtime, folder / e.path, e.precision) for e in manifest.engines]
+    if not refs:
+        raise InputError(f"{folder} holds no engine.", hint="Build it for a target whose engines this version makes.")
+    return Engines(tuple(refs), self_test.load_arrays(str(folder / GOLDEN), "input:"))
+
+
+def _run(folder: Path) -> Engines:
+    """The engines of all networks of a run, on the first of its golden images."""
+    try:
+        made: dict[str, dict[str, Any]] = read_json(folder / "engines" / "engines.json")
+        with np.load(folder / "parity" / "original.npz", allow_pickle=False) as golden:
+            image = golden["input"][:1]
+        refs = [_ref(key.split("/"), folder / "engines" / entry["path"]) for key, entry in made.items()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder} has no engines to time: {first_line(error)}.",
+            hint="Run the same `thinet-deploy build` again to finish it.",
+        ) from error
+    return Engines(tuple(refs), {INPUT: image})
+
+
+def _ref(key: Sequence[str], path: Path) -> EngineRef:
+    model, runtime, *precision = key
+    return EngineRef(model, runtime, path, precision[0] if precision else "fp32")  # type: ignore[arg-type]  # as written
+
+
+def _noise(path: Path, input_shape: InputShape | None) -> dict[str, Array]:
+    """Seeded noise of the shapes that the engine says it takes."""
+    shapes: Mapping[str, Sequence[int]] = {INPUT: input_shape} if input_shape else {}
+    try:
+        shapes = {".onnx": _onnx_shapes, ".xml": _openvino_shapes}.get(path.suffix, lambda _: shapes)(path)
+    except Exception as error:  # onnx and ElementTree raise types of their own
+        raise InputError(f"{path} cannot be read: {first_line(error)}.", hint="Convert it again.") from error
+    if not shapes or any(size < 1 for shape in shapes.values() for size in shape):
+        raise InputError(f"{path} does not say which images it takes.", hint="Give --input-shape 3x224x224.")
+    noise = np.random.default_rng(0)
+    return {name: noise.standard_normal((1, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _onnx_shapes(path: Path) -> dict[str, list[int]]:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    if not graph.node:
+        raise ValueError("it is empty")
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]] for value in inputs}
+
+
+def _openvino_shapes(path: Path) -> dict[str, list[int]]:
+    found = {}
+    for layer in ET.parse(path).getroot().iterfind("./layers/layer[@type='Parameter']"):  # noqa: S314 - loaded as an engine
+        port, data = layer.find("./output/port"), layer.find("data")
+        if port is not None and data is not None:
+            sizes = data.get("shape", "").split(",")[1:]
+            found[port.get("names", "").split(",")[0]] = [int(size) if size.isdigit() else 0 for size in sizes]
+    return found
