@@ -9,12 +9,12 @@ from typing import Any
 
 from ..artifact import hash_json, read_json, sha256_of
 from ..errors import InputError, first_line
-from ..on_device.runner_text import latency_notes
+from ..on_device import runner_text
 from . import comparison, contract, html_plots, ledger, texts
 from .table import Row, Table
 
 DEVICE = "device.json"  # beside the page: what it says of a device
-TEMPLATE = Path(__file__).with_name("assets") / "report.html.j2"
+TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html.j2"
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ def read_device(run: Path) -> dict[str, Any] | None:
 
 def digest() -> str:
     """Changes when the page would look different for the same run."""
-    here = Path(__file__)
-    names = ("ledger", "report", "report_plots", "runner_text", "contract", "comparison")
-    parts = (here.with_name(f"{name}.py") for name in names)
-    return hash_json([sha256_of(path) for path in (TEMPLATE, here, *parts)])
+    parts = sorted(Path(__file__).parent.glob("*.py"))
+    return hash_json([sha256_of(path) for path in (TEMPLATE, Path(runner_text.__file__), *parts)])
 
 
 def render(pages: Sequence[Page], against: tuple[str, list[comparison.Against]] | None = None) -> str:
@@ -147,7 +145,7 @@ def _on_device(timed: Mapping[str, Any], verified: Mapping[str, Any], built: Seq
         if spread := summary["interval_ms"]:
             row["median"] += f" [{spread[0]:.4g}, {spread[1]:.4g}]"
         row["runs"] = str(summary["n"])
-        notes += latency_notes(timed)
+        notes += runner_text.latency_notes(timed)
     return {**row, "error": verified.get("max_relative_error"), "notes": "; ".join(filter(None, notes))}
 
 

@@ -142,7 +142,7 @@ class _Nursery:
             self._socket, theirs = socket.socketpair()
             # What a model prints must not get into the output of a command, which may be JSON. -P: a file in the
             # current folder must not stand in for a library. The path: this package, not another one installed there.
-            here = str(Path(__file__).resolve().parents[1])
+            here = str(Path(__file__).resolve().parents[2])
             start = f"import sys; sys.path.insert(0, {here!r}); from {__name__} import nursery; nursery()"
             command = [sys.executable, "-P", "-c", start]
             with theirs:
