@@ -207,7 +207,7 @@ class HotGpu:
 def test_a_gpu_that_throttles_says_nothing_of_a_time_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("sensors", "engines", "torch_latency"):
+    for module in ("on_device.sensors", "on_device.engines", "timing.torch_latency"):
         monkeypatch.setattr(f"thinet_deploy.{module}.Nvml", HotGpu)
     assert sensors.Watch(gpus=gpus_of("onnxruntime", "tensorrt")).summary()["throttled"] == ["gpu0: power cap"]
     (found,) = latency.measure_engines([one_engine(tmp_path)], INPUTS, threads=1, rounds=2, seconds=0.01)
@@ -221,7 +221,7 @@ def test_killing_a_measurement_leaves_no_process_behind(tmp_path: Path) -> None:
     arrays: dict[str, Any] = {"input:x": INPUTS["x"]}
     np.savez(tmp_path / "inputs.npz", **arrays)
     code = f"""
-from thinet_deploy import runner
+from thinet_deploy.on_device import runner
 with runner.Worker() as worker:
     worker.ask("open", runtime="onnxruntime", path={str(path)!r}, threads=1, precision="fp32", batch=1,
                inputs={str(tmp_path / "inputs.npz")!r})

@@ -247,7 +247,7 @@ def test_ctrl_c_ends_a_build_and_leaves_no_engine(tmp_path: Path) -> None:
 import os, signal, sys, time
 from pathlib import Path
 import tensorrt_rtx
-from thinet_deploy.tensorrt_builder import Settings, build
+from thinet_deploy.on_device.tensorrt_builder import Settings, build
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
 

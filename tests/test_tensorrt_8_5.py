@@ -30,7 +30,7 @@ ENGINE = """
 import json, sys
 import numpy as np
 from tensorrt_stand_in import CALLED
-from thinet_deploy import engines
+from thinet_deploy.on_device import engines
 
 engine = engines.open_engine("tensorrt", sys.argv[1], 1, "fp32")
 for batch in (1, 3, 70):

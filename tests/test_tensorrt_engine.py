@@ -23,8 +23,8 @@ USE = """
 import ctypes, json, sys
 import numpy as np
 from tensorrt_stand_in import CALLED
-from thinet_deploy import cuda, engines
-from thinet_deploy.engine import RunnerError
+from thinet_deploy.on_device import cuda, engines
+from thinet_deploy.on_device.engine import RunnerError
 
 runtime, precision, plan, paths = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4:]
 live = ctypes.CDLL(cuda.LIBRARY).fake_live
