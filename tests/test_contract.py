@@ -153,6 +153,8 @@ def test_with_a_device_its_latency_is_judged() -> None:
     assert (found.outcome, found.value) == ("not met", 30.0), "the host's 4 ms do not count"
     assert found.detail == "Thin, ort fp32, threads: 4, ARM (the device)"
     assert verdict(timed("ort", "int8", 3)).outcome == "met"
+    found = verdict(timed("ort", "fp32", 30), timed("ov", "fp16", 3))
+    assert found.detail.startswith("Thin, ov fp16"), "the first of the target's runtimes, whatever it computes in"
     assert verdict(timed("ov", "fp32", 3, hot=True)).outcome == "not measured"
     assert verdict(absent).detail == "no engine of Thin ran on the device"
 

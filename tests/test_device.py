@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ssh_bundles import PYTHON, Make, builder, deploy, starts
+from ssh_bundles import PYTHON, Make, builder, deploy, starts, vouch
 from ssh_server import Server
 
 from thinet_deploy import bundle
@@ -105,3 +106,44 @@ def test_a_build_ends_on_the_device(server: Server, cli: Any, workplace: Path, m
     assert {row["verdict"] for row in document["verify"]["engines"]} == {"passed"}
     assert "rounds_ms" not in done.out
     assert (workplace / "run" / "device" / "latency.json").read_bytes() == first
+
+
+def test_what_judges_a_bundle_does_not_come_from_it(
+    server: Server, make_bundle: Make, cli: Any, tmp_path: Path
+) -> None:
+    folder = make_bundle().folder
+    (folder / "run.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    vouch(folder, "run.py")
+    done = cli("verify", folder, "--device", server.address, "--device-python", PYTHON)
+    assert (done.code, "1 of 1 engines ran here" in done.out) == (0, True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_failed_there_is_tried_again(
+    server: Server, make_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
+) -> None:
+    stage, ask = make_bundle(), device_stage.ask
+
+    def hot(*given: Any) -> dict[str, Any]:
+        report = ask(*given)
+        if given[1] == "latency":
+            report["engines"][0]["summary"]["invalid"] = ["the machine throttled: heat"]
+        return report
+
+    monkeypatch.setattr(device_stage, "ask", hot)
+    _, todo = made(lambda: deploy(server, stage, tmp_path / "run"))
+    assert todo == ["device"]
+    monkeypatch.setattr(device_stage, "ask", ask)
+    found, todo = made(lambda: deploy(server, stage, tmp_path / "run"))
+    assert (found["latency"]["engines"][0]["summary"]["invalid"], todo) == ([], ["device"])
+
+
+def test_engines_that_were_built_there_stay_part_of_the_bundle(
+    server: Server, make_bundle: Make, cli: Any, tmp_path: Path
+) -> None:
+    stage = make_bundle(builder())
+    deploy(server, stage, tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "device", stage.folder.parent / "device")  # as they lie in a run
+    done = cli("verify", stage.folder, "--device", server.address, "--device-python", PYTHON, "--json")
+    rows = {row["runtime"]: row["verdict"] for row in json.loads(done.out)["engines"]}
+    assert rows == {"tensorrt": "not run", "onnxruntime": "passed"}

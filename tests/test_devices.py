@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thinet_deploy.devices import site
 from thinet_deploy.devices.address import find_device
-from thinet_deploy.devices.device import Local
+from thinet_deploy.devices.device import Local, json_lines
 from thinet_deploy.devices.ssh import Ssh
 from thinet_deploy.errors import DeviceError, InputError
 from thinet_deploy.on_device import agent
@@ -185,3 +186,29 @@ def test_a_program_that_hangs_is_not_waited_for() -> None:
     start = time.monotonic()
     assert agent.run(["sleep", "60"], 0.1) == ""
     assert time.monotonic() - start < 30
+
+
+def test_a_python_that_is_named_from_the_home_folder_runs_jobs_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "python").symlink_to(sys.executable)
+    machine = site.reach(Local(), "./python")
+    assert Path(machine.facts["executable"]).is_absolute()
+    (tmp_path / "hello.py").write_text("print('hello')")
+    place = site.Site(machine, str(tmp_path / "place"))
+    Local().push(site.SCRIPT, f"{place.folder}/agent.py")
+    code, done = place.job("greet", [str(tmp_path / "hello.py")])
+    assert (code, done.out.strip()) == (0, b"hello")
+
+
+def test_a_log_ends_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "err").write_text("chatter\n" * 400_000 + "the reason\n")
+    assert agent.last_words(tmp_path / "err").endswith("the reason")
+    assert agent.last_words(tmp_path / "none") == ""
+
+
+def test_of_a_line_that_was_cut_off_nothing_is_made() -> None:
+    text = b'noise\n{"progress": [1, 2, "half"]}\n{"progress": [2, 2, "wh'
+    assert list(json_lines(text)) == [{"progress": [1, 2, "half"]}]

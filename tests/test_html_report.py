@@ -171,3 +171,10 @@ def test_a_complaint_of_chromium_would_be_seen(tmp_path: Path) -> None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     (tmp_path / "bad.html").write_text("<script>nowhere()</script><img src='gone.png'>")
     assert "CONSOLE" in browse(tmp_path / "bad.html", "--dump-dom").stderr
+
+
+def test_prunings_of_an_earlier_build_in_the_folder_are_left_out(built: Build, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(built.run, tmp_path / built.run.name))
+    for name in ("prune-thinet", "prune-there"):
+        shutil.copytree(run / "prune", run / name)
+    assert html_report.render([Page(run, built.table)]) == html_report.render([Page(built.run, built.table)])

@@ -16,7 +16,7 @@ from thinet_deploy.isolation import convert_isolated
 
 # What `convert` of a toolchain does; `job.target` carries what it needs to know.
 WAYS = """
-import ctypes, os, signal, subprocess, sys, time
+import ctypes, os, signal, subprocess, sys, threading, time
 from thinet_deploy.errors import MissingError, UnknownNameError
 
 
@@ -54,6 +54,11 @@ def killed(job, progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def lingers(job, progress):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise ValueError("no such operation")
+
+
 def leaves(job, progress):
     print("goodbye", flush=True)
     os._exit(7)
@@ -66,7 +71,7 @@ def hangs(job, progress):
     time.sleep(600)
 
 
-WAYS = {way.__name__: way for way in (good, refuses, ours, unknown, crashes, killed, leaves, hangs)}
+WAYS = {way.__name__: way for way in (good, refuses, ours, unknown, crashes, killed, lingers, leaves, hangs)}
 """
 PARENT = """
 import sys
@@ -131,6 +136,7 @@ def test_result_progress_and_log_come_through(tmp_path: Path) -> None:
         ("refuses", "ways failed: ValueError: no such operation: Frobnicate in layer 3"),
         ("crashes", "ways crashed with SIGSEGV."),
         ("killed", "ways crashed with SIGKILL; too little memory is the usual reason."),
+        ("lingers", "ways failed: ValueError: no such operation"),
         ("leaves", "ways ended with code 7 and gave no engine."),
     ],
 )
@@ -140,7 +146,13 @@ def test_a_toolchain_that_fails_is_a_message_and_a_log(way: str, words: str, tmp
         convert_isolated("ways", job(tmp_path, way), log=log, progress=silent)
     assert failure.value.what == words
     assert str(log) in failure.value.hint
-    told = {"refuses": "in layer 3", "crashes": "in crashes", "killed": "", "leaves": "goodbye"}
+    told = {
+        "refuses": "in layer 3",
+        "crashes": "in crashes",
+        "killed": "",
+        "lingers": "in lingers",
+        "leaves": "goodbye",
+    }
     assert told[way] in log.read_text()
 
 

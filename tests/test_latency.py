@@ -117,10 +117,10 @@ def test_a_child_that_dies_while_measuring_is_explained(tmp_path: Path, monkeypa
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     ask = runner.Worker.ask
 
-    def die(self: runner.Worker, op: str, **arguments: Any) -> dict[str, Any]:
+    def die(self: runner.Worker, op: str, *given: float, **arguments: Any) -> dict[str, Any]:
         if op == "time":
             self.process.kill()
-        return ask(self, op, **arguments)
+        return ask(self, op, *given, **arguments)
 
     monkeypatch.setattr(runner.Worker, "ask", die)
     ref = EngineRef("original", "onnxruntime", pooled_onnx(tmp_path / "good.onnx", 8))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from thinet_deploy.errors import ModelError, UnknownNameError
-from thinet_deploy.models.loading import build_model, input_shape_of, load_function
+from thinet_deploy.models.loading import build_model, input_shape_of, load_function, sources
 
 BODY = """
 import torch
@@ -118,6 +118,28 @@ def test_a_file_may_import_what_lies_beside_it(tmp_path: Path, net: Callable[[st
     model = build_model(net(text), input_shape=None, num_classes=2, seed=0)
     assert isinstance(model, nn.Linear)
     assert model.in_features == 3
+
+
+def test_what_a_file_imports_from_beside_it_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    texts = {
+        "net.py": "import torch\nfrom blocks import Block\n\ndef make():\n    import package.late\n",
+        "blocks.py": "from package import Block\n",
+        "package/__init__.py": "from .parts import Block\n",
+        "package/parts.py": "Block = 1\n",
+        "package/late.py": "from . import parts\n",
+        "torch.txt": "",
+        "other.py": "def broken(\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    first = sources(tmp_path / "net.py")
+    assert first.keys() == texts.keys() - {"torch.txt", "other.py"}
+    (tmp_path / "other.py").write_text("changed = 1\n")
+    assert sources(tmp_path / "net.py") == first
+    (tmp_path / "package" / "parts.py").write_text("Block = 2\n")
+    second = sources(tmp_path / "net.py")
+    assert {name for name in first if first[name] != second[name]} == {"package/parts.py"}
 
 
 def test_a_changed_file_is_read_again(net: Callable[[str], str]) -> None:

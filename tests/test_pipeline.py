@@ -158,6 +158,8 @@ def test_the_same_command_does_nothing_anew(full: Build, copy: Path, tiny_option
         # Without a head to be replaced more layers may go.
         ({"preset": "thinet-conv"}, ["prune", "trial", "longer", "conv", "scratch", *DEPLOYED]),
         ({"macs": "2.5x"}, ["prune", "trial", "conv", "gap", "scratch", *DEPLOYED]),
+        # Neither the original nor the pruning is trained at that rate, nor are layers in between.
+        ({"finetune_lr": 0.02, "layer_epochs": 3}, ["trial", "longer", "conv", "gap", *DEPLOYED]),
     ],
 )
 def test_a_changed_option_makes_only_what_depends_on_it(
@@ -169,6 +171,34 @@ def test_a_changed_option_makes_only_what_depends_on_it(
     assert ("ThiNet-GAP" in rows(done)) == ("preset" not in change)
     if "preset" in change:
         assert "3 epochs" in done.table.rows[-1].note
+
+
+def test_a_class_that_was_renamed_has_its_new_name_in_the_bundle(
+    tiny: Path, tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny / "data", tmp_path / "data"))
+    given = {"data": data, "controls": "none", "epochs": 1}
+    first = build(tiny_options(tmp_path / "run", **given))
+    *others, last = (first.bundle / "labels.txt").read_text().split()
+    for folder in list(data.glob(f"*/{last}")):
+        folder.rename(folder.with_name(f"{last}-renamed"))
+    again = build(tiny_options(tmp_path / "run", **given))
+    assert (again.bundle / "labels.txt").read_text().split() == [*others, f"{last}-renamed"]
+
+
+def test_a_build_that_fails_at_a_gate_leaves_nothing_that_says_it_was_met(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tiny_options(copy, target="cpu", require=("size<=4MB",)))
+    assert (copy / "contract" / "junit.xml").exists()
+
+    def refuse(*_: object) -> None:
+        raise GateError("no budget can be met")
+
+    monkeypatch.setattr("thinet_deploy.stages.networks.prune", refuse)
+    with pytest.raises(GateError, match="no budget"):
+        build(tiny_options(copy, target="cpu", require=("size<=4MB",)))
+    assert [name for name in ("bundle", "report", "contract") if (copy / name).exists()] == []
 
 
 def test_the_same_seed_gives_the_same_plan_and_another_seed_other_samples(

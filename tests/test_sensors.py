@@ -53,6 +53,7 @@ JETSON = {
     "sys/class/thermal/cooling_device0/cur_state": "0",
 }
 PI = {"sys/devices/platform/soc/soc:firmware/get_throttled": "0"}
+PI_5 = {"sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled": "0"}
 
 
 def paper(folder: Path, files: dict[str, str]) -> Path:
@@ -99,6 +100,7 @@ def test_a_machine_that_tells_nothing_is_not_said_to_be_fine(tmp_path: Path) -> 
         (JETSON, "sys/class/hwmon/hwmon2/oc1_event_cnt", "3", "hwmon2 oc1_event_cnt rose by 3"),
         (PI, "sys/devices/platform/soc/soc:firmware/get_throttled", "50005", "under-voltage"),
         (PI, "sys/devices/platform/soc/soc:firmware/get_throttled", "0x4", "throttled"),
+        (PI_5, "sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled", "0x4", "throttled"),
     ],
 )
 def test_throttling_is_seen(machine: dict[str, str], file: str, text: str, words: str, tmp_path: Path) -> None:

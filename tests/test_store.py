@@ -13,7 +13,7 @@ import pytest
 from thinet_deploy.artifact import sha256_of, write_bytes
 from thinet_deploy.errors import OutputError
 from thinet_deploy.shared_run import SharedRun
-from thinet_deploy.store import Checkpoint, Run, open_run
+from thinet_deploy.store import Checkpoint, Run, Stage, open_run
 
 HOLDS = """
 import sys
@@ -306,3 +306,18 @@ def test_what_is_kept_from_before_is_told_before_the_next_work_and_at_the_end(tm
     assert told == [("Taking from before", "dense, prune"), ("made", "conv"), ("Taking from before", "report")]
     work(last=1)
     assert told == [("Taking from before", "dense, prune, conv, report")]
+
+
+def test_a_stage_that_the_world_spoiled_is_made_anew(tmp_path: Path) -> None:
+    run, made = SharedRun(tmp_path / "run"), list[str]()
+
+    def measure(folder: Path, _: Checkpoint) -> None:
+        made.append("hot" if not made else "cool")
+        (folder / "state").write_text(made[-1])
+
+    def cool(stage: Stage) -> bool:
+        return (stage.folder / "state").read_text() == "cool"
+
+    with run.locked():
+        found = [run.alone("latency", {}, measure, cool).reused for _ in range(3)]
+    assert (found, made) == ([False, False, True], ["hot", "cool"])

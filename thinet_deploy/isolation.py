@@ -29,6 +29,7 @@ from .errors import ConversionError, OutputError, ThinetDeployError
 from .interfaces import Conversion, Progress
 
 LIMIT_S = 3600.0
+_LAST_WORDS_S = 3
 _FULL_DISK_BYTES = 1 << 20
 _PATHS = ("source", "folder", "cache", "calibration")
 
@@ -60,7 +61,7 @@ def convert_isolated(module: str, job: Conversion, *, log: Path, progress: Progr
             raise ConversionError(
                 f"{_name(module)} took longer than {limit_s:g} s and was ended.", hint=f"Its log is {log}."
             ) from None
-        code = None if "path" in answer else child.wait()
+        code = None if "path" in answer else _end_of(child)
     if "path" in answer:
         return Path(answer["path"])
     if shutil.disk_usage(job.folder).free < _FULL_DISK_BYTES:
@@ -69,6 +70,14 @@ def convert_isolated(module: str, job: Conversion, *, log: Path, progress: Progr
             hint="Free some space and run the same command again: finished stages are kept.",
         )
     raise _failure(_name(module), answer, code, log)
+
+
+def _end_of(child: subprocess.Popen[bytes]) -> int | None:
+    """Exit code of a child that has failed, once its last words are in the log; None where threads of it go on."""
+    try:
+        return child.wait(_LAST_WORDS_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _to_json(job: Conversion) -> dict[str, Any]:

@@ -216,7 +216,8 @@ class Options(BaseModel):
         """What was asked of the widths, for people: "r=0.5", "MACs 2x" …"""
         if self.timed:
             return self.latency or f"{self.speedup} faster"
-        return f"MACs {self.macs}" if self.macs else f"size {self.size}" if self.size else f"r={self.keep:g}"
+        budgets = [f"MACs {self.macs}"] * bool(self.macs) + [f"size {self.size}"] * bool(self.size)
+        return ", ".join(budgets) or f"r={self.keep:g}"
 
     @property
     def fixed(self) -> bool:

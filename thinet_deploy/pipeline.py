@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from . import registry
 from .artifact import read_json, sha256_of, write_json
 from .devices.android import Phone
 from .devices.site import Machine
-from .errors import InputError, TargetError, first_line
+from .errors import GateError, InputError, TargetError, first_line
 from .interfaces import Progress, silent
 from .options import Options, make_options
 from .parallel import join
@@ -29,7 +31,7 @@ from .stages.job import Job, load_job, moved
 from .stages.networks import Pruning
 from .stages.tools import Tools
 from .stages.transfer_table import transfer
-from .store import Stage, open_run
+from .store import Run, Stage, open_run
 from .target import TargetProfile, load_profile
 
 
@@ -107,9 +109,26 @@ def build(options: Options, progress: Progress = silent) -> Build:
     with run.locked():
         run.team.once(partial(_remember, job.options, run.root))
         tools = Tools(job, progress)
-        if there:
-            return deploy(run, Tools(there, progress), plan, transfer(run, tools, Tools(there, progress)), machine)
-        return deploy(run, tools, plan, networks.finish(run, tools, networks.prune(run, tools)), machine)
+        with _withdrawn(run, "bundle", *_VERDICTS):
+            last = Tools(there, progress) if there else tools
+            made = transfer(run, tools, last) if there else networks.finish(run, tools, networks.prune(run, tools))
+        with _withdrawn(run, *_VERDICTS):
+            return deploy(run, last, plan, made, machine)
+
+
+_VERDICTS = ("report", "contract")
+
+
+@contextmanager
+def _withdrawn(run: SharedRun, *names: str) -> Iterator[None]:
+    """Where a build fails at a gate, what an earlier one in the same folder left goes: it would say "met", or ship."""
+    try:
+        yield
+    except GateError:
+        if not run.team.rank:  # the others may have failed elsewhere, and nobody waits for them here
+            for name in names:
+                Run.discard(run, name)
+        raise
 
 
 def _check_task(job: Job, machine: Machine | Phone | None) -> None:
@@ -239,7 +258,8 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
         thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
         own = run.alone("own", inputs, lambda f, _: steps.own(tools, thin.folder, weights, f))
-        return deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
+        with _withdrawn(run, *_VERDICTS):
+            return deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
 
 
 def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,13 +49,25 @@ class SharedRun(Run):
                 make(Path(folder), self.checkpoint(name, inputs))
         return self.team.once(lambda: publish(name, inputs, make))
 
-    def alone(self, name: str, inputs: dict[str, Any], make: Make) -> Stage:
-        """As `Run.stage`, made by the first process while the others wait: nothing in it may need these."""
-        return self._before(name, inputs) or self.team.once(partial(super().stage, name, inputs, make))
+    def alone(
+        self, name: str, inputs: dict[str, Any], make: Make, holds: Callable[[Stage], bool] = lambda _: True
+    ) -> Stage:
+        """As `Run.stage`, made by the first process while the others wait: nothing in it may need these.
 
-    def _before(self, name: str, inputs: dict[str, Any]) -> Stage | None:
+        Args:
+            name, inputs, make: see `Run.stage`.
+            holds: whether one that is there counts; what the world outside spoiled is made anew.
+        """
+        return self._before(name, inputs, holds) or self.team.once(partial(super().stage, name, inputs, make))
+
+    def _before(
+        self, name: str, inputs: dict[str, Any], holds: Callable[[Stage], bool] = lambda _: True
+    ) -> Stage | None:
         """A stage that is there already; where it is not, what was kept so far is told."""
         found = self.team.once(partial(super().find, name, inputs))
+        if found and not holds(found):
+            self.discard(name)
+            found = None
         if found:
             self._kept.append(name)
         else:

@@ -22,6 +22,7 @@ from torch import nn
 from .export import INPUT, OUTPUT, run_onnx
 from .interfaces import Precision
 from .on_device.engines import open_engine
+from .precision.accuracy_gate import ROUNDING
 from .pruning.proof import Proof
 from .tasks.base import Accuracy, said
 
@@ -183,7 +184,7 @@ def int8_hop(model: str, expected: Floats, got: Floats, how: dict[str, Any]) -> 
         f"{how['top1']:.2f} %, allowed {how['max_drop']:g} points; same top-1 {same}/{len(got)}, outputs move by "
         f"{distance(expected, got):.1e}" + (f"; {len(how['kept'])} layers in fp32" if how["kept"] else "")
     )
-    passed = bool(np.isfinite(got).all()) and drop <= how["max_drop"]
+    passed = bool(np.isfinite(got).all()) and drop <= how["max_drop"] + ROUNDING
     return Hop(model, "FP32 → int8 ONNX", passed, images=len(got), detail=detail)
 
 

@@ -60,10 +60,10 @@ def compare(
         Page(run.folder, run.table, tuple(contract.judge(require or (), run.table, device)), device)
         for run, device in zip(found, devices, strict=True)
     ]
+    _print("json" if as_json else output, pages, against)
     for page in pages:
         if page.verdicts:
             contract.write(page.folder / "contract", page.verdicts)
-    _print("json" if as_json else output, pages, against)
     exit_on_broken([verdict for page in pages for verdict in page.verdicts])
 
 

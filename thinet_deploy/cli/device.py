@@ -24,24 +24,23 @@ DEFAULT_PYTHON = "python3"
 def ask_device(
     bundle: Path, address: str, python: str | None, command: str, pace: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Copy a bundle to a device and run its run.py there; over adb, where no Python is, its programs in C++.
+    """Copy a bundle to a device and run run.py on it there; over adb, where no Python is, its programs in C++.
 
     Returns:
         The report of `run.py COMMAND --json`, with the device's fingerprint.
     """
-    from ..bundle import read_manifest
     from ..devices import site as device_site
     from ..devices.adb import Adb
     from ..devices.address import find_device
     from ..stages import device as device_stage
 
-    manifest, device = read_manifest(bundle), find_device(address)
+    manifests, device = device_site.manifests(bundle), find_device(address)
     options = [word for name, value in (pace or {}).items() if value for word in (f"--{name}", f"{value:g}")]
     with bars(Console(stderr=True)) as progress:
         if isinstance(device, Adb):
             return _ask_phone(bundle, device, command, pace or {}, progress)
         machine = device_site.reach(device, python or DEFAULT_PYTHON)
-        device_site.check_runtimes(machine, [engine.runtime for engine in manifest.engines])
+        device_site.check_runtimes(machine, [engine.runtime for each in manifests for engine in each.engines])
         site = device_site.send(machine, bundle, progress)
         report = device_stage.ask(site, command, progress, *options)
         device_stage.forget(site, command, *options)

@@ -102,7 +102,12 @@ def _measured(things: Sequence[str], shape: str | None, precision: Precision, ho
     size = parse_shape(shape) if shape else None
     found = [find(thing, size, precision) for thing in things]
     engines, models = ([each for each in found if isinstance(each, Engines) is wanted] for wanted in (True, False))
-    *_, fps, _ = how
+    *_, fps, device = how
+    if device != "cpu" and engines:
+        raise InputError(
+            f"--device {device} is for models in torch: the engines here run where their runtime puts them.",
+            hint="Measure engines and models by two commands, without --device for the engines.",
+        )
     if fps and (named := [each.name for each in models if not isinstance(each, Engines)]):
         raise InputError(
             f"--fps paces engines, and {named[0]} is a model: its passes run back to back.",

@@ -260,7 +260,7 @@ def load_folder(
     together = len(train_files) + len(test_files)
     train = read_files(train_files, preprocess, progress, stage, together=together, checked=checked)
     test = read_files(test_files, preprocess, progress, "Reading test images", together=together, checked=checked)
-    return Dataset(root.name, classes, train, test, digest, notes)
+    return Dataset(root.resolve().name, classes, train, test, digest, notes)
 
 
 def _held_out(root: Path, *, needs_train: bool) -> Path:

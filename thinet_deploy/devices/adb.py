@@ -116,7 +116,7 @@ _REASONS: tuple[tuple[str, type[DeviceError | InputError], str, str], ...] = (
         "doesn't support PTY|unknown option -T|shell_v2",
         DeviceError,
         "{name} is too old for this: {said}",
-        "Android 7 or later is needed.",
+        "Android 8 or later is needed.",
     ),
 )
 

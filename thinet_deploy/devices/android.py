@@ -19,7 +19,7 @@ from typing import Any
 from ..artifact import hash_json, sha256_of
 from ..bundle import MANIFEST, ONNX, read_manifest
 from ..environment import cache_folder
-from ..errors import DeviceError, MissingError
+from ..errors import DeviceError, InputError, MissingError
 from ..interfaces import Progress
 from ..target import TargetProfile
 from .adb import PLACE
@@ -34,7 +34,8 @@ _PROPERTY = re.compile(r"^\[(.+?)\]: \[(.*)\]$", re.MULTILINE)
 _THERMAL = re.compile(r"^Thermal Status: (\d+)", re.MULTILINE)
 _SHOWN = ("ro.product.manufacturer", _MODEL, "ro.soc.model", _ABI, "ro.build.version.release", "ro.build.fingerprint")
 _SUMS = 'cd -- "$1" 2>/dev/null && find . -type f -exec sha256sum {} +'
-_READ = ("app/model.properties", "app/golden/", "engines/", "labels.txt", ONNX)
+_PROPERTIES = "app/model.properties"
+_READ = (_PROPERTIES, "app/golden/", "engines/", "labels.txt", ONNX)
 _MODES = 'chmod 755 -- "$1"/*'
 
 
@@ -186,9 +187,15 @@ def send(phone: Phone, bundle: Path, progress: Progress) -> Place:
 
     Raises:
         BundleError: the bundle is damaged.
+        InputError: it is of no classifier.
         DeviceError: the connection was cut, or the storage there is full.
     """
     manifest = read_manifest(bundle)
+    if _PROPERTIES not in manifest.files:
+        raise InputError(
+            f"{bundle} has no {_PROPERTIES}: the programs for Android run classifiers only so far.",
+            hint="`thinet-deploy verify BUNDLE` checks it on this machine.",
+        )
     folder = f"{PLACE}/{sha256_of(bundle / MANIFEST)[:16]}"
     wanted = {name: digest for name, digest in manifest.files.items() if name.startswith(_READ)}
     _send(phone, bundle, f"{folder}/bundle", wanted, progress)
@@ -198,21 +205,20 @@ def send(phone: Phone, bundle: Path, progress: Progress) -> Place:
 def _send_programs(phone: Phone, progress: Progress) -> str:
     own = {path.name: sha256_of(path) for path in sorted(phone.folder.iterdir()) if path.is_file()}
     folder = f"{PLACE}/programs/{hash_json(own)[:16]}"
-    sent = _send(phone, phone.folder, folder, own, progress)
-    if sent and (done := phone.device.run(["sh", "-c", _MODES, "sh", folder])).code:
+    _send(phone, phone.folder, folder, own, progress)
+    if (done := phone.device.run(["sh", "-c", _MODES, "sh", folder])).code:
         raise DeviceError(f"{phone.device.name}: programs may not be run in {folder}: {_why(done)}.", hint=AGAIN)
     return folder
 
 
-def _send(phone: Phone, source: Path, target: str, wanted: dict[str, str], progress: Progress) -> bool:
-    """Copy files, and look at what arrived; whether there was anything to copy."""
+def _send(phone: Phone, source: Path, target: str, wanted: dict[str, str], progress: Progress) -> None:
+    """Copy files, and look at what arrived."""
     there = _sums(phone.device, target)
     missing = {name: digest for name, digest in wanted.items() if there.get(name) != digest}
     copy(phone.device, source, target, missing, progress)
     there = _sums(phone.device, target) if missing else there
     if damaged := [name for name, digest in wanted.items() if there.get(name) != digest]:
         raise DeviceError(f"{damaged[0]} changed while it was copied to {phone.device.name}.", hint=AGAIN)
-    return bool(missing)
 
 
 def _sums(device: Device, folder: str) -> dict[str, str]:

@@ -5,14 +5,15 @@ What to do with it is said in stages/device.py. Names and paths reach a shell in
 
 from __future__ import annotations
 
+import json
 import posixpath
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from ..errors import DeviceError
 
@@ -165,3 +166,13 @@ def full_disk(device: Device) -> DeviceError:
         hint=f"Free some space there (older bundles lie in {device.place}) and run the same command again: what is "
         "there is not sent twice.",
     )
+
+
+def json_lines(text: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON objects among lines; one that was cut off is none."""
+    for line in text.splitlines():
+        if line.startswith(b"{"):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue

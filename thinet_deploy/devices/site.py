@@ -2,6 +2,7 @@
 
 ~/.cache/thinet-deploy/tensorrt/timing.cache     for all bundles
 ~/.cache/thinet-deploy/ID/bundle/…      the bundle, and the engines that were built from it there
+~/.cache/thinet-deploy/ID/kit/run.py …   our own, which judges the bundle
 ~/.cache/thinet-deploy/ID/jobs/JOB/…    out, err and code of every command (see agent.py)
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import hash_json, sha256_of
-from ..bundle import MANIFEST, read_manifest
+from ..bundle import KIT, MANIFEST, Manifest, read_manifest
 from ..environment import JETSON_COMMANDS, JETSON_FILES, cpu_facts, jetson_facts, ram_class
 from ..errors import BundleError, DeviceError, MissingError, TargetError
 from ..interfaces import Progress
@@ -27,6 +28,7 @@ from ..target import Stack, TargetProfile
 from .device import AGAIN, NOT_THERE, Device, Done, full_disk
 
 SCRIPT = Path(agent.__file__)
+_CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 OLDEST_PYTHON = (3, 8)  # JetPack 5
 _NOT_FOUND = (126, 127, NOT_THERE)
 _NO_ROOM_BYTES = 1 << 20
@@ -52,10 +54,10 @@ class Machine:
     def fingerprint(self) -> dict[str, Any]:
         """What decides how engines run there: hardware, system, versions; no name of host or user."""
         files, commands = self.facts["files"], self.facts["commands"]
-        words = [line.partition(":") for line in files["/proc/cpuinfo"].splitlines()]
         return {
             **{key: self.facts[key] for key in ("machine", "kernel", "python", "cores", "memory_bytes")},
-            "cpu": next((value.strip() for key, _, value in words if key.strip() == "model name"), ""),
+            "cpu": self.cpu["model"],
+            "board": files["/proc/device-tree/model"],
             "modules": {name: version for name, version in self.facts["modules"].items() if version is not None},
             "jetson": jetson_facts(lambda path: str(files[path]), lambda *command: str(commands[" ".join(command)])),
         }
@@ -268,6 +270,11 @@ class Site:
         return f"{self.folder}/bundle"
 
     @property
+    def kit(self) -> str:
+        """The folder there with our own run.py: what judges a bundle must not come from it."""
+        return f"{self.folder}/kit"
+
+    @property
     def cache(self) -> str:
         """Folder of TensorRT's timing cache there, which all bundles share."""
         return f"{self.machine.facts['root']}/tensorrt"
@@ -298,23 +305,39 @@ class Site:
         Raises:
             DeviceError: the connection was cut, the device died, or too little memory ended the job.
         """
-        answer, done = self.tell("job", self.place(name, command), self.machine.python, *command, on_line=on_line)
+        python = self.machine.facts["executable"]  # a job runs in a folder of its own: a relative path leads nowhere
+        answer, done = self.tell("job", self.place(name, command), python, *command, on_line=on_line)
         code, device = answer["code"], self.machine.device.name
         if (code is None or code != 0) and answer["free_bytes"] < _NO_ROOM_BYTES:
             raise full_disk(self.machine.device)
         if code is None:
             raise DeviceError(f"{name} on {device} ended without a result: was the device restarted?", hint=AGAIN)
-        if code < 0:
-            why = ": too little memory is the usual reason" if -code == signal.SIGKILL else ""
+        if code == -signal.SIGKILL:
             raise DeviceError(
-                f"{name} on {device} was ended by {signal.Signals(-code).name}{why}.",
+                f"{name} on {device} was ended by SIGKILL: too little memory is the usual reason.",
                 hint=f"Close other programs there. {AGAIN}",
+            )
+        if code < 0:
+            crashed = -code in _CRASHES
+            raise DeviceError(
+                f"{name} on {device} was ended by {signal.Signals(-code).name}.",
+                hint="Another version of the runtime there may help: one that was made for another processor ends so."
+                if crashed
+                else AGAIN,
             )
         return code, Done(code, done.out.rpartition(b"\n{")[0], answer["err"])
 
 
+def manifests(bundle: Path) -> list[Manifest]:
+    """A bundle's, and where it lies in a run whose device has built engines from it, the one that lies there."""
+    built = bundle.parent / "device"
+    return [read_manifest(folder) for folder in (bundle, built) if folder == bundle or (folder / MANIFEST).is_file()]
+
+
 def send(machine: Machine, bundle: Path, progress: Progress) -> Site:
-    """Copy a bundle to a device: what is not there yet, or not as the manifest says.
+    """Copy a bundle to a device, and the files that run it: what is not there yet, or not as it should be.
+
+    Engines that the device has built from this bundle stay part of it there.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -325,13 +348,15 @@ def send(machine: Machine, bundle: Path, progress: Progress) -> Site:
     site = Site(machine, f"{machine.facts['root']}/{wanted[MANIFEST][:16]}")
     device.push(SCRIPT, f"{site.folder}/agent.py")
     there, _ = site.tell("sums", site.bundle)
-    copy(
-        device,
-        bundle,
-        site.bundle,
-        {name: digest for name, digest in wanted.items() if there.get(name) != digest},
-        progress,
-    )
+    missing = {name: digest for name, digest in wanted.items() if there.get(name) != digest}
+    built = bundle.parent / "device" / MANIFEST
+    if built.is_file() and there.get(MANIFEST) == sha256_of(built):
+        missing.pop(MANIFEST, None)
+    copy(device, bundle, site.bundle, missing, progress)
+    kit, _ = site.tell("sums", site.kit)
+    for name, path in KIT.items():
+        if kit.get(name) != sha256_of(path):
+            device.push(path, f"{site.kit}/{name}")
     return site
 
 

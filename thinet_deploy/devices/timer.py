@@ -8,11 +8,10 @@ ID comes from the networks. A command goes on when the connection is cut: who as
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ..errors import GateError, MissingError, ThinetDeployError
 from ..interfaces import Array, Progress
 from ..timing.latency import COOL_IT, EngineLatency, EngineRef, latencies
 from ..timing.timers import LAYERS
+from .device import json_lines
 from .site import SCRIPT, Machine, Site
 
 _REQUEST, _INPUTS, _ARCHIVE = "request.json", "inputs.npz", "files.zip"
@@ -142,7 +142,7 @@ def _ask(site: Site, request: str, stage: str, progress: Progress) -> Any:
     """
     command = [f"{site.bundle}/run.py", "trial", f"{site.bundle}/{request}"]
     code, done = site.job("trial", command, on_line=_heard(stage, progress))
-    report = [{}, *_lines(done.out)][-1]
+    report = [{}, *json_lines(done.out)][-1]
     if "found" in report:
         return report["found"]
     device, last = site.machine.device.name, (done.err.strip().splitlines() or ["it said nothing"])[-1]
@@ -159,19 +159,9 @@ def _ask(site: Site, request: str, stage: str, progress: Progress) -> Any:
 
 def _heard(stage: str, progress: Progress) -> Callable[[bytes], None]:
     def hear(line: bytes) -> None:
-        for told in _lines(line):
+        for told in json_lines(line):
             if "progress" in told:
                 done, total, what = told["progress"]
                 progress(f"{stage} on the device", done, total, what)
 
     return hear
-
-
-def _lines(text: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON objects among lines."""
-    for line in text.splitlines():
-        if line.startswith(b"{"):
-            try:
-                yield json.loads(line)
-            except ValueError:  # cut off
-                continue

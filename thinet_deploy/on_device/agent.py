@@ -47,6 +47,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "root": str(root()),
         "python": platform.python_version(),
+        "executable": sys.executable,
         "machine": platform.machine(),
         "kernel": platform.release(),
         "cores": len(os.sched_getaffinity(0)),
@@ -83,6 +84,14 @@ def read(path: str) -> str:
     """The text of a system file without surrounding blanks and NULs, or "" when it cannot be read."""
     with contextlib.suppress(OSError), Path(path).open("rb") as stream:
         return stream.read(1 << 20).decode("utf-8", "replace").strip("\0\n ")
+    return ""
+
+
+def last_words(path: Path) -> str:
+    """How a log ends; "" where there is none."""
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 4000))
+        return stream.read().decode("utf-8", "replace").strip("\0\n ")[-2000:]
     return ""
 
 
@@ -157,8 +166,7 @@ def job(place: Path, command: Sequence[str]) -> dict[str, Any]:
             (place / "out").touch()
             start([str(place), str(lock.fileno()), *command], lock.fileno())
     follow(place)
-    words = read(str(place / "err"))[-2000:]
-    return {"code": code_of(place), "err": words, "free_bytes": free_bytes(place)}
+    return {"code": code_of(place), "err": last_words(place / "err"), "free_bytes": free_bytes(place)}
 
 
 def take(lock: Any, kind: int) -> bool:

@@ -71,7 +71,7 @@ class Worker:
     One model per process, since several in one can pin each other's threads to the same core.
 
     Attributes:
-        patience_s: how long one answer may take, in seconds.
+        patience_s: how long one answer may take, in seconds, beyond what the work is to take.
     """
 
     patience_s = 600.0
@@ -89,14 +89,20 @@ class Worker:
             self._replies.put(line)
         self._replies.put("")
 
-    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request and wait for the reply; RunnerError if it fails, or the child died or hangs."""
-        line = ""
+    def ask(self, op: str, more_s: float = 0.0, /, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for the reply; RunnerError if it fails, or the child died or hangs.
+
+        Args:
+            op: what to do.
+            more_s: seconds that the work itself is to take.
+            arguments: of it.
+        """
+        line, patience_s = "", self.patience_s + more_s
         try:
             print(json.dumps({"op": op, **arguments}), file=self.process.stdin, flush=True)
-            line = self._replies.get(timeout=self.patience_s)
+            line = self._replies.get(timeout=patience_s)
         except queue.Empty:
-            self._give_up(f"hangs: no answer to {op!r} within {self.patience_s:g} s")
+            self._give_up(f"hangs: no answer to {op!r} within {patience_s:g} s")
         except OSError:  # a broken pipe
             pass
         if not line:
@@ -142,17 +148,17 @@ def interleave(
     Returns:
         Per engine the samples in milliseconds of every round.
     """
-    counts = {}
+    counts, turn_s = {}, seconds * 4 / 5 / rounds
     for name, worker in workers.items():
-        warm = worker.ask("warm", seconds=seconds / 5)
+        warm = worker.ask("warm", seconds / 5, seconds=seconds / 5)
         rate = warm["calls"] / warm["seconds"]
-        counts[name] = max(1, round(seconds * 4 / 5 / rounds * (min(rate, fps) if fps else rate)))
+        counts[name] = max(1, round(turn_s * (min(rate, fps) if fps else rate)))
     rounds_ms: dict[str, list[list[float]]] = {name: [] for name in workers}
     for number in range(rounds):
         order = sorted(workers)
         random.Random(f"latency:{number}").shuffle(order)  # so that nobody keeps its neighbour
         for name in order:
-            rounds_ms[name].append(workers[name].ask("time", count=counts[name], fps=fps)["samples_ms"])
+            rounds_ms[name].append(workers[name].ask("time", turn_s, count=counts[name], fps=fps)["samples_ms"])
         on_round(number + 1)
     return rounds_ms
 
@@ -198,7 +204,7 @@ def measure(
 
 
 def _run_for(worker: Worker, seconds: float) -> int:
-    return int(worker.ask("warm", seconds=seconds)["calls"])
+    return int(worker.ask("warm", seconds, seconds=seconds)["calls"])
 
 
 def latency(

@@ -122,11 +122,15 @@ class Watch:
             "temperatures_c": _numbers(self.root, f"{thermal}/thermal_zone*/temp", 1e-3),
             "events": events,
             "slowing": slowing,
-            "firmware": _text(self.root / "sys/devices/platform/soc/soc:firmware/get_throttled"),
+            "firmware": self._firmware(),
             "gpus": self.gpus.state() if self.gpus else {},
             "waited_us": self._waited_us(),
             "ticks": self._ticks(),
         }
+
+    def _firmware(self) -> str:
+        """What a Raspberry Pi's firmware says, "" elsewhere; in soc/soc:firmware up to the 4, then with an address."""
+        return next(map(_text, self.root.glob("sys/devices/platform/soc*/soc*:firmware/get_throttled")), "")
 
     def _waited_us(self) -> int | None:
         """Time in which some process had to wait for a processor, since the machine started."""

@@ -23,6 +23,7 @@ from .rounded import in_float32
 from .weights import Layout
 
 Limits = dict[str, tuple[float, float]]
+ROUNDING = 1e-9  # points; of percentages that are a whole number of images apart
 _BATCH = 32
 _FEW = 64  # images to tell which limits are best, and which layers cost most; all of them give the verdict
 
@@ -91,7 +92,7 @@ def quantise_within(
     """
     search = _Search(model, values, layout, judge, batches, progress)
     kept = list[str]()
-    while (done := search.quantised(kept)).before - done.after > max_drop:
+    while (done := search.quantised(kept)).before - done.after > max_drop + ROUNDING:
         kept = search.worst_first[: len(kept) + 1]
         if len(kept) >= len(search.worst_first):
             raise _cannot(done, max_drop, [search.names[node] for node in search.worst_first[:3]])

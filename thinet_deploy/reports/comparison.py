@@ -87,15 +87,15 @@ def against(runs: Sequence[Run], name: str) -> tuple[str, list[Against]]:
     """
     base_run, base = _find(runs, name)
     others = [(run, row) for run in runs for row in run.table.rows if (run, row) != (base_run, base)]
-    return f"{base_run.folder.name}/{base.name}", [_against(base_run, base, run, row) for run, row in others]
+    return f"{base_run.folder.resolve().name}/{base.name}", [_against(base_run, base, run, row) for run, row in others]
 
 
 def _find(runs: Sequence[Run], name: str) -> tuple[Run, Row]:
     known: dict[str, tuple[Run, Row]] = {}
     for run in runs:
-        known.setdefault(run.folder.name, (run, run.table.shipped))
+        known.setdefault(run.folder.resolve().name, (run, run.table.shipped))
         for row in run.table.rows:
-            for called in (row.name, row.label, f"{run.folder.name}/{row.name}"):
+            for called in (row.name, row.label, f"{run.folder.resolve().name}/{row.name}"):
                 known.setdefault(called, (run, row))
     if name not in known:
         raise UnknownNameError("row or run to compare with", name, known)
@@ -105,9 +105,8 @@ def _find(runs: Sequence[Run], name: str) -> tuple[Run, Row]:
 def _against(base_run: Run, base: Row, run: Run, row: Row) -> Against:
     runtimes = [runtime for runtime in row.engines if runtime in base.engines]
     faster = {r: found for r in runtimes if (found := _faster(base_run, base, run, row, r))}
-    return Against(
-        run.folder.name, row.label, _accuracy(base_run, base, run, row), faster, base.size_bytes / row.size_bytes
-    )
+    accuracy, smaller = _accuracy(base_run, base, run, row), base.size_bytes / row.size_bytes
+    return Against(run.folder.resolve().name, row.label, accuracy, faster, smaller)
 
 
 def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference | None:
@@ -120,7 +119,8 @@ def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference | None
         )
     if (base_run.table.data, base_run.table.images) != (run.table.data, run.table.images):
         return None
-    if base_run == run and base.name == "original" and row.drop:
+    # The paired drop is against the original in fp32, which in other types is not the row that the table shows.
+    if base_run == run and base.name == "original" and row.drop and run.table.precision == "fp32":
         return Difference(-row.drop.value, -row.drop.high, -row.drop.low, 0, in_turn=True)
     found = unpaired_difference(row.main, base.main)
     return Difference(found.value, found.low, found.high, 0, in_turn=False)

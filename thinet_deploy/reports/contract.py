@@ -204,7 +204,7 @@ def _there(table: Table, device: Mapping[str, Any]) -> tuple[_Figure | None, str
     if not ran:
         return None, f"no engine of {table.shipped.label} ran on the device"
     known = {runtime: place for place, runtime in enumerate(table.runtimes)}
-    row = min(ran, key=lambda each: (each["precision"] != table.precision, known.get(each["runtime"], len(known))))
+    row = min(ran, key=lambda each: (known.get(each["runtime"], len(known)), each["precision"] != table.precision))
     time = Time.of(row["summary"], None)
     engine = f"{row['runtime']} {row['precision']}"
     detail = f"{table.shipped.label}, {engine}, threads: {timing['threads']}, {timing['processor']} (the device)"

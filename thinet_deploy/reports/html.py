@@ -108,8 +108,8 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
         "engines": [_engine(table, engine, labels) for engine in engines],
         "percentiles": sorted(percentiles, key=lambda name: float(name[1:])),
         "warnings": _warnings(engines, labels),
-        "budgets": list(_budgets(page.folder)),
-        "widths": list(_widths(page.folder)),
+        "budgets": list(_budgets(page.folder, table)),
+        "widths": list(_widths(page.folder, table)),
         "layers": list(_layers(page.folder, table)),
         "hops": [{**hop, "label": label} for name, label in labels.items() for hop in hops if hop["model"] == name],
         "ledger": [_entry(table, entry) for entry in table.ledger],
@@ -165,7 +165,10 @@ def _mark(table: Table, name: str) -> dict[str, Any]:
 def _cards(table: Table) -> list[dict[str, str]]:
     """What the network that ships comes to, in a few figures."""
     ship, original = table.shipped, next((row for row in table.rows if row.name == "original"), None)
-    cards = [{"what": next(iter(ship.figures)), "value": f"{ship.main.value:.2f} %", "note": _drop(ship, original)}]
+    in_fp32 = " in fp32" if table.precision != "fp32" else ""
+    cards = [
+        {"what": next(iter(ship.figures)), "value": f"{ship.main.value:.2f} %", "note": _drop(ship, original, in_fp32)}
+    ]
     for runtime, time in ship.engines.items():
         if time.speedup is not None:
             spread = f"[{time.speedup_low:.2f}, {time.speedup_high:.2f}]" if time.speedup_low is not None else ""
@@ -179,11 +182,11 @@ def _cards(table: Table) -> list[dict[str, str]]:
     return cards
 
 
-def _drop(ship: Row, original: Row | None) -> str:
+def _drop(ship: Row, original: Row | None, in_fp32: str) -> str:
     if ship.drop:
         # Signs turned: people read a gain as positive.
         gain, low, high = -ship.drop.value, -ship.drop.high, -ship.drop.low
-        return f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}] against the original"
+        return f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}] against the original{in_fp32}"
     return f"original: {original.main.value:.2f} %" if original and original is not ship else ""
 
 
@@ -219,15 +222,20 @@ def _warnings(engines: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -
     return found
 
 
-def _prunings(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of every pruning which one it is, if there are several, and its report."""
+def _prunings(folder: Path, table: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of every pruning that the table has rows of which one it is, if there are several, and its report."""
+    rows = {row.name for row in table.rows}
     for path in sorted(folder.glob("prune*/report.json")):
+        method = path.parent.name.removeprefix("prune").removesuffix("-there")
+        there = path.parent.name.endswith("-there")
+        if (method and f"conv{method}" not in rows and not there) or (there and "pruned-there" not in rows):
+            continue  # of an earlier build in the same folder
         yield _pruning(path.parent.name), _json(path) or {}
 
 
-def _budgets(folder: Path) -> Iterator[dict[str, Any]]:
+def _budgets(folder: Path, table: Table) -> Iterator[dict[str, Any]]:
     """Of every pruning for a budget of time: what was asked for, and what was tried for it."""
-    for title, pruned in _prunings(folder):
+    for title, pruned in _prunings(folder, table):
         if not (found := pruned.get("timing")):
             continue
         where = f"{found['runtime']} in {found['precision']}, threads: {found['threads']}"
@@ -253,9 +261,9 @@ def _ratio(value: float, low: float | None, high: float | None) -> str:
     return f"{value:.3g}" if low is None or high is None else f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _widths(folder: Path) -> Iterator[dict[str, Any]]:
+def _widths(folder: Path, table: Table) -> Iterator[dict[str, Any]]:
     """Of every pruning its layers, with filters before and after as shares of the widest layer."""
-    for title, found in _prunings(folder):
+    for title, found in _prunings(folder, table):
         layers = found.get("layers", [])
         widest = max((layer["before"] for layer in layers), default=1)
         rows = [

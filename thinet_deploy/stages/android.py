@@ -152,7 +152,7 @@ def _machine(thermal: list[int | None]) -> dict[str, Any]:
     known = [status for status in thermal if status is not None]
     unknown = "whether the device throttled is not known: it has no thermalservice (Android 10 or later)"
     return {
-        "throttled": [f"thermal status {max(known)}"] if any(known) else [],
+        "throttled": ([f"thermal status {max(known)}"] if any(known) else []) if known else None,
         "thermal_status": thermal,
         "warnings": [] if known else [unknown],
     }

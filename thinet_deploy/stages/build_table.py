@@ -35,7 +35,8 @@ def build_table(job: Job, made: Networks, files: Files, measured: Stage, drops: 
     rows = list(_networks(made, files, timing, drops.json(DROPS)))
     by_name = {row.name: row for row in rows}
     for name, control in made.controls.items():
-        row = by_name[control.like].with_weights(name, control.label, control.accuracy, control.note)
+        note = control.note + ("; accuracy in fp32" if files.typed_as(control.like) else "")
+        row = by_name[control.like].with_weights(name, control.label, control.accuracy, note)
         rows.insert(1 if control.like == "original" else len(rows), row)
     environment = timing["environment"]
     return Table(

@@ -18,6 +18,7 @@ from ..interfaces import Array, Conversion, Precision
 from ..on_device.runner import ROUNDS
 from ..precision.graph import read_onnx
 from ..registry import convert, sources
+from ..store import Stage
 from ..tasks.base import Judgement
 from ..timing import latency
 from ..timing.layer_times import PROFILES, layer_times
@@ -137,6 +138,14 @@ def measured(
     )
     write_json(folder / LATENCY, latency.report(engine_rows, torch_rows).to_json())
     write_json(folder / LAYERS, _profiled(tools, engine_paths, files, image))
+
+
+def undisturbed(stage: Stage) -> bool:
+    """Whether no time that `measured` left is invalid, as those of a machine that throttled are."""
+    found = stage.json(LATENCY)
+    engines = [row["samples"] for row in found["engines"]]
+    models = [row[part] for row in found["models"] for part in ("forward", "backward")]
+    return not any(samples["summary"]["invalid"] for samples in [*engines, *models])
 
 
 def _profiled(

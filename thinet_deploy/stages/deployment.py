@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import apps, registry, verify
 from ..artifact import hash_json, sha256_of, write_bytes, write_json
 from ..bundle import BUILDER, KIT
@@ -206,6 +208,7 @@ class _Deployment:
             "engines": engines.digest,
             "engines run": here,
             "threads": self.job.options.threads,
+            "torch threads": torch.get_num_threads(),
             "version": latency.VERSION,
             "layers": 1,  # of layers.json
             "machine": _this_machine(),
@@ -213,7 +216,10 @@ class _Deployment:
         }
         paths = engines.paths if here else {}
         return self.run.alone(
-            "latency", inputs, lambda f, _: deploy_stage.measured(self.tools, self.folders, paths, onnx.files, f)
+            "latency",
+            inputs,
+            lambda f, _: deploy_stage.measured(self.tools, self.folders, paths, onnx.files, f),
+            deploy_stage.undisturbed,
         )
 
     def notes(self, onnx: _Onnx) -> tuple[str, ...]:
@@ -233,6 +239,9 @@ class _Deployment:
             "app": apps.digest(),
             "target": [target.id, target.builds_on_device, target.os, list(target.runtimes)],
             "model": [self.job.model_name, self.made.labels],
+            # What the bundle takes from the images beside what the engines' and golden files hold of them.
+            "data": [self.job.data.digest, *self.job.data.classes],
+            "ship": self.digests[name],
             "notes": list(notes),
         }
         ship = bundle_stage.Shipped(name, self.made.labels[name], self.folders[name])

@@ -19,10 +19,11 @@ from ..devices import site as device_site
 from ..devices.adb import PREFIX, Adb
 from ..devices.address import find_device
 from ..devices.android import Phone
-from ..devices.device import Done
+from ..devices.device import Done, json_lines
 from ..devices.site import Machine, Site
 from ..errors import ConversionError, DeviceError, GateError, InputError, MissingError
 from ..interfaces import Precision, Progress
+from ..on_device.self_test import FAILED
 from ..precision.inspected import inspect_built
 from ..registry import builder_options
 from ..shared_run import SharedRun
@@ -34,7 +35,7 @@ FACTS, VERIFIED, MEASURED = "facts.json", "verify.json", "latency.json"
 EXECUTED = "precision.json"
 SECONDS = 5  # per engine
 _TIMINGS = "timing.cache"
-_USAGE, _NOTHING_RAN, _NO_TENSORRT = 2, 3, 3
+_NOTHING_RAN, _NO_TENSORRT = 3, 3
 
 
 def reach(address: str, python: str, target: TargetProfile) -> tuple[Machine | Phone, TargetProfile]:
@@ -99,7 +100,7 @@ def on_device(
     else:
         building = builder_options(target, dla) if target.builds_on_device else None
         make = partial(_fill, machine, building, bundle.folder, threads, progress)
-    stage = run.alone("device", inputs, lambda folder, _: make(folder))
+    stage = run.alone("device", inputs, lambda folder, _: make(folder), _holds)
     results = {name.removesuffix(".json"): stage.json(name) for name in (FACTS, VERIFIED, MEASURED)}
     executed = stage.json(EXECUTED) if isinstance(machine, Machine) else {}
     _gate(machine, results["verify"], stage.folder)
@@ -132,17 +133,27 @@ def _fill(
     forget(site, "latency", *timing)
 
 
+def _holds(stage: Stage) -> bool:
+    """Whether all ran and no time is invalid; else the device may have been helped since, and is asked again."""
+    times = stage.json(MEASURED)["engines"]
+    failed = any(row["verdict"] == FAILED or row.get("summary", {}).get("invalid") for row in times)
+    return not failed and stage.json(VERIFIED)["exit_code"] == 0
+
+
 def _gate(machine: Machine | Phone, verified: dict[str, Any], folder: Path) -> None:
     """An engine that fails on the device fails the build, and so does a device where nothing ran."""
-    failed = [row for row in verified["engines"] if row["verdict"] == "failed"]
+    failed = [row for row in verified["engines"] if row["verdict"] == FAILED]
     if verified["exit_code"] == _NOTHING_RAN:
         reasons = " ".join(dict.fromkeys(row["reason"] for row in verified["engines"]))
-        raise MissingError(f"No engine ran on {machine.device.name}. {reasons}", hint=f"Everything is in {folder}.")
+        raise MissingError(
+            f"No engine ran on {machine.device.name}. {reasons}",
+            hint=f"Everything is in {folder}. The same command tries again.",
+        )
     if verified["exit_code"]:
         named = "; ".join(f"{row['runtime']} {row['precision']}: {row['reason']}" for row in failed) or "damaged files"
         raise GateError(
             f"The bundle failed on {machine.device.name}: {named}.",
-            hint=f"All results are kept in {folder}; logs/ has what was said there.",
+            hint=f"All results are kept in {folder}; logs/ has what was said there. The same command tries again.",
         )
 
 
@@ -172,9 +183,7 @@ def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str
         last = (done.err.splitlines() or ["it said nothing"])[-1]
         raise DeviceError(
             f"run.py {command} on {site.machine.device.name} ended with code {code}: {last}",
-            hint="The bundle was made by another version of thinet-deploy. Build it again with this one."
-            if code == _USAGE
-            else "Run the same command again; `thinet-deploy verify` shows here whether the bundle is whole.",
+            hint="Run the same command again; `thinet-deploy verify` shows here whether the bundle is whole.",
         ) from None
     if "error" in report:
         raise DeviceError(f"{site.machine.device.name}: {report['error']}", hint="Build the bundle again.")
@@ -187,7 +196,7 @@ def forget(site: Site, command: str, *options: str) -> None:
 
 
 def _words(site: Site, command: str, options: Sequence[str]) -> list[str]:
-    return [f"{site.bundle}/run.py", command, "--json", *options]
+    return [f"{site.kit}/run.py", command, "--bundle", site.bundle, "--json", *options]
 
 
 # ------------------------------------------------------------------------------------------ engines built there
@@ -246,18 +255,18 @@ def _shown(precision: str, progress: Progress) -> Callable[[bytes], None]:
     """The builder's progress, from its JSON lines."""
 
     def hear(line: bytes) -> None:
-        if line.startswith(b'{"progress"'):
-            done, total, phase = json.loads(line)["progress"]
-            progress(f"Building {precision} on the device", done, total, phase)
+        for told in json_lines(line):
+            if "progress" in told:
+                done, total, phase = told["progress"]
+                progress(f"Building {precision} on the device", done, total, phase)
 
     return hear
 
 
 def _refused(site: Site, job: str, code: int, done: Done, folder: Path) -> None:
     device, words = site.machine.device.name, (done.err.splitlines() or [""])[-1]
-    for line in done.out.splitlines():
-        if line.startswith(b'{"error"'):
-            words = json.loads(line)["error"]
+    for told in json_lines(done.out):
+        words = told.get("error", words)
     log = folder.parent / f"device-{job}.log"  # the stage's own folder goes when it fails
     write_bytes(log, f"{words}\n\n{done.err}\n".encode())
     if code == _NO_TENSORRT:

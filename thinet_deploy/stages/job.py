@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..artifact import sha256_of
 from ..data.dataset import Dataset, digits_preprocess, load_digits, load_folder
 from ..data.preprocess import Preprocess, default_preprocess, load_preprocess
 from ..data.voc import is_voc, load_voc, tasks_of
 from ..devices.site import Machine
 from ..errors import InputError, ModelError, first_line
 from ..interfaces import Progress, silent
-from ..models.loading import InputShape, build_model, input_shape_of, load_function
+from ..models.loading import InputShape, build_model, input_shape_of, load_function, sources
 from ..models.presets import preset_widths
 from ..models.pretrained import default_weights
 from ..models.weights import load_weights
@@ -74,7 +74,7 @@ class Job:
             return 1 if self.options.layerwise or self.widths else self.target.channel_grid
         return self.target.channel_grid if rounding == "target" else rounding
 
-    @property
+    @cached_property
     def replaces_head(self) -> bool:
         """Whether the fully connected head becomes global average pooling (ThiNet-GAP)."""
         preset = self.options.preset
@@ -85,7 +85,7 @@ class Job:
         """What every stage's result depends on: network, images, seed."""
         source, _, factory = self.options.model.rpartition(":")
         return {
-            "model": [factory, sha256_of(Path(source))] if source else self.options.model,
+            "model": [factory, sources(Path(source))] if source else self.options.model,
             "classes": list(self.data.classes),
             "data": self.data.digest,
             "seed": self.options.seed,
@@ -120,12 +120,32 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         )
     if options.unlabelled:
         _check_unlabelled(options)
+    _check_unused(options)
     if options.trainer:
         load_function(options.trainer, "fit")
     changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
     job = Job(options, target, _data(options, _preprocess(options), progress, checked=checked))
     model = _check_model(job)
     return replace(job, widths=preset_widths(str(options.preset), model)) if options.fixed else job
+
+
+def _check_unused(options: Options) -> None:
+    """Raise InputError for an option that another one leaves without a meaning."""
+    budget = "macs" if options.macs else "size"
+    if getattr(options, budget) and options.keep != Options.model_fields["keep"].default:
+        raise InputError(
+            f"--keep and --{budget} are two ways to say how much stays, but one was expected.",
+            hint="--keep-layer keeps more of some layers within a budget.",
+        )
+    if options.trainer and options.train:
+        raise InputError(
+            "--train changes our own training, but --trainer brings another one.", hint="Leave one of them out."
+        )
+    if options.transfer_epochs is not None and options.transfer_to is None:
+        raise InputError(
+            "--transfer-epochs says how long to fine-tune to other images, but there are none.",
+            hint="Name their folder with --transfer-to, or give --finetune-epochs.",
+        )
 
 
 def _check_timed(options: Options) -> None:

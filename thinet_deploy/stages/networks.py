@@ -10,6 +10,7 @@ from typing import Any
 from .. import verify
 from ..artifact import sha256_of
 from ..errors import GateError
+from ..models.loading import sources
 from ..options import Options
 from ..pruning.proof import Proof
 from ..reports.ledger import Entry, epochs_in_words
@@ -101,7 +102,7 @@ class Pruning:
 def original(run: SharedRun, tools: Tools) -> Stage:
     """The network as it was given, or trained here."""
     options = tools.job.options
-    training = {**training_of(options), "epochs": options.epochs}
+    training = {**training_of(options), "epochs": options.epochs, "rate": options.lr}
     weights = {"weights": sha256_of(options.weights)} if options.weights else training
     layout = {"report": _REPORT_LAYOUT}
     return run.stage("dense", {**tools.job.identity, **weights, **layout}, partial(steps.dense, tools))
@@ -120,11 +121,13 @@ def prune(run: SharedRun, tools: Tools, dense: Stage | None = None, where: str =
         GateError: a pruned network is not the original minus filters.
     """
     job, options, dense = tools.job, tools.job.options, dense or original(run, tools)
-    by_method = dict[str, Stage]()
+    by_method, between = dict[str, Stage](), dict[str, Any]()
+    if options.layerwise:  # it trains after every layer
+        between = {**training_of(options), "epochs": options.layer_epochs, "rate": options.rate}
     for method in options.methods:
         inputs = {
             **job.identity,
-            **training_of(options),
+            **between,
             "dense": dense.digest,
             "widths": options.model_dump(mode="json", include=WIDTHS),
             **({"preset": dict(job.widths)} if job.widths else {}),
@@ -132,7 +135,6 @@ def prune(run: SharedRun, tools: Tools, dense: Stage | None = None, where: str =
             "head": job.replaces_head,
             "method": [options.recipe, method, options.rebuilding],
             **latency_stage.identity(job),
-            "epochs": options.layer_epochs,
         }
         work = partial(pruned_stage, tools.only(method), dense.folder)
         by_method[method] = run.stage(_named("prune", method, options) + where, inputs, work)
@@ -244,7 +246,8 @@ def _trained_on(
 def from_scratch(run: SharedRun, tools: Tools, networks: Networks, epochs: int, after: dict[str, Any]) -> None:
     """The control: the thin architecture with fresh weights; `after`: what the result depends on besides."""
     ship = networks.stages[networks.ship]
-    inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs}
+    rate = tools.job.options.lr
+    inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, "rate": rate}
     stage = run.stage("scratch", inputs, partial(steps.scratch, tools, ship.folder, epochs))
     note = (
         f"the architecture of {networks.labels[networks.ship]} with fresh weights, {epochs_in_words(epochs)} = all "
@@ -267,6 +270,7 @@ def _fine_tuning(run: SharedRun, tools: Tools, pruning: Pruning, where: str) -> 
         "dense": pruning.original.digest,
         "prune": pruning.first.digest,
         "epochs": epochs,
+        "rate": options.finetune_lr,
     }
     folders = pruning.original.folder, pruning.first.folder
     found = run.stage(f"trial{where}", inputs, lambda f, _: tried(tools, *folders, epochs, f)).json(TRIAL)
@@ -322,9 +326,9 @@ def accuracy_of(stage: Stage) -> Accuracy:
 
 
 def training_of(options: Options) -> dict[str, Any]:
-    """What the result of any training depends on, besides its epochs."""
-    training: dict[str, Any] = options.model_dump(include={"lr", "finetune_lr", "batch_size", "train"})
+    """What the result of any training depends on, besides its epochs and its rate."""
+    training: dict[str, Any] = options.model_dump(include={"batch_size", "train"})
     if options.trainer:
         file, _, function = options.trainer.rpartition(":")
-        training["trainer"] = [function, sha256_of(Path(file))]
+        training["trainer"] = [function, sources(Path(file))]
     return training

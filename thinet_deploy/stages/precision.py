@@ -27,6 +27,7 @@ from ..precision.held import READERS
 from ..precision.int8 import left_out
 from ..precision.plan import PrecisionPlan, plan_precision
 from ..registry import builder_command, converter, runs_here
+from ..seeds import generator
 from ..target import TargetProfile
 from ..tasks.base import Accuracy, Judgement
 from ..tasks.classification import CLASSIFICATION
@@ -81,7 +82,9 @@ def _calibrating(job: Job) -> tuple[ImageSet, Any, ImageSet]:
     """Training images, which of them to calibrate with, and others, held out to judge by."""
     fit, held_out = job.data.train.split(HELD_OUT, job.options.seed)
     most = min(CALIBRATION_IMAGES, job.options.calibration_images)
-    return fit, fit.sample(most, seed=job.options.seed, stage="precision"), held_out
+    chosen = fit.sample(most, seed=job.options.seed, stage="precision")
+    # Folders have one class after another: where the first of them are all that there is room for, these are of all.
+    return fit, generator(job.options.seed, "precision", "order").permutation(chosen), held_out
 
 
 def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collection[str], folder: Path) -> None:

@@ -38,6 +38,7 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
         **training_of(target.job.options),
         "recipe": target.job.options.recipe,
         "epochs": epochs,
+        "rate": rate,
         **target.job.identity,
         "from": source.job.identity,
     }

@@ -1,4 +1,4 @@
-"""Where networks are timed: files in, milliseconds out, and what these belong to. This machine; a device: device_timer.
+"""Where networks are timed: files in, milliseconds out, and what these belong to; for a device: devices/timer.py.
 
 What is measured, and how, is said by those who ask: staircase.py for layers, stages/latency.py for whole networks.
 """
