@@ -43,8 +43,8 @@ error* stands for it.
   of networks in turn, so they hold better than milliseconds do. A neighbour on the host moves them
   all the same, by up to a tenth within minutes; intervals are of one measurement ([17](adr/0017-milliseconds.md), at
   its end).
-- INT8 with the streams pruned is measured with layers as they are timed now; the other rows are of before shortcuts
-  had a second reader (17), which are a small part of the time there.
+- OpenVINO with the streams pruned is measured with layers as they are timed now; the other rows are of before
+  shortcuts had a second reader (17), which are a small part of the time there.
 """
 MEASURED = ["asked", "original, ms", "ours, ms", "faster"]
 COLUMNS = [*MEASURED, "arrives", "uniform", "at most", "error of uniform", "unstable"]
