@@ -39,7 +39,7 @@ from thinet_deploy.precision.int8 import quantise
 from thinet_deploy.precision.plan import plan_precision
 from thinet_deploy.pruning.budget import Wish
 from thinet_deploy.pruning.oneshot import Method
-from thinet_deploy.stages.prune import HELD_OUT
+from thinet_deploy.stages.job import HELD_OUT
 from thinet_deploy.target import load_profile
 from thinet_deploy.timing import latency
 

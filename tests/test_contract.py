@@ -236,3 +236,13 @@ def test_compare_ends_with_1_only_when_something_is_proven_broken(cli: Callable[
     wrong = cli("compare", run, "--require", "size<=1ms")
     assert wrong.code == 2
     assert "size is in MB, kB, GB" in wrong.err
+
+
+def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(cli: Callable[..., Any], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", table())
+    (run / "contract").write_text("in the way")
+    for required, code in (("latency<=8ms", 0), ("size<=1MB", 1)):
+        told = cli("compare", run, "--require", required)
+        assert told.code == code, told.err
+        assert "The verdicts are not kept: " in told.err
+        assert required in told.err

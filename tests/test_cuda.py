@@ -205,9 +205,11 @@ def test_what_cannot_be_captured_leaves_the_stream_usable(live: Any, monkeypatch
 
 def test_a_machine_without_driver_or_gpu_says_so(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.has_gpu()
+    assert (cuda.bus_id(), cuda.bus_id(1)) == ("0000:65:00.0", None)
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_FAKE_FAIL", "cuInit=100")
         assert not cuda.has_gpu()
+        assert cuda.bus_id() is None
         with pytest.raises(MissingRuntimeError, match="no NVIDIA GPU here that could be used: CUDA_ERROR_NO_DEVICE"):
             Cuda()
     monkeypatch.setattr(cuda, "LIBRARY", "libno-such-driver.so.1")

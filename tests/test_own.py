@@ -13,7 +13,7 @@ import thinet_deploy
 from thinet_deploy import pipeline
 from thinet_deploy.artifact import read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
-from thinet_deploy.errors import ModelError
+from thinet_deploy.errors import DataError, ModelError
 from thinet_deploy.models.loading import load_function
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build
@@ -173,3 +173,13 @@ def test_prune_own_training_build(
     assert verify_bundle(Path(document["bundle"]))["exit_code"] == 0
     thin_again = cli("build", "--from", run, "--weights", file, "--target", "ios", "--json")
     assert json.loads(thin_again.out)["table"]["target"] == "ios"
+
+
+def test_a_folder_with_one_image_of_each_class_is_refused_before_anything_is_trained(
+    tiny_options: MakeOptions, workplace: Path
+) -> None:
+    for spare in (each for folder in (workplace / "data" / "train").iterdir() for each in sorted(folder.iterdir())[1:]):
+        spare.unlink()
+    with pytest.raises(DataError, match="No image can be held out of 2: every class has one image alone"):
+        build(tiny_options(workplace / "run", data=workplace / "data"))
+    assert not (workplace / "run").exists()

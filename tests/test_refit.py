@@ -1,6 +1,7 @@
 """INT8 weights refitted front to back on a network's own moments: walks, what it gains, what it leaves alone."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -101,6 +102,22 @@ def test_a_refitted_network_is_nearer_on_other_images(
     assert all((share < 1) == (node in done.weights) for node, share in done.error.items())
     whole = [each.steps for each in done.weights.values()]
     assert max(int(np.abs(each).max()) for each in whole) <= layout.weight_most
+
+
+def test_room_is_taken_by_maps_and_not_by_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, values = tmp_path / "wide.onnx", int(np.prod(SHAPE))
+    layered = nn.Sequential(nn.Flatten(), nn.Linear(values, 400), nn.ReLU(), nn.Linear(400, 5))
+    export_onnx(layered, SHAPE, path, opset=18, ir_version=8)
+    wide, taken, singles = read_onnx(path), list[int](), np.random.default_rng(0).standard_normal((60, 1, *SHAPE), "f4")
+    monkeypatch.setattr(refitting, "_BETWEEN", 50 * 4 * 4 * values)  # four tensors in float32, of 50 images
+
+    def one_by_one() -> Iterator[Floats]:
+        for number, each in enumerate(singles):
+            taken.append(number)
+            yield each
+
+    refit(wide, bounds(wide, lambda: iter(singles)), U8S8, one_by_one)
+    assert len(taken) == 50
 
 
 def test_the_file_holds_the_refitted_weights(model: ModelProto, batches: Batches) -> None:

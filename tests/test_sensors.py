@@ -223,7 +223,7 @@ def test_a_gpu_that_throttles(tmp_path: Path) -> None:
         nvmlDeviceGetCurrentClocksThrottleReasons=0x1,
         nvmlDeviceGetTotalEnergyConsumption=5000,
     )
-    gpus = sensors.Nvml(library)
+    gpus = sensors.Nvml(library=library)
     assert gpus.state()["gpu1"] == {}
     watch = sensors.Watch(str(tmp_path), gpus)
     assert watch.summary()["throttled"] == [], "an idle GPU does not throttle"
@@ -240,6 +240,29 @@ def test_a_gpu_that_throttles(tmp_path: Path) -> None:
     energy = sensors.EnergyMeter(str(tmp_path), gpus).measure(work)
     assert energy is not None
     assert energy["joules_per_run"] == {"NVML gpu0": 0.5}
+
+
+def test_of_several_gpus_only_the_one_that_works(tmp_path: Path) -> None:
+    """Another one at its power cap, with somebody else's training on it, makes no time invalid."""
+    by_address = {b"0000:65:00.0": 1, b"0000:b3:00.0": 2}
+
+    class Two(FakeLibrary):
+        def nvmlDeviceGetHandleByPciBusId_v2(self, bus: bytes, handle: Any) -> int:  # noqa: N802 - NVML's name
+            handle._obj.value = by_address.get(bus, 0)
+            return 0 if bus in by_address else 6  # NVML_ERROR_NOT_FOUND
+
+        def nvmlDeviceGetIndex(self, handle: ctypes.c_void_p, index: Any) -> int:  # noqa: N802 - NVML's name
+            index._obj.value = (handle.value or 0) - 1
+            return 0
+
+    library = Two(nvmlDeviceGetCurrentClocksThrottleReasons=0x4)  # the first one's; the second one tells nothing
+    told = {
+        bus: sensors.Watch(str(tmp_path), sensors.Nvml(bus, library)).summary()["throttled"]
+        for bus in ("0000:65:00.0", "0000:b3:00.0", "0000:ff:00.0", None)
+    }
+    slowed = ["gpu0: power cap"]
+    assert told == {"0000:65:00.0": slowed, "0000:b3:00.0": None, "0000:ff:00.0": slowed, None: slowed}
+    assert list(sensors.Nvml("0000:b3:00.0", library).devices) == ["gpu1"]
 
 
 def test_this_machine_can_be_watched() -> None:

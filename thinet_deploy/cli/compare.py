@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from ..errors import InputError, first_line
+from ..errors import InputError, OutputError, first_line
 from .options import Json, Require
 from .tables import grid
 
@@ -63,8 +63,18 @@ def compare(
     _print("json" if as_json else output, pages, against)
     for page in pages:
         if page.verdicts:
-            contract.write(page.folder / "contract", page.verdicts)
+            _kept(page)
     exit_on_broken([verdict for page in pages for verdict in page.verdicts])
+
+
+def _kept(page: Page) -> None:
+    """Write the verdicts beside the run; where it cannot be written to, the exit code still says what they are."""
+    from ..reports import contract
+
+    try:
+        contract.write(page.folder / "contract", page.verdicts)
+    except OutputError as error:
+        typer.secho(f"The verdicts are not kept: {error.what}", fg=typer.colors.YELLOW, err=True)
 
 
 Against = tuple[str, list["comparison.Against"]]

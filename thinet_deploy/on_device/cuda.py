@@ -30,6 +30,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceGetPCIBusId": (c_char_p, c_int, c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuDevicePrimaryCtxRelease_v2": (c_int,),
@@ -86,6 +87,15 @@ def has_gpu() -> bool:
         load_driver()
         return True
     return False
+
+
+def bus_id(ordinal: int = 0) -> str | None:
+    """PCI address, such as "0000:65:00.0", of one of the GPUs that this process may see; None where it is unknown."""
+    with contextlib.suppress(MissingRuntimeError):
+        driver, device, text = load_driver(), c_int(), ctypes.create_string_buffer(32)
+        if not driver.cuDeviceGet(byref(device), ordinal) and not driver.cuDeviceGetPCIBusId(text, len(text), device):
+            return text.value.decode("ascii", "replace")
+    return None
 
 
 def words_of(driver: Any, code: int) -> str:

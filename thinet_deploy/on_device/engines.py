@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Mapping
 
 import numpy as np
 
+from .cuda import bus_id
 from .engine import Engine, MissingRuntimeError, RunnerError, in_steps, reason
 from .sensors import Nvml
 from .tensorrt_engine import TensorRt, TensorRtRtx
@@ -187,7 +188,7 @@ def can_run(runtime: str) -> bool:
 
 def gpus_of(*runtimes: str) -> Nvml | None:
     """What to ask about GPUs while engines of these kinds run; None where they run on the CPU."""
-    return Nvml() if any(ENGINES[runtime].on_gpu for runtime in runtimes) else None
+    return Nvml(bus_id()) if any(ENGINES[runtime].on_gpu for runtime in runtimes) else None
 
 
 def import_runtime(runtime: str) -> Any:

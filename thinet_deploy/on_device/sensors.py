@@ -49,20 +49,33 @@ class Nvml:
     """NVIDIA's management library, as far as it is there: on a Jetson it answers to little.
 
     Source of names and numbers: nvml.h (NVML API reference, read 2026-11).
+
+    Args:
+        bus: PCI address of the GPU that works (`cuda.bus_id`): what slows another one down says nothing of it. All GPUs
+            where there is no such address, or the library does not know it.
+        library: libnvidia-ml.
     """
 
-    def __init__(self, library: Any = None) -> None:
-        self.devices: list[ctypes.c_void_p] = []
+    def __init__(self, bus: str | None = None, library: Any = None) -> None:
+        self.devices: dict[str, ctypes.c_void_p] = {}
         with contextlib.suppress(OSError):
             self.library = library or ctypes.CDLL("libnvidia-ml.so.1")
             count = ctypes.c_uint()
             if self.library.nvmlInit_v2() == 0 and self.library.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
-                self.devices = [self._handle(index) for index in range(count.value)]
+                self.devices = self._one(bus) or {f"gpu{at}": self._handle(at) for at in range(count.value)}
 
     def _handle(self, index: int) -> ctypes.c_void_p:
         handle = ctypes.c_void_p()
         self.library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
         return handle
+
+    def _one(self, bus: str | None) -> dict[str, ctypes.c_void_p]:
+        handle, index = ctypes.c_void_p(), ctypes.c_uint()
+        with contextlib.suppress(AttributeError):
+            if bus and not self.library.nvmlDeviceGetHandleByPciBusId_v2(bus.encode(), ctypes.byref(handle)):
+                self.library.nvmlDeviceGetIndex(handle, ctypes.byref(index))
+                return {f"gpu{index.value}": handle}
+        return {}
 
     def _ask(self, name: str, device: ctypes.c_void_p, *arguments: int) -> int | None:
         # Eight bytes hold answers of four as well: all these machines are little-endian.
@@ -74,9 +87,9 @@ class Nvml:
     def state(self) -> dict[str, dict[str, int]]:
         """Per GPU: clock_mhz (SM), temperature_c, slowed (reasons as a bit mask), energy_mj since the driver loaded."""
         found: dict[str, dict[str, int]] = {}
-        for index, device in enumerate(self.devices):
+        for gpu, device in self.devices.items():
             answers = {key: self._ask(name, device, *given) for key, (name, *given) in _QUESTIONS.items()}
-            found[f"gpu{index}"] = {key: value for key, value in answers.items() if value is not None}
+            found[gpu] = {key: value for key, value in answers.items() if value is not None}
         return found
 
 

@@ -91,7 +91,8 @@ def refit(
 
 def _enough(model: ModelProto, batches: Batches) -> list[Floats]:
     """As many images as there is room for between two layers, but `_FEWEST_IMAGES`."""
-    largest = 4 * max(prod(shape) for shape in shapes(model).values())
+    stored = {each.name for each in model.graph.initializer}
+    largest = 4 * max(prod(shape) for name, shape in shapes(model).items() if name not in stored)
     most, taken = max(_FEWEST_IMAGES, _BETWEEN // (_TENSORS * largest)), list[Floats]()
     for batch in batches():
         taken.append(batch)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.dataset import Dataset, digits_preprocess, load_digits, load_folder
+from ..data.dataset import Dataset, ImageSet, digits_preprocess, load_digits, load_folder
 from ..data.preprocess import Preprocess, default_preprocess, load_preprocess
 from ..data.voc import is_voc, load_voc, tasks_of
 from ..devices.site import Machine
@@ -27,6 +27,8 @@ from ..target import TargetProfile, load_profile
 from ..tasks.base import Task
 from ..tasks.choice import task_of
 from ..training import Recipe, changed
+
+HELD_OUT = 0.1  # of the training images, for choices between variants
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ class Job:
     def input_shape(self) -> InputShape:
         """Channels, height and width of the network's input."""
         return self.data.preprocess.input_shape
+
+    @cached_property
+    def split(self) -> tuple[ImageSet, ImageSet]:
+        """The training images that are calibrated on, and a tenth held out, for choices between variants.
+
+        Raises:
+            DataError: every class has one image alone.
+        """
+        return self.data.train.split(HELD_OUT, self.options.seed)
 
     @property
     def model_name(self) -> str:
@@ -125,6 +136,7 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         load_function(options.trainer, "fit")
     changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
     job = Job(options, target, _data(options, _preprocess(options), progress, checked=checked))
+    _ = job.split  # before anything is trained
     model = _check_model(job)
     return replace(job, widths=preset_widths(str(options.preset), model)) if options.fixed else job
 
@@ -197,6 +209,7 @@ def moved(job: Job, folder: Path, progress: Progress = silent) -> Job:
         InputError: they cannot be read, or the network cannot tell so many classes apart.
     """
     there = replace(job, data=load_folder(folder, job.data.preprocess, progress))
+    _ = there.split
     _check_scores(there, there.fresh().eval(), "an image", 1, "--transfer-to takes a factory with num_classes.")
     return there
 

@@ -32,7 +32,6 @@ from ..target import TargetProfile
 from ..tasks.base import Accuracy, Judgement
 from ..tasks.classification import CLASSIFICATION
 from .job import Job
-from .prune import HELD_OUT
 from .tools import Tools
 
 # What is usual; more changes limits by less than a step.
@@ -80,7 +79,7 @@ def _fp32_only(job: Job, plan: PrecisionPlan) -> PrecisionPlan:
 
 def _calibrating(job: Job) -> tuple[ImageSet, Any, ImageSet]:
     """Training images, which of them to calibrate with, and others, held out to judge by."""
-    fit, held_out = job.data.train.split(HELD_OUT, job.options.seed)
+    fit, held_out = job.split
     most = min(CALIBRATION_IMAGES, job.options.calibration_images)
     chosen = fit.sample(most, seed=job.options.seed, stage="precision")
     # Folders have one class after another: where the first of them are all that there is room for, these are of all.

@@ -42,7 +42,6 @@ from .latency import bench_of, fitting, told
 from .tools import REPORT, Tools, json_ready, labelled_by, write_network
 
 _PROOF_IMAGES = 3
-HELD_OUT = 0.1  # of the training images, for choices between variants
 
 
 def check_way(tools: Tools, model: nn.Module) -> None:
@@ -130,7 +129,7 @@ def branches_of(tools: Tools, graph: ChannelGraph, groups: Sequence[ChannelGroup
 def calibration(tools: Tools) -> tuple[Sample, ImageSet]:
     """Training images for statistics, and others, held out for choices between variants."""
     job, options = tools.job, tools.job.options
-    fit, held_out = job.data.train.split(HELD_OUT, options.seed)
+    fit, held_out = job.split
     chosen = fit.sample(options.calibration_images, seed=options.seed, stage="calibration")
     batch = max(4, 64 * 32 * 32 // (job.input_shape[1] * job.input_shape[2]))
     return Sample(fit, chosen, min(batch, 64), options.seed), held_out

@@ -14,7 +14,6 @@ from ..errors import DivergedError
 from ..parallel import join
 from ..tasks.base import Judgement
 from ..training import judge
-from .prune import HELD_OUT
 from .tools import Tools, labelled_by
 
 TRIAL = "trial.json"
@@ -56,7 +55,7 @@ def tried(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, fo
         folder: gets the file.
     """
     options, original = tools.job.options, tools.load(dense_folder)
-    fit, held_out = tools.job.data.train.split(HELD_OUT, options.seed)
+    fit, held_out = tools.job.split
     images = _some(tools, fit, epochs)
     judging = labelled_by(original, held_out)
 

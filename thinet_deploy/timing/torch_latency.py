@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, MissingError
 from ..interfaces import Progress, silent
 from ..on_device import samples
+from ..on_device.cuda import bus_id
 from ..on_device.sensors import Nvml, Watch
 from ..seeds import derive, generator
 from .latency import BASELINE, Samples, Speedup, TorchLatency, speedup
@@ -75,7 +76,8 @@ def measure_torch(
             write_model(model, name, path)
             workers[name] = processes.enter_context(TorchWorker(name, path, asked))
         where = [worker.ready() for worker in workers.values()]
-        gpus = Nvml() if torch.device(device).type == "cuda" else None
+        on = torch.device(device)
+        gpus = Nvml(bus_id(on.index or 0)) if on.type == "cuda" else None
         passes, machine = _interleave(workers, rounds, Watch(gpus=gpus), progress)
         peaks = {name: worker.memory() for name, worker in workers.items()}
     found = [
