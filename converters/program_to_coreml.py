@@ -107,7 +107,9 @@ def _fold_norms(module: GraphModule) -> None:
             continue
         has_bias = len(layer.args) > 2 and layer.args[2] is not None
         bias = _value(module, layer.args[2]) if has_bias else None
-        scale, shift, mean, variance = (_value(module, each) for each in norm.args[1:5])
+        # Without `affine`, a BatchNorm has neither scale nor shift.
+        scale, shift = (_value(module, each) if each else None for each in norm.args[1:3])
+        mean, variance = (_value(module, each) for each in norm.args[3:5])
         weight, epsilon = _value(module, layer.args[1]), float(norm.args[7])  # type: ignore[arg-type]  # as ATen has it
         folded = fuse_conv_bn_weights(weight, bias, mean, variance, epsilon, scale, shift)
         names = (f"folded_{number}_weight", f"folded_{number}_bias")
@@ -138,8 +140,8 @@ def _limits(module: GraphModule, nodes: set[Node], calibration: Path, size: int)
 
     images = torch.from_numpy(np.load(calibration))
     with torch.inference_mode():
-        for start in range(0, len(images) - size + 1, size):
-            Watching(module).run(images[start : start + size])
+        for start in range(0, len(images), size):  # the last batch is filled up with the first images
+            Watching(module).run(images[torch.arange(start, start + size) % len(images)])
     return found
 
 

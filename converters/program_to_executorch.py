@@ -56,8 +56,8 @@ def _quantised(program: Any, calibration: Path) -> Any:
     prepared, example = prepare_pt2e(program.module(), quantizer), program.example_inputs[0]
     images, size = torch.from_numpy(np.load(calibration)), len(example[0])
     with torch.inference_mode():
-        for start in range(0, len(images) - size + 1, size):
-            prepared(images[start : start + size])
+        for start in range(0, len(images), size):  # the last batch is filled up with the first images
+            prepared(images[torch.arange(start, start + size) % len(images)])
     return torch.export.export(convert_pt2e(prepared), example)
 
 

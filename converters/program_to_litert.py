@@ -101,8 +101,8 @@ def _limits(tool: Any, path: Path, calibration: Path, size: int) -> dict[str, di
     ((signature, ports),) = Interpreter(str(path)).get_signature_list().items()
     (name,) = ports["inputs"]
     images, found = np.load(calibration), dict[str, dict[str, Any]]()
-    for start in range(0, len(images) - size + 1, size):
-        batch = {signature: [{name: images[start : start + size]}]}
+    for start in range(0, len(images), size):  # the last batch is filled up with the first images
+        batch = {signature: [{name: images[np.arange(start, start + size) % len(images)]}]}
         for tensor, seen in tool.calibrate(batch, num_threads=1).items():
             known = found.setdefault(tensor, seen)
             known |= {"min": np.minimum(known["min"], seen["min"]), "max": np.maximum(known["max"], seen["max"])}

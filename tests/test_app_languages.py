@@ -77,6 +77,16 @@ def test_preprocessing_in_python_is_that_of_training(
     assert np.array_equal(classify(image, how.model_dump(mode="json")), expected)
 
 
+@pytest.mark.parametrize("bits", ["uint16", "int32"])
+def test_sixteen_bits_in_python_are_those_of_training(classify: Callable[..., np.ndarray], bits: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (30, 20)).astype(bits))
+    assert image.mode in {"I", "I;16"}
+    grey = Preprocess(colour="GRAY", resize=20, crop=(12, 16), mean=(0.5,), std=(0.5,))
+    for how in (Preprocess(resize=20, crop=(12, 16)), grey):
+        expected = how.normalise(how.centre_crop(how.read(image)[None]))[0]
+        assert np.array_equal(classify(image, how.model_dump(mode="json")), expected)
+
+
 def test_a_bundle_classifies_in_python(tmp_path: Path, written: Callable[[Path], Path]) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     folder = written(tmp_path / "bundle")
@@ -148,6 +158,14 @@ def test_a_bundles_own_sources_run_ncnn_as_python_does(
     assert least <= np.abs(got - exact).max() / np.abs(exact).max() <= most
 
 
+def test_a_package_of_ncnn_that_wants_no_exceptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for Android ask their users for it, and our sources throw."""
+    monkeypatch.setenv("ncnn_DIR", str(STAND_INS / "ncnn"))
+    program = build("ncnn", SOURCES / "cpp", tmp_path)
+    done = subprocess.run([program, "check", tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, "model.properties cannot be read" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("engine", "memory", "code", "words"),
     [
@@ -174,6 +192,31 @@ def test_tensorrt_in_cpp_against_a_stand_in(
     done = subprocess.run([tensorrt, "check", tmp_path], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == code
     assert words in done.stdout + done.stderr
+
+
+def test_of_engines_that_the_device_builds_the_one_that_is_there(tensorrt: Path, tmp_path: Path) -> None:
+    """A Jetson's bundle names fp32 and each typed file; the engine may be for one of its DLAs."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 12, 16)).astype(np.float32)
+    how, picture = Preprocess(resize=20, crop=(12, 16)), np.zeros((30, 30, 3), np.uint8)
+    engines = {f"tensorrt.{each}": (bundle.built_path(each), 1e-5) for each in ("fp16", "fp32", "int8")}
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+
+    def checked(dla: int | None, *words: str) -> tuple[int, str]:
+        app = App(how, picture, ("tensorrt",), "linux", dla)
+        apps.write_app(tmp_path, app, Ends("x", "y", x, x.sum((2, 3))), engines)
+        done = subprocess.run([tensorrt, "check", tmp_path, *words], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    path = tmp_path / bundle.built_path("int8")
+    path.parent.mkdir(parents=True)
+    path.write_text("sums")
+    for words in ((), ("int8",)):
+        code, said_ = checked(None, *words)
+        assert (code, "passed  tensorrt int8" in said_) == (0, True), said_
+    code, said_ = checked(None, "fp32")
+    assert (code, "tensorrt-fp32/model.engine is missing: build the engine" in said_) == (2, True), said_
+    path.write_text("sums on DLA 1")
+    assert [checked(dla)[0] for dla in (None, 0, 1)] == [2, 2, 0]
 
 
 @pytest.mark.parametrize(

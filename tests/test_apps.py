@@ -60,7 +60,7 @@ def in_cpp(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Preprocess, Im
     (folder / "labels.txt").write_text("")
 
     def preprocess(how: Preprocess, image: Image.Image) -> np.ndarray:
-        (folder / "app" / "model.properties").write_text(apps._properties(how, _ends(), {}))
+        (folder / "app" / "model.properties").write_text(apps._properties(App(how, NONE, (), "linux"), _ends(), {}))
         pixels = np.asarray(image)
         head = f"{image.width} {image.height} {pixels.size // (image.width * image.height)}\n"
         (folder / "image").write_bytes(head.encode() + pixels.tobytes())

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -24,6 +25,7 @@ from thinet_deploy.export import INPUT, OUTPUT, export_onnx, export_program
 from thinet_deploy.interfaces import Contract, Conversion, Precision
 from thinet_deploy.on_device import tensorrt_builder
 from thinet_deploy.on_device.engines import ENGINES, open_engine
+from thinet_deploy.program import load_program
 from thinet_deploy.reproduce import SCRIPT
 from thinet_deploy.target import load_profile, profile_names
 
@@ -159,6 +161,54 @@ def test_its_files_tell_nothing_of_this_machine(runtime: str, make: Make, source
     for file in filter(Path.is_file, (root / artifact.path).parent.rglob("*")):
         data = file.read_bytes()
         assert [word for word in words if len(word) > 5 and word.encode() in data] == [], file.name
+
+
+def test_a_profile_of_the_users_own_is_named_without_its_folder(sources: dict[str, Path], tmp_path: Path) -> None:
+    installed("onnxruntime")
+    own, place = tmp_path / "private" / "board.toml", tmp_path / "made"
+    own.parent.mkdir()
+    own.write_text('extends = "cpu"\nid = "my-board"\n')
+    place.mkdir()
+    registry.convert("onnxruntime", Conversion(sources["onnx"], place, target=str(own)), tmp_path)
+    script = (place / SCRIPT).read_text()
+    assert "'target': 'board.toml'" in script
+    assert str(tmp_path) not in script
+
+
+def test_a_toolchain_may_come_under_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime does from onnxruntime-gpu, and tensorrt from tensorrt-cu12."""
+    installed("onnxruntime")
+    known, module = metadata.version, registry.converter("onnxruntime").CONTRACT.modules[0]
+
+    def version(name: str) -> str:
+        if name == module:
+            raise metadata.PackageNotFoundError(name)
+        return known("pytest" if name == "onnxruntime-gpu" else name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {module: ["onnxruntime-gpu"]})
+    assert registry.made_by("onnxruntime") == f"{module} {known('pytest')}"
+    monkeypatch.setattr(metadata, "packages_distributions", dict)
+    assert registry.made_by("onnxruntime") == f"{module} {importlib.import_module(module).__version__}"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_core_ml_is_calibrated_on_every_image(affine: bool, tmp_path: Path) -> None:
+    """The last ones too, where the number is no multiple of the batch; and with a BatchNorm that learns nothing."""
+    pytest.importorskip("coremltools", reason="coremltools is not installed")  # it registers the operators, too
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, affine=affine)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(400, 2)).eval()
+    images = torch.rand(20, 3, 12, 12)
+    images[-1] = 10
+    np.save(tmp_path / "images.npy", images.numpy())
+    tool: Any = registry.converter("coreml")
+    export_program(net, (3, 12, 12), tmp_path / "net.pt2")
+    program = load_program(tmp_path / "net.pt2", None)
+    quantised = tool._quantised(program.module(), tmp_path / "images.npy", 8)
+    with torch.inference_mode():
+        exact, got = net(images[-8:]), quantised(images[-8:])
+    assert float((got - exact).abs().max() / exact.abs().max()) < 0.05
 
 
 @EACH

@@ -11,6 +11,8 @@ from thinet_deploy.devices import site as device_site
 from thinet_deploy.devices.site import Machine
 from thinet_deploy.errors import MissingError, TargetError, UnknownNameError
 from thinet_deploy.pipeline import _check_stack
+from thinet_deploy.precision.plan import PrecisionPlan
+from thinet_deploy.precision.weights import S8S8
 from thinet_deploy.target import load_profile
 
 
@@ -65,7 +67,8 @@ def test_a_stack_can_be_named(target: str, opset: int, ir: int) -> None:
     profile = load_profile(target)
     assert (profile.opset, profile.ir_version) == (opset, ir)
     files = {"net": {"fp16": {"kept": {}, "path": "net-fp16.onnx"}}}
-    (note,) = file_notes(files, {"net": "Net"}, profile)
+    plan = PrecisionPlan("fp32", ("onnxruntime",), ("fp16",), S8S8)
+    (note,) = file_notes(files, {"net": "Net"}, profile, plan)
     built = "tensorrt_builder.py typed/model-fp16.onnx engines/tensorrt-fp16/model.engine --precision fp16"
     assert built in note
 

@@ -328,6 +328,21 @@ def test_ncnn_in_fp16_is_made_checked_and_read_back(
     assert verify_bundle(done.bundle)["exit_code"] == 0
 
 
+def test_engines_for_a_phone_are_int8_for_every_network_that_the_table_says_so_of(
+    copy: Path, tiny_options: MakeOptions
+) -> None:
+    done = build(again(tiny_options, copy, target="android", precision="int8"))
+    assert set(read_json(copy / "typed" / "typed.json")) == set(NETWORKS)
+    proofs = read_json(copy / "precision" / "precision.json") if (copy / "precision").exists() else {}
+    assert all(proof["hop"]["passed"] for proof in proofs.values())
+    for name in NETWORKS:
+        engine = next((copy / "engines" / "onnxruntime" / name).glob("*.onnx"))
+        assert any(node.op_type.startswith(("QLinear", "QGemm", "Quantize")) for node in onnx.load(engine).graph.node)
+    assert not (done.bundle / "typed").exists()
+    assert "typed/" not in " ".join(done.notes), "model.onnx is the INT8 file itself"
+    assert verify_bundle(done.bundle)["exit_code"] == 0
+
+
 @pytest.mark.slow
 def test_litert_and_executorch_are_quantised_with_the_calibration_images(
     copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
@@ -354,6 +369,7 @@ def test_core_ml_is_quantised_with_the_calibration_images(
     assert [(each.runtime, each.precision) for each in read_manifest(done.bundle).engines] == [("coreml", "int8")]
     proofs = [hop for hop in done.hops if hop.hop == "coreml holds int8"]
     assert [(hop.model, hop.detail) for hop in proofs] == [(name, "int8 100.0 % of the MACs") for name in NETWORKS]
+    assert any(note.startswith("coreml: quantised by the runtime's own tools") for note in done.notes)
     assert verify_bundle(done.bundle)["exit_code"] == 3, "nothing here runs it"
 
 

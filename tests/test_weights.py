@@ -82,6 +82,7 @@ WRAPPINGS: dict[str, Callable[[State], Any]] = {
     "DataParallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
     "torch.compile": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "compiled DataParallel": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+    "DDP, compiled": lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
     "without num_batches_tracked": lambda state: {n: t for n, t in state.items() if not n.endswith("tracked")},
 }
 

@@ -46,12 +46,14 @@ class App:
         picture: a decoded image, uint8 (height, width, channels), RGB or grey.
         runtimes: of the target.
         system: its operating system.
+        dla: which of its DLAs its TensorRT engines are for; None for none.
     """
 
     preprocess: Preprocess
     picture: Array
     runtimes: tuple[str, ...]
     system: str
+    dla: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def write_app(folder: Path, app: App, ends: Ends, engines: Mapping[str, tuple[st
         target = folder / FOLDER / source
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(SOURCES / source, target)
-    write_bytes(folder / FOLDER / "model.properties", _properties(app.preprocess, ends, engines).encode())
+    write_bytes(folder / FOLDER / "model.properties", _properties(app, ends, engines).encode())
     golden = folder / FOLDER / "golden"
     write_bytes(golden / "picture.ppm", _ppm(app.picture))
     write_bytes(golden / "picture.f32", _raw(_input_of(app.picture, app.preprocess)))
@@ -120,9 +122,9 @@ def _sources(app: App) -> Iterator[str]:
             yield name
 
 
-def _properties(preprocess: Preprocess, ends: Ends, engines: Mapping[str, tuple[str, float]]) -> str:
+def _properties(app: App, ends: Ends, engines: Mapping[str, tuple[str, float]]) -> str:
     """Lines `name = value`: what C++, Kotlin, Swift and Python read alike without a library."""
-    how = preprocess
+    how = app.preprocess
     values = {
         "input": ends.input_name,
         "output": ends.output_name,
@@ -135,6 +137,8 @@ def _properties(preprocess: Preprocess, ends: Ends, engines: Mapping[str, tuple[
         "crop": _numbers(how.crop),
         "interpolation": how.interpolation,
     }
+    if app.dla is not None:
+        values["dla"] = str(app.dla)
     for name, (path, tolerance) in engines.items():
         values |= {f"engine.{name}": path, f"tolerance.{name}": repr(tolerance)}
     head = "# Written by thinet-deploy. Sizes are height and width; app/README.md says more.\n"

@@ -267,7 +267,7 @@ def _for_apps(
     """Path and tolerance of each engine, by runtime and precision, and of those that the device will build."""
     known = {f"{engine.runtime}.{engine.precision}": (engine.path, engine.tolerance) for engine in engines}
     if spec.has_builder:
-        later = {entry.precision: entry.tolerance for entry in typed} or {"fp32": spec.tolerance}
+        later = {"fp32": spec.tolerance} | {entry.precision: entry.tolerance for entry in typed}
         known |= {f"tensorrt.{name}": (built_path(name), tolerance) for name, tolerance in later.items()}
     return known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from importlib import metadata, util
 from pathlib import Path
@@ -68,7 +69,16 @@ def installed(runtime: str) -> bool:
 def made_by(runtime: str) -> str:
     """Toolchain and version, such as "openvino 2026.4.1"."""
     name = converter(runtime).CONTRACT.modules[0]
-    return f"{name} {metadata.version(name)}"
+    return f"{name} {_version(name)}"
+
+
+def _version(module: str) -> str:
+    """Of what brings a module, which may have another name: onnxruntime-gpu, tensorrt-cu12."""
+    brought_by = [module, *metadata.packages_distributions().get(module.partition(".")[0], ())]
+    for distribution in brought_by:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(distribution)
+    return str(getattr(importlib.import_module(module), "__version__", "unknown"))
 
 
 def convert(

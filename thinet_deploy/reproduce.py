@@ -53,6 +53,8 @@ def write_script(job: Conversion, artifact: Artifact, engine: Path) -> None:
         engine: the engine's main file.
     """
     settings = {name: value for name, value in asdict(job).items() if name not in _LOCAL}
+    if job.target and job.target.endswith(".toml"):  # a profile of the user's own, which has to lie in the folder again
+        settings["target"] = Path(job.target).name
     text = _TEXT.format(
         name=engine.name,
         script=SCRIPT,

@@ -57,11 +57,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _without_wrapper(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Names without the prefix that DataParallel or torch.compile puts before all of them."""
-    for prefix in ("module.", "_orig_mod."):
-        own = any(name.startswith(prefix) for name in model.state_dict())
-        if not own and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    """Names without the prefixes that DataParallel and torch.compile put before all of them, in either order."""
+    own = tuple(model.state_dict())
+    prefixes = [each for each in ("module.", "_orig_mod.") if not any(name.startswith(each) for name in own)]
+    while prefix := next((each for each in prefixes if state and all(name.startswith(each) for name in state)), ""):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 

@@ -94,7 +94,7 @@ def _app(job: Job) -> App | None:
         return None
     canvas = job.data.test.read(np.arange(1))[0]
     how = job.data.preprocess
-    return App(how, picture_of(canvas, how), tuple(job.target.runtimes), job.target.os)
+    return App(how, picture_of(canvas, how), tuple(job.target.runtimes), job.target.os, job.options.dla)
 
 
 def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:

@@ -136,7 +136,8 @@ class _Deployment:
 
     def _typed(self, onnx: Stage) -> Stage:
         options = self.job.options
-        names = list(self.folders) if runs_here(self.target) else [self.made.ship]
+        # Where engines have the type, those of all networks do; files for the device are of the one that ships.
+        names = list(self.folders) if self.plan.engines in self.plan.files else [self.made.ship]
         inputs = {
             "onnx": onnx.digest,
             "names": names,
@@ -225,7 +226,7 @@ class _Deployment:
     def notes(self, onnx: _Onnx) -> tuple[str, ...]:
         """What the user has to know, or to do on the device."""
         dla = self.job.options.dla
-        typed = precision_stage.file_notes(onnx.files.report, self.made.labels, self.target, dla)
+        typed = precision_stage.file_notes(onnx.files.report, self.made.labels, self.target, self.plan, dla)
         return (*device_notes(self.target, dla), *self.plan.notes, *typed)
 
     def bundle(self, onnx: _Onnx, engines: _Engines, parity: Stage, notes: tuple[str, ...]) -> Stage:

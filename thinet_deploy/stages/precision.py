@@ -26,7 +26,7 @@ from ..precision.half import Half, kept_names, overflowing, to_half
 from ..precision.held import READERS
 from ..precision.int8 import left_out
 from ..precision.plan import PrecisionPlan, plan_precision
-from ..registry import builder_command, converter, runs_here
+from ..registry import builder_command, converter
 from ..seeds import generator
 from ..target import TargetProfile
 from ..tasks.base import Accuracy, Judgement
@@ -235,9 +235,18 @@ def typed_hops(
 
 
 def file_notes(
-    report: Mapping[str, Any], labels: Mapping[str, str], target: TargetProfile, dla: int | None = None
+    report: Mapping[str, Any],
+    labels: Mapping[str, str],
+    target: TargetProfile,
+    plan: PrecisionPlan,
+    dla: int | None = None,
 ) -> Iterator[str]:
     """What people have to know about typed files: layers in fp32, files that could not be had, their use."""
+    if own := [each for each in plan.runtimes if plan.engines == "int8" and quantises(each)]:
+        yield (
+            f"{' and '.join(own)}: quantised by the runtime's own tools, every layer, not from our INT8 ONNX file. "
+            "Accuracy, size and layers in fp32 given here are that file's; judge such an engine on the device too."
+        )
     for name, files in report.items():
         for precision, how in files.items():
             if "refused" in how:
@@ -245,7 +254,7 @@ def file_notes(
             elif how["kept"]:
                 listed = "; ".join(f"{layer} ({why})" for layer, why in how["kept"].items())
                 yield f"{labels[name]} in {precision}: these layers stay in fp32: {listed}."
-            if "path" in how and not runs_here(target):
+            if "path" in how and precision != plan.engines:
                 yield f"The bundle has the network in {precision}, for the device: {_use(target, precision, dla)}"
 
 

@@ -81,9 +81,12 @@ public:
     explicit IRuntime(ILogger& logger) : logger_(logger) {}
     virtual ~IRuntime() noexcept = default;
 
+    void setDLACore(int32_t dlaCore) noexcept { dla_ = dlaCore; }
+
     ICudaEngine* deserializeCudaEngine(void const* blob, std::size_t size) noexcept {
         const std::string bytes(static_cast<const char*>(blob), size);
         if (bytes == "sums") return new ICudaEngine(DataType::kFLOAT);
+        if (bytes == "sums on DLA 1" && dla_ == 1) return new ICudaEngine(DataType::kFLOAT);
         if (bytes == "sums in half") return new ICudaEngine(DataType::kHALF);
         logger_.log(ILogger::Severity::kERROR, "the engine was built with another version");
         return nullptr;
@@ -91,6 +94,7 @@ public:
 
 private:
     ILogger& logger_;
+    int32_t dla_ = -1;
 };
 
 inline IRuntime* createInferRuntime(ILogger& logger) noexcept { return new IRuntime(logger); }

@@ -1,10 +1,11 @@
 // A small program around the engine: an example of its use, the bundle's own test, and what --device adb: runs.
 //
-//     thinet-RUNTIME classify BUNDLE IMAGE.ppm                        the three likeliest classes
-//     thinet-RUNTIME check BUNDLE                                     golden picture, golden inputs and outputs
+//     thinet-RUNTIME classify BUNDLE IMAGE.ppm [PRECISION]            the three likeliest classes
+//     thinet-RUNTIME check BUNDLE [PRECISION]                         golden picture, golden inputs and outputs
 //     thinet-RUNTIME outputs BUNDLE PRECISION THREADS FILE            golden inputs through the engine, into a file
 //     thinet-RUNTIME time BUNDLE PRECISION THREADS SECONDS FPS        raw milliseconds of each run; FPS 0: back to back
 //
+// Without PRECISION: of the engines that are there, the first by name.
 // Exit codes: 0 done, 1 a check failed, 2 anything else. The last two print one line of JSON.
 
 #include <algorithm>
@@ -67,8 +68,8 @@ std::vector<float> outputs_of(Engine& engine, const std::vector<std::vector<floa
     return all;
 }
 
-int classify(const Model& model, const std::string& path) {
-    const auto engine = open_engine(model, model.engine(kRuntime), cores());
+int classify(const Model& model, const std::string& path, const std::string& precision) {
+    const auto engine = open_engine(model, model.engine(kRuntime, precision), cores());
     const std::vector<float> scores = engine->run(preprocess(read_ppm(path), model.preprocess()));
     const float highest = *std::max_element(scores.begin(), scores.end());
     double sum = 0;
@@ -112,8 +113,8 @@ bool check_picture(const Model& model) {
     return found.passed;
 }
 
-bool check_engine(const Model& model) {
-    const EngineFile file = model.engine(kRuntime);
+bool check_engine(const Model& model, const std::string& precision) {
+    const EngineFile file = model.engine(kRuntime, precision);
     const auto engine = open_engine(model, file, cores());
     const std::vector<float> expected = model.floats("app/golden/output.f32");
     const std::vector<float> got = outputs_of(*engine, golden_inputs(model));
@@ -192,16 +193,17 @@ int time_runs(const Model& model, const std::string& precision, int threads, dou
 int run(const std::vector<std::string>& words) {
     const std::string command = words.empty() ? "" : words[0];
     const size_t count = words.size();
-    if (command == "classify" && count == 3) return classify(Model(words[1]), words[2]);
-    if (command == "check" && count == 2) {
+    if (command == "classify" && (count == 3 || count == 4))
+        return classify(Model(words[1]), words[2], count == 4 ? words[3] : "");
+    if (command == "check" && (count == 2 || count == 3)) {
         const Model model(words[1]);
         const bool same_input = check_picture(model);
-        return check_engine(model) && same_input ? 0 : 1;
+        return check_engine(model, count == 3 ? words[2] : "") && same_input ? 0 : 1;
     }
     if (command == "outputs" && count == 5) return outputs(Model(words[1]), words[2], std::stoi(words[3]), words[4]);
     if (command == "time" && count == 6)
         return time_runs(Model(words[1]), words[2], std::stoi(words[3]), std::stod(words[4]), std::stod(words[5]));
-    std::cerr << "usage: thinet-" << kRuntime << " classify BUNDLE IMAGE.ppm | check BUNDLE | "
+    std::cerr << "usage: thinet-" << kRuntime << " classify BUNDLE IMAGE.ppm [PRECISION] | check BUNDLE [PRECISION] | "
               << "outputs BUNDLE PRECISION THREADS FILE | time BUNDLE PRECISION THREADS SECONDS FPS\n";
     return 2;
 }

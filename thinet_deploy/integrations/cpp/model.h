@@ -42,15 +42,24 @@ public:
     const std::string& input() const { return text("input"); }
     const std::string& output() const { return text("output"); }
 
-    /// The engine of a runtime; `precision` may be "" where there is one only.
+    /// The engine of a runtime in a precision; with "", of those that are there, the first by name.
     EngineFile engine(const std::string& runtime, const std::string& precision = "") const {
         const std::string start = "engine." + runtime + "." + precision;
-        const auto found = values_.lower_bound(start);
-        if (found == values_.end() || found->first.compare(0, start.size(), start) != 0)
-            throw std::runtime_error("the bundle has no engine for " + runtime + " " + precision);
-        const std::string which = found->first.substr(7);
-        return {path(found->second), which.substr(which.find('.') + 1), numbers("tolerance." + which).at(0)};
+        EngineFile first;
+        for (auto each = values_.lower_bound(start);
+             each != values_.end() && each->first.compare(0, start.size(), start) == 0; ++each) {
+            const std::string which = each->first.substr(7);
+            const EngineFile file{path(each->second), which.substr(which.find('.') + 1),
+                                  numbers("tolerance." + which).at(0)};
+            if (std::ifstream(file.path).good()) return file;  // others may have to be built on the device first
+            if (first.path.empty()) first = file;
+        }
+        if (first.path.empty()) throw std::runtime_error("the bundle has no engine for " + runtime + " " + precision);
+        return first;
     }
+
+    /// The DLA that TensorRT's engine is for; -1: none.
+    int dla() const { return values_.count("dla") ? static_cast<int>(numbers("dla").at(0)) : -1; }
 
     /// Path of a file of the bundle.
     std::string path(const std::string& name) const { return folder_ + "/" + name; }

@@ -72,6 +72,7 @@ public:
         std::ifstream stream(file.path, std::ios::binary);
         const std::string bytes{std::istreambuf_iterator<char>(stream), {}};
         if (bytes.empty()) throw std::runtime_error(file.path + " is missing: build the engine on this device first");
+        if (model.dla() >= 0) runtime_->setDLACore(model.dla());  // the engine does not keep which one it is for
         engine_.reset(checked(runtime_->deserializeCudaEngine(bytes.data(), bytes.size()),
                               "TensorRT refuses the engine: it runs on the device and version it was built with only"));
         for (const std::string& name : {input_, output_})

@@ -64,9 +64,11 @@ def preprocess(image: Image.Image, how: dict[str, Any]) -> Any:
     """From an image to the network's input, float32 (channels, height, width), as in training.
 
     Args:
-        image: of 8 bits per channel.
+        image: in any of Pillow's modes.
         how: the content of preprocess.json.
     """
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would cut off all above 255
+        image = Image.fromarray(np.clip((np.asarray(image).astype(np.int64) + 128) // 257, 0, 255).astype(np.uint8))
     image = image.convert("L" if how["colour"] == "GRAY" else "RGB")
     shorter = how["resize"] if isinstance(how["resize"], int) else 0
     height, width = (shorter, shorter) if shorter else how["resize"]
