@@ -355,6 +355,9 @@ def test_litert_and_executorch_are_quantised_with_the_calibration_images(
     made = [each.runtime for each in read_manifest(done.bundle).engines]
     assert made == [each for each in ("litert", "onnxruntime", "executorch") if each in (*here, "onnxruntime")]
     assert {hop.hop for hop in done.hops if hop.passed} >= {f"{each} holds int8" for each in here}
+    judged = [hop for hop in done.hops if hop.hop in {f"ONNX → {each}" for each in here}]
+    assert len(judged) == len(NETWORKS) * len(here)
+    assert all("by the runtime's own tools; top-1 on" in hop.detail for hop in judged)
     assert len(np.load(copy / "typed" / "calibration.npy")) == 33
     assert verify_bundle(done.bundle)["exit_code"] == 0
 

@@ -28,6 +28,7 @@ from thinet_deploy.verify import (
     compare,
     engine_hop,
     onnx_hop,
+    own_int8_hop,
     pruning_hop,
     rounding_noise,
     tolerance,
@@ -221,6 +222,20 @@ def test_fine_tuning_fails_when_accuracy_falls_by_more_than_chance(
     assert hop.passed is passed
     assert hop.error is None
     assert f"{before:.2f} → {after:.2f}" in hop.detail
+
+
+@pytest.mark.parametrize(
+    ("wrong", "value", "passed"), [(0, 1.0, True), (2, 1.0, True), (3, 1.0, False), (0, math.nan, False)]
+)
+def test_what_a_runtime_quantised_itself_is_judged_by_what_it_gets_wrong(
+    wrong: int, value: float, passed: bool
+) -> None:
+    exact = np.eye(10, dtype=np.float32)
+    held = exact.copy()
+    held[:wrong] = np.roll(held[:wrong], 1, axis=1)
+    hop = own_int8_hop("conv", "litert", exact, exact * np.float32(value), (exact, held, np.arange(10)), 20)
+    assert hop.passed == passed
+    assert f"100.00 → {100 - 10 * wrong:.2f} %, allowed 20 points" in hop.detail
 
 
 @pytest.mark.parametrize("passed", [True, False])

@@ -188,6 +188,34 @@ def int8_hop(model: str, expected: Floats, got: Floats, how: dict[str, Any]) -> 
     return Hop(model, "FP32 → int8 ONNX", passed, images=len(got), detail=detail)
 
 
+def own_int8_hop(
+    model: str,
+    runtime: str,
+    expected: Floats,
+    got: Floats,
+    held: tuple[Floats, Floats, NDArray[np.int64]],
+    max_drop: float,
+) -> Hop:
+    """FP32 → an engine whose makers' tools quantised it: accuracy on held-out training images decides here too.
+
+    Args:
+        model: which network.
+        runtime: of the engine.
+        expected: of the float32 network, (n, classes).
+        got: of the engine.
+        held: of held-out images, what the float32 network says, what the engine says, and the classes, (m,).
+        max_drop: points of top-1 on these that may be lost.
+    """
+    before, after = (float((scores.argmax(1) == held[2]).mean() * 100) for scores in held[:2])
+    same = int((expected.argmax(1) == got.argmax(1)).sum())
+    detail = (
+        f"int8 by the runtime's own tools; top-1 on {len(held[2])} held-out images {before:.2f} → {after:.2f} %, "
+        f"allowed {max_drop:g} points; same top-1 {same}/{len(got)}"
+    )
+    passed = bool(np.isfinite(got).all()) and before - after <= max_drop + ROUNDING
+    return Hop(model, f"ONNX → {runtime}", passed, error=distance(expected, got), images=len(got), detail=detail)
+
+
 def distance(expected: Floats, got: Floats) -> float:
     """Largest difference, relative to the largest expected value."""
     scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))

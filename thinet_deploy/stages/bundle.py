@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from ..artifact import read_json, sha256_of
 from ..bundle import BundleSpec, EngineFile, TypedFile, write_bundle
 from ..export import INPUT
 from ..interfaces import TensorSpec
+from ..verify import INT8_ALLOWANCE
 from .deploy import EXPORTED, Files
 from .job import Job
 from .parity import PARITY, GoldenFile
+from .precision import quantises
 from .tools import PLAN, Tools
 
 
@@ -50,7 +52,7 @@ def bundled(
             model=f"{job.model_name}, {ship.label}",
             target=job.target.id,
             onnx=files.source(name),
-            engines=tuple(_engines(job, name, files, engines, golden)),
+            engines=tuple(_engines(job, name, files, engines, golden, _moved(name, hops))),
             typed=tuple(_typed(name, files, golden)),
             inputs=_specs(spec["inputs"]),
             outputs=_specs(spec["outputs"]),
@@ -70,14 +72,24 @@ def bundled(
 
 
 def _engines(
-    job: Job, name: str, files: Files, engines: Mapping[str, Path], golden: GoldenFile
+    job: Job, name: str, files: Files, engines: Mapping[str, Path], golden: GoldenFile, moved: Mapping[str, float]
 ) -> Iterator[EngineFile]:
-    """The engines of the network; for a target that builds its own, the ONNX file to run until it has."""
+    """The engines of the network; for a target that builds its own, the ONNX file to run until it has.
+
+    What the runtime's own tools quantised may be off by twice what it was off by here: a device rounds otherwise.
+    """
     on_device, precision = job.target.builds_on_device, files.engines
     for runtime, path in engines.items():
         if runtime == "onnxruntime" or not on_device:
             source = files.onnx / f"{name}.onnx" if on_device else path
-            yield EngineFile(runtime, source, precision, golden.allowed[precision])
+            own = INT8_ALLOWANCE * moved.get(runtime, 0.0) if precision == "int8" and quantises(runtime) else 0.0
+            yield EngineFile(runtime, source, precision, max(own, golden.allowed[precision]))
+
+
+def _moved(name: str, hops: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Runtime → how far the network's engine was from torch here, where it was run."""
+    found = [hop for hop in hops if hop["model"] == name and hop["error"] is not None]
+    return {hop["hop"].removeprefix("ONNX → "): hop["error"] for hop in found if hop["hop"].startswith("ONNX → ")}
 
 
 def _typed(name: str, files: Files, golden: GoldenFile) -> Iterator[TypedFile]:

@@ -17,10 +17,11 @@ from ..artifact import write_json
 from ..export import OUTPUT
 from ..interfaces import Precision
 from ..on_device.engines import can_run
+from ..precision.accuracy_gate import Judge
 from ..tasks.base import named, said
 from ..verify import Floats, Said
 from .deploy import Files
-from .precision import quantises, typed_hops
+from .precision import judging, quantises, typed_hops
 from .tools import Tools, json_ready
 
 PARITY = "parity.json"
@@ -84,10 +85,12 @@ def parity(
         folder: to write to.
     """
     (before, executed), inputs = known, _inputs(tools)
+    own = files.engines == "int8" and any(quantises(runtime) and can_run(runtime) for _, runtime in engines)
+    judge = judging(tools.job) if own else None
     hops, steps = list(before), len(before) + len(networks) + len(engines)
     for name, source in networks.items():
         tools.progress("Verifying", len(hops), steps, f"{name}: torch to ONNX")
-        network = _Network.of(name, tools.load(source), files, inputs)
+        network = _Network.of(name, tools.load(source), files, inputs, judge)
         hops += network.hops()
         network.golden().save(folder / f"{name}.npz")
         for (owner, runtime), path in engines.items():
@@ -97,6 +100,14 @@ def parity(
     passed = sum(hop.passed for hop in hops)
     tools.progress("Verifying", len(hops), len(hops), f"{passed} of {len(hops)} hops passed")
     write_json(folder / PARITY, {"hops": [json_ready(hop) for hop in (*hops, *executed)]})
+
+
+def _said(model: nn.Module, images: Floats) -> Said:
+    """A network's outputs in torch, by name."""
+    parts = np.array_split(images, math.ceil(len(images) / BATCH))
+    with torch.inference_mode():
+        runs = [named(said(model, torch.from_numpy(part))) for part in parts]
+    return {output: np.concatenate([run[output] for run in runs]) for output in runs[0]}
 
 
 def _inputs(tools: Tools) -> Floats:
@@ -120,6 +131,8 @@ class _Network:
         noise: of rounding in float32 (see `verify.rounding_noise`).
         typed: precision → the verdict on that file, and what it says, (n, classes); only networks with one output have
             typed files so far (see `precision_stage.planned`).
+        judge: held-out images for engines that were quantised by the runtime's own tools; None where there are none.
+        held: what the network says of these in torch, (m, classes).
     """
 
     name: str
@@ -128,17 +141,17 @@ class _Network:
     outputs: Said
     noise: float
     typed: Mapping[Precision, tuple[verify.Hop, Floats]]
+    judge: Judge | None
+    held: Floats | None
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, files: Files, inputs: Floats) -> _Network:
+    def of(cls, name: str, model: nn.Module, files: Files, inputs: Floats, judge: Judge | None) -> _Network:
         """Run a network, and its typed files."""
-        noise = verify.rounding_noise(model, inputs[:ONNX_IMAGES])
-        parts = np.array_split(inputs, math.ceil(len(inputs) / BATCH))
-        with torch.inference_mode():
-            runs = [named(said(model, torch.from_numpy(part))) for part in parts]
-        outputs = {output: np.concatenate([run[output] for run in runs]) for output in runs[0]}
-        typed = typed_hops(name, files.report, files.typed, inputs, outputs[OUTPUT], noise)
-        return cls(name, files, inputs, outputs, noise, {precision: (hop, got) for precision, hop, got in typed})
+        noise, outputs = verify.rounding_noise(model, inputs[:ONNX_IMAGES]), _said(model, inputs)
+        hops = typed_hops(name, files.report, files.typed, inputs, outputs[OUTPUT], noise)
+        typed = {precision: (hop, got) for precision, hop, got in hops}
+        held = _said(model, judge.images)[OUTPUT] if judge else None
+        return cls(name, files, inputs, outputs, noise, typed, judge, held)
 
     def hops(self) -> list[verify.Hop]:
         """The verdicts on the ONNX file and on the typed ones."""
@@ -150,14 +163,26 @@ class _Network:
     def engine_hop(self, runtime: str, path: Path) -> verify.Hop:
         """The verdict on an engine.
 
-        An INT8 engine has to do what its file says; what the file changes has a verdict of its own. What quantises by
-        itself has no file of ours to go by: it may move the outputs twice as far as ours.
+        An INT8 engine has to do what its file says; what the file changes has a verdict of its own. What the runtime's
+        own tools quantised has no file to go by: it is judged as our file is, by top-1 on held-out images.
         """
         precision, expected = self.files.engines, self.outputs
-        if precision == "int8" and precision in self.typed and not quantises(runtime):
+        if precision == "int8" and quantises(runtime):
+            return self._own_int8(runtime, path)
+        if precision == "int8" and precision in self.typed:
             expected = {OUTPUT: self.typed[precision][1]}
         allowed = self._allowed(precision)
         return verify.engine_hop(self.name, runtime, path, self.inputs, expected, allowed, precision=precision)
+
+    def _own_int8(self, runtime: str, path: Path) -> verify.Hop:
+        assert self.judge is not None, "`parity` sees to it"
+        assert self.held is not None
+        images = np.concatenate([self.inputs, self.judge.images])
+        said_ = verify.engine_outputs(runtime, path, images, threads=1, precision="int8")[OUTPUT]
+        got, held = np.split(said_, [len(self.inputs)])
+        classes = self.held.argmax(1) if self.judge.labels is None else self.judge.labels
+        most = self.files.typed_as(self.name)["max_drop"]
+        return verify.own_int8_hop(self.name, runtime, self.outputs[OUTPUT], got, (self.held, held, classes), most)
 
     def golden(self) -> GoldenFile:
         """What ships with the network: the first images, and how far engines may be from torch."""

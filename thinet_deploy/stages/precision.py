@@ -77,13 +77,20 @@ def _fp32_only(job: Job, plan: PrecisionPlan) -> PrecisionPlan:
     return replace(plan, files=(), notes=(*plan.notes, f"{why[0].upper()}{why[1:]}: the bundle has fp32."))
 
 
-def _calibrating(job: Job) -> tuple[ImageSet, Any, ImageSet]:
-    """Training images, which of them to calibrate with, and others, held out to judge by."""
-    fit, held_out = job.split
+def _calibrating(job: Job) -> tuple[ImageSet, Any]:
+    """Training images, and which of them to calibrate with."""
+    fit, _ = job.split
     most = min(CALIBRATION_IMAGES, job.options.calibration_images)
     chosen = fit.sample(most, seed=job.options.seed, stage="precision")
     # Folders have one class after another: where the first of them are all that there is room for, these are of all.
-    return fit, generator(job.options.seed, "precision", "order").permutation(chosen), held_out
+    return fit, generator(job.options.seed, "precision", "order").permutation(chosen)
+
+
+def judging(job: Job) -> Judge:
+    """Held-out training images, by which it is judged what INT8 costs."""
+    _, held_out = job.split
+    chosen = held_out.sample(JUDGING_IMAGES, seed=job.options.seed, stage="precision")
+    return Judge(held_out.inputs(chosen), held_out.labels[chosen] if held_out.labelled else None)
 
 
 def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collection[str], folder: Path) -> None:
@@ -92,7 +99,7 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
     Converters that quantise by themselves find the calibration images in calibration.npy.
     """
     job, report = tools.job, dict[str, dict[str, Any]]()
-    fit, chosen, held_out = _calibrating(job)
+    fit, chosen = _calibrating(job)
     height, width = job.input_shape[1:]
     size = min(64, max(4, 64 * 32 * 32 // (height * width)))
 
@@ -100,8 +107,7 @@ def typed(tools: Tools, plan: PrecisionPlan, onnx_folder: Path, names: Collectio
         for start in range(0, len(chosen), size):
             yield fit.inputs(chosen[start : start + size])
 
-    judged = held_out.sample(JUDGING_IMAGES, seed=job.options.seed, stage="precision")
-    judge = Judge(held_out.inputs(judged), held_out.labels[judged] if held_out.labelled else None)
+    judge = judging(job)
     for index, name in enumerate(names):
         tools.progress("Calibrating types", index, len(names), name)
         model = read_onnx(onnx_folder / f"{name}.onnx")
