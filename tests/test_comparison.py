@@ -96,6 +96,19 @@ def test_the_baseline_may_be_a_row_a_label_or_a_run(tmp_path: Path) -> None:
         comparison.against(runs, "convv")
 
 
+def test_rows_say_which_run_they_are_of(tmp_path: Path) -> None:
+    one, other = finished(tmp_path / "a", ORIGINAL, CONV), finished(tmp_path / "b", ORIGINAL, CONV)
+    tables, names = [one.table, replace(other.table, precision="int8")], ["a", "b"]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(texts.render(tables, 160, names))
+    text = console.export_text()
+    for words in ("a: net on photos → cpu, fp32", "b: net on photos → cpu, int8", "b: Original", "b: f./b.: "):
+        assert words in text
+    assert text.count("accuracy on 1000 test images") == 1, "what holds for both is said once"
+    assert "| b: Original |" in texts.to_markdown(tables, names)
+    assert [row["run"] for row in csv.DictReader(io.StringIO(texts.to_csv(tables, names)))] == ["a", "a", "b", "b"]
+
+
 def test_an_invalid_time_is_compared_with_nothing(tmp_path: Path) -> None:
     hot = replace(CONV, engines={"ov": Time(4, 3.9, 4.1, invalid="the machine throttled")})
     (found,) = comparison.against([finished(tmp_path / "a", ORIGINAL, hot)], "original")[1]

@@ -225,7 +225,8 @@ def test_compare_ends_with_1_only_when_something_is_proven_broken(cli: Callable[
     broken = cli("compare", run, "--require", "size<=1MB", "--format", "markdown")
     assert broken.code == 1
     assert "1 of 1 requirements broken" in broken.out
-    assert "failure" in (run / "contract" / "junit.xml").read_text()
+    assert "failure" in (run / "compared" / "junit.xml").read_text()
+    assert not (run / "contract").exists(), "which is the build's own"
     document = json.loads(cli("compare", run, "--require", "size<=1MB", "--json").out)
     assert document["contract"][0][0]["outcome"] == "not met"
     for damaged in ("{", "[1]", '{"facts": {}}'):
@@ -240,7 +241,7 @@ def test_compare_ends_with_1_only_when_something_is_proven_broken(cli: Callable[
 
 def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(cli: Callable[..., Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", table())
-    (run / "contract").write_text("in the way")
+    (run / "compared").write_text("in the way")
     for required, code in (("latency<=8ms", 0), ("size<=1MB", 1)):
         told = cli("compare", run, "--require", required)
         assert told.code == code, told.err

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from thinet_deploy.errors import ModelError
+from thinet_deploy.errors import InputError, ModelError, TargetError, UnknownNameError, WeightsError
 from thinet_deploy.options import Options
+from thinet_deploy.pipeline import prune
+from thinet_deploy.stages import job as jobs
 from thinet_deploy.stages.job import load_job
 
 MakeOptions = Callable[..., Options]
@@ -29,3 +31,45 @@ def test_a_network_that_cannot_train_on_one_image_needs_larger_batches(
     assert "--batch-size 2" in no.value.hint
     load_job(tiny_options(tmp_path, "norm_of_points", batch_size=2))
     load_job(tiny_options(tmp_path, "plain", batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"ignore": ["nomatch*"]}, UnknownNameError, "no layer for --ignore called 'nomatch*'"),
+        (
+            {"keep_layer": {"nolayer": 0.5}},
+            UnknownNameError,
+            "for --keep-layer, called 'nolayer'",
+        ),
+        ({"macs": "0.5x"}, InputError, "--macs 0.5x asks for no less than the original has"),
+        ({"size": "9MB"}, InputError, "--size 9MB asks for no less than the original has"),
+    ],
+)
+def test_what_asks_for_nothing_is_refused_before_the_training(
+    changes: dict[str, object], error: type[InputError], words: str, tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(error) as refused:
+        prune(tiny_options(tmp_path / "run", "plain", **changes))
+    assert words in refused.value.what
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+@pytest.mark.parametrize("budget", ["macs", "size", "latency", "speedup"])
+def test_two_ways_to_say_how_much_stays_are_refused(budget: str, tiny_options: MakeOptions, tmp_path: Path) -> None:
+    value = {"macs": "2x", "size": "1kB", "latency": "1ms", "speedup": "2x"}[budget]
+    with pytest.raises(InputError, match=f"--keep and --{budget} are two ways"):
+        tiny_options(tmp_path, keep=0.5, **{budget: value})
+
+
+def test_what_needs_no_image_is_refused_before_any_is_read(
+    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr(jobs, "load_folder", never)
+    with pytest.raises(WeightsError, match="no weights file"):
+        load_job(tiny_options(tmp_path, weights=tmp_path / "none.pth"))
+    with pytest.raises(TargetError):
+        load_job(tiny_options(tmp_path, target="cpu", precision="fp16"))

@@ -241,6 +241,19 @@ def test_a_budget_out_of_reach_says_the_smallest_time() -> None:
     assert "staircase" in found.value.hint
 
 
+def test_layers_that_are_too_cheap_to_be_timed_may_pay_together() -> None:
+    """Each looks as if no width of it saved anything, and the network is faster all the same."""
+
+    class Coarse(Device):
+        def stopwatch(self, tasks: Sequence[Task]) -> list[Timing]:
+            return [Timing(0.05) for _ in tasks]
+
+    found, _ = solve(Coarse(1), Goal(speedup=1.5))
+    assert 1.5 / 1.05 <= found.best.measured.speedup < 2
+    with pytest.raises(GateError, match="cannot be reached"):
+        solve(Coarse(1, rest_ms=1.0), Goal(ms=0.2))
+
+
 @dataclass
 class Busy(Device):
     """Somebody else works on it while the first networks are measured, and once or twice after the narrowest was."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_onnx import pooled_onnx
+from tiny_onnx import pooled_onnx, scored_onnx
 
 from thinet_deploy.artifact import write_json
 from thinet_deploy.bundle import BundleSpec, EngineFile, write_bundle
@@ -51,6 +51,14 @@ def test_an_engine_says_itself_which_images_it_takes(tmp_path: Path) -> None:
         assert isinstance(found, Engines)
         assert [ref.runtime for ref in found.refs] == [runtime]
         assert {name: array.shape for name, array in found.inputs.items()} == {"x": (1, 3, 16, 16)}
+
+
+def test_a_file_is_not_said_to_compute_in_what_it_does_not(cli: Cli, tmp_path: Path) -> None:
+    path = scored_onnx(tmp_path / "net.onnx")
+    for asked in ("int8", "fp16"):
+        told = cli("latency", path, "--precision", asked, "--seconds", "0.1")
+        assert told.code == 2
+        assert f"computes in fp32 on onnxruntime here, and --precision is {asked}" in told.err
 
 
 def test_two_engines_are_measured_in_turn_also_at_a_frame_rate(cli: Cli, tmp_path: Path) -> None:

@@ -253,6 +253,11 @@ def make_options(values: dict[str, Any]) -> Options:
     for name in values:
         if name not in Options.model_fields:
             raise UnknownNameError("option", name, Options.model_fields)
+    if values.get("keep") and (budget := next((name for name in BUDGETS if values.get(name)), "")):
+        raise InputError(
+            f"--keep and --{budget} are two ways to say how much stays, but one was expected.",
+            hint="--keep-layer keeps more of some layers within a budget.",
+        )
     try:
         return Options.model_validate(values)
     except ValidationError as error:
@@ -268,6 +273,7 @@ def make_options(values: dict[str, Any]) -> Options:
         ) from error
 
 
+BUDGETS = ("macs", "size", "latency", "speedup")
 _CHOICES = {
     "preset": Preset,
     "recipe": RecipeName,

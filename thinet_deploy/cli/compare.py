@@ -72,7 +72,7 @@ def _kept(page: Page) -> None:
     from ..reports import contract
 
     try:
-        contract.write(page.folder / "contract", page.verdicts)
+        contract.write(page.folder / "compared", page.verdicts)
     except OutputError as error:
         typer.secho(f"The verdicts are not kept: {error.what}", fg=typer.colors.YELLOW, err=True)
 
@@ -85,7 +85,7 @@ def _print(output: Format, pages: Sequence[Page], against: Against | None) -> No
     from ..reports import comparison, contract, texts
     from ..reports import html as html_report
 
-    tables = [page.table for page in pages]
+    tables, names = [page.table for page in pages], [page.folder.name for page in pages] if len(pages) > 1 else []
     if output == "json":
         typer.echo(json.dumps(_document(pages, against), indent=1))
     elif output == "html":
@@ -98,16 +98,16 @@ def _print(output: Format, pages: Sequence[Page], against: Against | None) -> No
                 hint="Run the same build again: what is not whole is made anew.",
             ) from error
     elif output == "csv":
-        typer.echo(comparison.to_csv(*against) if against else texts.to_csv(tables), nl=False)
+        typer.echo(comparison.to_csv(*against) if against else texts.to_csv(tables, names), nl=False)
     elif output == "markdown":
-        parts = [texts.to_markdown(tables), comparison.to_markdown(*against) if against else ""]
+        parts = [texts.to_markdown(tables, names), comparison.to_markdown(*against) if against else ""]
         parts += [contract.markdown(page.verdicts) for page in pages if page.verdicts]
         typer.echo("\n".join(part for part in parts if part), nl=False)
     else:
-        _show(tables, against)
+        _show(tables, names, against)
     if output in {"table", "csv"}:
-        names = [f"{page.folder.name}: " if len(pages) > 1 else "" for page in pages]
-        show_verdicts([(name, each) for name, page in zip(names, pages, strict=True) for each in page.verdicts])
+        whose = [f"{name}: " for name in names] or [""]
+        show_verdicts([(name, each) for name, page in zip(whose, pages, strict=True) for each in page.verdicts])
 
 
 def _document(pages: Sequence[Page], against: Against | None) -> Any:
@@ -120,13 +120,13 @@ def _document(pages: Sequence[Page], against: Against | None) -> Any:
     return {"tables": tables, "baseline": against and against[0], "against": rows, "contract": judged}
 
 
-def _show(tables: Sequence[Any], against: Against | None) -> None:
+def _show(tables: Sequence[Any], names: Sequence[str], against: Against | None) -> None:
     from ..reports import comparison, texts
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 180))  # a pipe wide enough that no column is cut
-    console.print(texts.render(tables, console.width))
+    console.print(texts.render(tables, console.width, names))
     if against:
         name, rows = against
         table = grid(*comparison.header(rows))

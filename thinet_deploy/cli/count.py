@@ -119,12 +119,12 @@ def _counted(
 
 
 def _show_total(console: Console, name: str, total: dict[str, int], rule: Rule) -> None:
-    from ..reports.texts import short_count
+    from ..reports.texts import short_count, short_size
 
     parameters, weights, work, done = _COLUMNS[rule]
     table = grid("network", parameters, "size", work)
     to_the_right(table)
-    size = f"{4 * total[weights] / 2**20:.2f} MB"
+    size = short_size(4 * total[weights])
     table.add_row(escape(name), short_count(total[weights]), size, short_count(total[done]))
     console.print(table)
 

@@ -83,12 +83,21 @@ Reconstruction = Annotated[
 CalibrationImages = Annotated[
     int | None, typer.Option(help="Training images for the statistics of the recipe best.  \\[default: 2000]")
 ]
-Keep = Annotated[float | None, typer.Option(help="Share of filters that stay in every pruned layer.  \\[default: 0.5]")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="As few multiply-accumulates as with this share of the filters in each pruned layer; widths go where they "
+        "help most. With the papers' recipes and other methods, just this share in each.  \\[default: 0.5]"
+    ),
+]
 Macs = Annotated[
     str | None,
     typer.Option(help="Budget instead of --keep: 2x for half of the multiply-accumulates, or a number such as 300M."),
 ]
-Size = Annotated[str | None, typer.Option(help="Budget instead of --keep: of the weights, such as 5MB.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Budget instead of --keep: of the weights, such as 5MB (2^20 bytes each, as in the papers)."),
+]
 Latency = Annotated[
     str | None,
     typer.Option(
@@ -232,7 +241,8 @@ Require = Annotated[
     typer.Option(
         help="What the network that ships has to reach, judged by 95 % intervals: latency<=8ms, speedup>=2, top1>=75, "
         "top1-drop<=1.0, size<=5MB; accuracy and accuracy-drop are of the figure that decides, "
-        "in any task. Exit code 1 when one is not met; RUN/contract has junit.xml and summary.md."
+        "in any task. Exit code 1 when one is not met; RUN/contract (of `compare`: RUN/compared) has junit.xml and "
+        "summary.md."
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]

@@ -27,6 +27,9 @@ def staircase(  # noqa: PLR0913, PLR0917 - one argument per option
     model: Annotated[str, typer.Option(help="vgg16, resnet50, … or your own file.py:factory.")],
     target: Annotated[str, typer.Option("--target", "-t", help="Whose engine is timed: see `targets`.")] = "cpu",
     input_shape: InputShape = None,
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="Number of outputs of your own network.  \\[default: 1000]")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the engine.")] = 1,
     round_to: Annotated[
         int, typer.Option(min=1, help="Look at multiples of this number only: fewer points, and no odd widths.")
@@ -57,7 +60,7 @@ def staircase(  # noqa: PLR0913, PLR0917 - one argument per option
     from ..target import load_profile
     from ..timing.things import Model, find
 
-    thing = find(model, parse_shape(input_shape) if input_shape else None, "fp32")
+    thing = find(model, parse_shape(input_shape) if input_shape else None, "fp32", classes)
     if not isinstance(thing, Model):
         raise InputError(f"{model} is an engine, but a network was expected.", hint="Give vgg16, or file.py:factory.")
     profile, machine = load_profile(target), None

@@ -103,13 +103,15 @@ def _show_methods(console: Console, methods: dict[str, Any]) -> None:
 
 def show_feasibility(console: Console, picture: Path, report: dict[str, Any]) -> None:
     """What budgets would cost, as a table and as a picture, and the widths of the one that was asked for."""
+    from ..reports.texts import short_size
+
     points, asked = report["points"], report["asked"]
     marked = [asked] if asked else []
     rows = [*marked, *(each for each in points if not asked or each["widths"] != asked["widths"])]
     table = grid("budget", "multiply-accumulates", "fewer", "weights", "predicted error")
     to_the_right(table)
     for each in sorted(rows, key=lambda each: -each["macs"]):
-        figures = (f"{each['macs'] / 1e6:.2f}M", f"{each['fewer']:.2f}x", f"{each['size_bytes'] / 2**20:.2f} MB")
+        figures = (f"{each['macs'] / 1e6:.2f}M", f"{each['fewer']:.2f}x", short_size(each["size_bytes"]))
         mark, style = (" ◆", "bold") if each is asked else ("", "")
         table.add_row(each["budget"] + mark, *figures, f"{100 * each['error']:.2f} %", style=style)
     console.print(table)
@@ -123,7 +125,8 @@ def show_feasibility(console: Console, picture: Path, report: dict[str, Any]) ->
         _show_widths(console, report)
     console.print(
         f"\nPredicted error: how much the refitted layers say wrong, of all that they say ({report['images']} images). "
-        "It ranks budgets; it is no accuracy, and fine-tuning makes up for much of it.",
+        "It ranks budgets; it is no accuracy, and fine-tuning makes up for much of it."
+        + (" The curve has widths of any number, ◆ those of the target's grid (--round-to)." if asked else ""),
         highlight=False,
     )
     _say(console, f"Picture: {picture}")

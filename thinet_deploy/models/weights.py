@@ -32,9 +32,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
+def no_weights(path: Path) -> WeightsError:
+    """The error for a path that is no file."""
+    return WeightsError(f"There is no weights file {path}.", hint="--weights takes a .safetensors or .pth file.")
+
+
 def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise WeightsError(f"There is no weights file {path}.", hint="--weights takes a .safetensors or .pth file.")
+        raise no_weights(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -115,6 +115,23 @@ def prove_precision(
     )
 
 
+def types_in(runtime: str, path: Path, precision: Precision) -> frozenset[str]:
+    """The types of an engine's convolutions and linear layers; none where nothing here can tell.
+
+    Args:
+        runtime: of the engine.
+        path: the engine's main file.
+        precision: that it is asked to compute in, where that is not in the file.
+    """
+    try:
+        if runtime in READERS:
+            return frozenset(READERS[runtime](path))
+        kernels = _READERS[runtime](path, precision) if runtime in _READERS else []
+        return frozenset(kernel.kind for kernel in kernels)
+    except Exception:  # noqa: BLE001 - what is wrong with it, its runtime says when it is opened to be timed
+        return frozenset()
+
+
 def _openvino(path: Path, precision: Precision) -> list[Kernel]:
     """From the runtime model: it names the layers that went into each executed one."""
     engine = _opened("openvino", path, precision)

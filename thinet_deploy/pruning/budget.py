@@ -167,8 +167,8 @@ def choose_widths(
 def unreachable(least: Cost, whole: Cost) -> GateError:
     """The error for a budget below the narrowest widths, given what these and the whole network cost."""
     return GateError(
-        f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.1f} M multiply-accumulates "
-        f"({whole.macs / least.macs:.2f}x fewer) and {least.size / 2**20:.2f} MB are left.",
+        f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.3g} M multiply-accumulates "
+        f"({whole.macs / least.macs:.2f}x fewer) and {least.size / 2**20:.3g} MB are left.",
         hint="Ask for less (`thinet-deploy prune --feasibility` shows what can be had), lower --round-to, prune the "
         "shortcuts too (--prune-shortcuts), let branches vanish (--drop-branches), or ignore fewer layers.",
     )

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, UnknownNameError
 from ..seeds import generator
 from .attributes import Count
 from .graph import STAYS, ChannelGraph
@@ -38,12 +38,17 @@ def channel_graph(model: nn.Module, inputs: Inputs, *, ignore: Sequence[str] = (
 
     Raises:
         ModelError: the network cannot be traced, or has no convolution.
+        UnknownNameError: a pattern is of no layer's name.
     """
     traced, draft = trace(model, inputs), Draft()
     values = run(traced, draft)
     draft.settle()
     if not any("conv" in operation(node) for node in traced.nodes):
         raise ModelError("The network has no convolution, so there are no filters to prune.")
+    names = sorted({site.parameter.removesuffix(".weight") for site in draft.producers})
+    for pattern in ignore:
+        if not fnmatch.filter(names, pattern):
+            raise UnknownNameError("layer for --ignore", pattern, names)
     for site in draft.producers:
         if any(fnmatch.fnmatchcase(site.parameter.removesuffix(".weight"), pattern) for pattern in ignore):
             draft.freeze(draft.sites[site].labels, "it was asked to stay (--ignore)")

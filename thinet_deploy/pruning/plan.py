@@ -238,7 +238,7 @@ def load_plan(path: Path) -> Plan:
         InputError: no such file, or no plan of this version.
     """
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        return Plan.model_validate_json(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"There is no plan at {path}.", hint="`thinet-deploy prune` writes plan.json.") from error
     except ValidationError as error:

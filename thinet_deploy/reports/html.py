@@ -177,7 +177,7 @@ def _cards(table: Table) -> list[dict[str, str]]:
     if original and original is not ship:
         fewer, smaller = original.flops / ship.flops, original.size_bytes / ship.size_bytes
         cards.append({"what": "#FLOPs", "value": f"{fewer:.2f}× fewer", "note": f"{ship.flops / 1e6:.1f}M"})
-        note = f"{ship.size_bytes / 2**20:.2f} MB"
+        note = texts.short_size(ship.size_bytes)
         cards.append({"what": "size", "value": f"{smaller:.2f}× smaller", "note": note})
     return cards
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -30,13 +30,20 @@ def cells(row: Row, figures: Sequence[str], runtimes: Sequence[str]) -> list[str
         short_count(row.flops),
         "invalid" if row.forward.invalid or row.backward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
         *times,
-        f"{row.size_bytes / 2**20:.2f} MB",
+        short_size(row.size_bytes),
     ]
 
 
 def short_count(number: int) -> str:
-    """Millions and billions as the papers print them: 7.91M, 9.34B."""
+    """Millions and billions as the papers print them: 7.91M, 9.34B; thousands of small networks."""
+    if number < 1e5:
+        return f"{number / 1e3:.2f}k"
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
+def short_size(number: float) -> str:
+    """Bytes in the papers' MB, 2^20 of them, or in kB where that says nothing."""
+    return f"{number / 2**20:.2f} MB" if number >= 2**20 / 10 else f"{number / 2**10:.2f} kB"
 
 
 def _ms(value: float) -> str:
@@ -115,15 +122,31 @@ def built_notes(executed: Mapping[str, Any]) -> list[str]:
     return notes if left is None else [*notes, f"the DLA left to the GPU: {', '.join(left) or 'nothing'}"]
 
 
-def render(tables: Sequence[Table], width: int) -> RenderableType:
-    """The table, then the picture, then the small print, for a console of this width."""
-    runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width))
-    parts += [_bars(tables, runtime) for runtime in runtimes]
-    parts += [Text(note, style="dim") for table in tables for note in notes_of(table)]
+def render(tables: Sequence[Table], width: int, names: Sequence[str] = ()) -> RenderableType:
+    """The table, then the picture, then the small print, for a console of this width.
+
+    Args:
+        tables: one or several.
+        width: of the console, in characters.
+        names: of several tables, such as their runs' folders.
+    """
+    runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width, names))
+    parts += [_bars(tables, runtime, names) for runtime in runtimes]
+    parts += [Text(note, style="dim") for note in _notes(tables, names)]
     return Group("ThiNet: the thin networks beside the original", *parts)
 
 
-def _grids(tables: Sequence[Table], width: int) -> list[Grid]:
+def _notes(tables: Sequence[Table], names: Sequence[str]) -> list[str]:
+    """The small print; what is not said of all of several tables says of which."""
+    each = [notes_of(table) for table in tables]
+    if not names:
+        return [note for notes in each for note in notes]
+    order = dict.fromkeys(chain(*each))
+    whose = {note: [name for name, notes in zip(names, each, strict=True) if note in notes] for note in order}
+    return [note if len(who) == len(names) else f"{', '.join(who)}: {note}" for note, who in whose.items()]
+
+
+def _grids(tables: Sequence[Table], width: int, names_of: Sequence[str]) -> list[Grid]:
     """The table; where it is wider than the console, its columns go into several tables below each other."""
     names, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
     rows = [[cells(row, figures, runtimes) for row in table.rows] for table in tables]
@@ -136,46 +159,56 @@ def _grids(tables: Sequence[Table], width: int) -> list[Grid]:
         if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > width:
             parts.append([0])
         parts[-1].append(index)
-    return [_grid(tables, names, rows, part) for part in parts]
+    heads = [
+        f"{name}{': ' if name else ''}{table.model} on {table.data} → {table.target}, {table.precision}"
+        for name, table in zip_longest(names_of, tables, fillvalue="")
+        if isinstance(table, Table)
+    ]
+    return [_grid(heads if len(tables) > 1 else [], names, rows, part) for part in parts]
 
 
-def _grid(tables: Sequence[Table], names: list[str], rows: list[list[list[str]]], columns: list[int]) -> Grid:
+def _grid(heads: list[str], names: list[str], rows: list[list[list[str]]], columns: list[int]) -> Grid:
     grid = Grid(box=SIMPLE_HEAD, show_edge=False)
     for index in columns:
         grid.add_column(names[index], justify="right" if index else "left", no_wrap=index > 0)
-    for table, lines in zip(tables, rows, strict=True):
-        if len(tables) > 1:
-            grid.add_row(Text(f"{table.model} on {table.data} → {table.target}", style="bold"))
+    for head, lines in zip_longest(heads, rows):
+        if head:
+            grid.add_row(Text(head, style="bold"))
         for line in lines:
             grid.add_row(*(line[index] for index in columns))
         grid.add_row()
     return grid
 
 
-def _bars(tables: Sequence[Table], runtime: str) -> RenderableType:
+def _bars(tables: Sequence[Table], runtime: str, names: Sequence[str]) -> RenderableType:
     """Latency as bars, one per network."""
-    every = [row for table in tables for row in table.rows if runtime in row.engines and not row.note]
-    rows = [row for row in every if not row.engines[runtime].invalid]
-    longest = max((row.engines[runtime].ms for row in rows), default=1.0)
+    every = [(of, row) for of, table in zip_longest(names, tables) for row in table.rows if runtime in row.engines]
+    rows = [(of, row) for of, row in every if not row.note and not row.engines[runtime].invalid]
+    longest = max((row.engines[runtime].ms for _, row in rows), default=1.0)
     picture = Grid.grid(padding=(0, 1))
-    for row in rows:
+    for of, row in rows:
         ms = row.engines[runtime].ms
         bar = Text("█" * max(1, round(_BAR * ms / longest)), style="red" if row.name == "original" else "green")
-        picture.add_row(f"{runtime:>12}", row.label, bar, f"{_ms(ms)} ms")
+        picture.add_row(f"{runtime:>12}", f"{of}: {row.label}" if of else row.label, bar, f"{_ms(ms)} ms")
     return picture
 
 
-def to_markdown(tables: Sequence[Table]) -> str:
-    """The table and its small print as Markdown."""
-    names, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
-    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    lines += ["| " + " | ".join(cells(row, figures, runtimes)) + " |" for table in tables for row in table.rows]
-    notes = [f"- {note}" for table in tables for note in notes_of(table)]
+def to_markdown(tables: Sequence[Table], names: Sequence[str] = ()) -> str:
+    """The table and its small print as Markdown; names, such as their runs' folders, tell several tables apart."""
+    columns, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    for of, table in zip_longest(names, tables):
+        rows = [cells(row, figures, runtimes) for row in table.rows]
+        lines += ["| " + " | ".join([f"{of}: {first}" if of else first, *rest]) + " |" for first, *rest in rows]
+    notes = [f"- {note}" for note in _notes(tables, names)]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def to_csv(tables: Sequence[Table]) -> str:
-    """The rows as CSV with full figures; times in milliseconds, empty where they are invalid; sizes in bytes."""
+def to_csv(tables: Sequence[Table], names: Sequence[str] = ()) -> str:
+    """The rows as CSV with full figures; times in milliseconds, empty where they are invalid; sizes in bytes.
+
+    With names of the tables, such as their runs' folders, these are the last column.
+    """
     runtimes, stream = runtimes_of(tables), io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     figures = figures_of(tables)
@@ -184,8 +217,8 @@ def to_csv(tables: Sequence[Table]) -> str:
     measured = [
         f"{runtime}_{part}" for runtime in runtimes for part in ("ms", "speedup", "speedup_low", "speedup_high")
     ]
-    writer.writerow([*fixed, *measured])
-    for table in tables:
+    writer.writerow([*fixed, *measured, *(["run"] if names else [])])
+    for of, table in zip_longest(names, tables):
         for row in table.rows:
             values: list[object] = [table.target, table.data, row.label]
             values += [row.figures[name].value if name in row.figures else None for name in figures]
@@ -193,7 +226,7 @@ def to_csv(tables: Sequence[Table]) -> str:
             for runtime in runtimes:
                 time = row.engines.get(runtime)
                 values += [_valid_ms(time), time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
-            writer.writerow(values)
+            writer.writerow([*values, of] if of else values)
     return stream.getvalue()
 
 

@@ -20,8 +20,8 @@ from ..interfaces import Progress, silent
 from ..models.loading import InputShape, build_model, input_shape_of, load_function, sources
 from ..models.presets import preset_widths
 from ..models.pretrained import default_weights
-from ..models.weights import load_weights
-from ..options import DEFAULT, HEAD_REPLACED, Options
+from ..models.weights import load_weights, no_weights
+from ..options import BUDGETS, DEFAULT, HEAD_REPLACED, Options
 from ..pruning.surgery import gap_head
 from ..target import TargetProfile, load_profile
 from ..tasks.base import Task
@@ -132,6 +132,10 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
     if options.unlabelled:
         _check_unlabelled(options)
     _check_unused(options)
+    if options.precision:
+        target.require_precision(options.precision)
+    if isinstance(options.weights, Path) and not options.weights.is_file():
+        raise no_weights(options.weights)
     if options.trainer:
         load_function(options.trainer, "fit")
     changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
@@ -143,12 +147,6 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
 
 def _check_unused(options: Options) -> None:
     """Raise InputError for an option that another one leaves without a meaning."""
-    budget = "macs" if options.macs else "size"
-    if getattr(options, budget) and options.keep != Options.model_fields["keep"].default:
-        raise InputError(
-            f"--keep and --{budget} are two ways to say how much stays, but one was expected.",
-            hint="--keep-layer keeps more of some layers within a budget.",
-        )
     if options.trainer and options.train:
         raise InputError(
             "--train changes our own training, but --trainer brings another one.", hint="Leave one of them out."
@@ -165,8 +163,7 @@ def _check_timed(options: Options) -> None:
     if not options.timed:
         return
     asked = "--latency" if options.latency else "--speedup"
-    budgets = [name for name in ("latency", "speedup", "macs", "size") if getattr(options, name)]
-    budgets += ["keep"] * (options.keep != Options.model_fields["keep"].default)
+    budgets = [name for name in BUDGETS if getattr(options, name)]
     if len(budgets) > 1:
         raise InputError(
             f"{' and '.join(f'--{name}' for name in budgets)} are {len(budgets)} budgets, but one was expected.",
@@ -188,8 +185,7 @@ def _check_timed(options: Options) -> None:
 
 def _check_preset(options: Options) -> None:
     """Raise InputError for widths that are asked for beside those of the preset."""
-    budgets = ("keep", "macs", "size", "latency", "speedup")
-    names = (*budgets, "round_to", "keep_layer", "ignore", "prune_shortcuts", "drop_branches")
+    names = ("keep", *BUDGETS, "round_to", "keep_layer", "ignore", "prune_shortcuts", "drop_branches")
     given = [
         name
         for name in names

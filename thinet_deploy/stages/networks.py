@@ -261,9 +261,9 @@ def _fine_tuning(run: SharedRun, tools: Tools, pruning: Pruning, where: str) -> 
     """How to train at the end: as the recipe says, or what a trial says."""
     options, epochs = tools.job.options, last_epochs(tools.job.options, pruning)
     if not options.distils:
-        return FineTuning(epochs, options.rate)
+        return FineTuning(epochs, options.rate, own=bool(options.trainer))
     if not epochs or options.trainer:
-        return FineTuning(epochs, options.rate, pruning.original.folder)
+        return FineTuning(epochs, options.rate, pruning.original.folder, own=bool(options.trainer))
     inputs = {
         **tools.job.identity,
         **training_of(options),
@@ -295,9 +295,13 @@ def gate(hops: tuple[verify.Hop, ...], run: SharedRun, stage: Stage) -> None:
         )
         for name in ("bundle", "report", "contract"):
             run.discard(name)
+        hint = f"All results are kept in {run.root}; {stage.folder} has the figures."
+        if any(hop.hop.endswith("fine-tuned") for hop in failed):
+            hint += " --finetune-epochs 0 ships the network as it was reconstructed; more epochs or another "
+            hint += "--finetune-lr may train it better."
         raise GateError(
             f"{len(failed)} of {len(hops)} parity verdicts failed; no bundle was written:\n{lines}",
-            hint=f"All results are kept in {run.root}; {stage.folder} has the figures.",
+            hint=hint,
         )
 
 
@@ -308,6 +312,10 @@ def _named(stage: str, method: str, options: Options) -> str:
 
 def tuned(how: FineTuning) -> str:
     """What the ledger calls a fine-tuning."""
+    if not how.epochs:
+        return "not fine-tuned"
+    if how.own:
+        return f"your own training, {epochs_in_words(how.epochs)} at {how.lr:g}"
     taught = f", {how.teacher_name} as teacher" if how.teacher else ""
     return f"fine-tuned, {epochs_in_words(how.epochs)} at {how.lr:g}{taught}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..artifact import write_json
 from ..counting import count
 from ..data.dataset import ImageSet
-from ..errors import ModelError
+from ..errors import InputError, ModelError, UnknownNameError
 from ..export import check_exportable
 from ..norms import reestimate_norms
 from ..options import Options
@@ -48,7 +49,20 @@ def check_way(tools: Tools, model: nn.Module) -> None:
     """Raise what would fail after the training: nothing to prune, a budget out of reach, no way to ONNX."""
     graph = graph_of(tools, model)
     groups = groups_of(tools, graph)
+    names = sorted({producer for group in groups for producer in group.producers})
+    for pattern in tools.job.options.keep_layer:
+        if not fnmatch.filter(names, pattern):
+            raise UnknownNameError("layer that is pruned, for --keep-layer,", pattern, names)
     wish = wish_of(tools, model, graph, groups)
+    dense = cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool))
+    for name, most, now in (("macs", wish.macs, dense.macs), ("size", wish.size, dense.size)):
+        if most is not None and most >= now:
+            raise InputError(
+                f"--{name} {getattr(tools.job.options, name)} asks for no less than the original has "
+                f"({dense.macs / 1e6:.4g} M multiply-accumulates, {dense.size / 2**20:.4g} MB), so nothing would be "
+                "pruned.",
+                hint="Ask for less: --macs 2x halves the multiply-accumulates.",
+            )
     choose_widths(dict(named_tensors(model)), graph, groups, wish, branches_of(tools, graph, groups, wish))
     target = tools.job.target
     check_exportable(model, tools.job.input_shape, opset=target.opset)

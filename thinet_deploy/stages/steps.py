@@ -44,12 +44,14 @@ class FineTuning:
         lr: learning rate at the start.
         teacher: folder of the network to learn from, if there is one.
         teacher_name: what the ledger calls it.
+        own: whether the user's own function trains.
     """
 
     epochs: int
     lr: float
     teacher: Path | None = None
     teacher_name: str = "the original"
+    own: bool = False
 
 
 def tuned(tools: Tools, name: str, how: FineTuning, start_folder: Path, folder: Path, checkpoint: Checkpoint) -> None:

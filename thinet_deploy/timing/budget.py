@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import GateError, InputError
 from ..pruning.allocation import CostFunction, Curve, Descent, predicted_error
-from ..pruning.budget import Widths, Wish, matching
+from ..pruning.budget import Widths, Wish, matching, uniform
 from ..pruning.graph import Branch, ChannelGroup
 from .milliseconds import Milliseconds, fastest, unpaid
 
@@ -126,7 +126,7 @@ def meet(
         GateError: the budget cannot be reached; the smallest time that can be is named.
         InputError: nothing needs to be pruned for it.
     """
-    idle = unpaid(costs, groups, wish)
+    asked, idle = wish, unpaid(costs, groups, wish)
     idle = {group.name: idle[group.name] for group in groups if group.name in idle and matching(group, wish) is None}
     wish = replace(wish, layers={**wish.layers, **dict.fromkeys(idle, 1.0)})
 
@@ -160,10 +160,11 @@ def meet(
     if goal.excess(best.measured) > 1 + SLACK:
         least = fastest(costs, groups, wish, branches)
         quick = next((trial for trial in trials if trial.widths == least), None) or tried(least)
-        if goal.excess(quick.measured) > 1 + SLACK:
-            raise _out_of_reach(goal, best, quick)
-        # It can be reached, but the corrections were led astray, as by a machine that was busy meanwhile.
-        trials += [quick, *_between_them(goal, best, quick, lambda budget: tried(within(budget) or least))]
+        if goal.excess(quick.measured) <= 1 + SLACK:
+            # It can be reached, but the corrections were led astray, as by a machine that was busy meanwhile.
+            trials += [quick, *_between_them(goal, best, quick, lambda budget: tried(within(budget) or least))]
+        else:
+            trials += [quick, *_evenly(goal, [best, quick], lambda share: tried(uniform(groups, share, asked)))]
         best = min(trials[1:], key=lambda trial: _miss(goal, trial))
     # What does not pay when it is narrowed may still have gone with its branch.
     stays = {name: why for name, why in idle.items() if best.widths[name]}
@@ -200,6 +201,23 @@ def _between_them(goal: Goal, slow: Trial, quick: Trial, tried: Callable[[float]
     found: list[Trial] = []
     while len(found) < CORRECTIONS and goal.excess(slow.measured) > 1 + SLACK:
         found.append(slow := tried(_between(goal, slow, quick)))
+    return found
+
+
+def _evenly(goal: Goal, before: Sequence[Trial], tried: Callable[[float], Trial]) -> list[Trial]:
+    """The narrowest widths of all, and shares of all filters between them and the whole.
+
+    Layers that are too cheap to be timed one by one may pay together.
+
+    Raises:
+        GateError: not even the narrowest widths are fast enough; the fastest of all trials is named.
+    """
+    found, low, high = [tried(0.0)], 0.0, 1.0
+    if goal.excess(found[0].measured) > 1 + SLACK:
+        raise _out_of_reach(goal, [*before, *found])
+    for _ in range(CORRECTIONS):
+        found.append(tried(middle := (low + high) / 2))
+        low, high = (middle, high) if goal.excess(found[-1].measured) <= 1 else (low, middle)
     return found
 
 
@@ -240,9 +258,8 @@ def _miss(goal: Goal, trial: Trial) -> tuple[bool, float]:
     return excess > 1 + SLACK, abs(excess - 1)
 
 
-def _out_of_reach(goal: Goal, best: Trial, least: Trial) -> GateError:
-    least = min(best, least, key=lambda trial: trial.measured.ms)
-    found = least.measured
+def _out_of_reach(goal: Goal, trials: Sequence[Trial]) -> GateError:
+    found = max((trial.measured for trial in trials), key=lambda measured: measured.speedup)
     return GateError(
         f"The budget of {goal} cannot be reached: the fastest network that could be had takes {found.ms:.4g} ms, "
         f"{found.speedup:.3g}x faster than the original with {found.original_ms:.4g} ms.",

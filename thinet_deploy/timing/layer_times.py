@@ -74,30 +74,41 @@ def _by_layer(source: ModelProto, kernels: Mapping[tuple[str, ...], float]) -> d
 
 
 def _openvino(path: Path, precision: Precision, image: Array, threads: int) -> Times:
-    """From the runtime model, which knows averages only; of several engines, lest one disturbed run decides."""
+    """From the profile of each run but the first; of several engines, lest one disturbed compilation decides."""
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": True}
     options["INFERENCE_PRECISION_HINT"] = _HINTS[precision]
     core, found = import_runtime("openvino").Core(), defaultdict[tuple[str, ...], list[float]](list)
     for _ in range(ENGINES):
         model = core.compile_model(str(path), "CPU", options)
         request = model.create_infer_request()
-        for _ in range(RUNS):
+        kernels, took = _kernels(model), defaultdict[tuple[str, ...], list[float]](list)
+        for run in range(RUNS):
             request.infer({INPUT: image})
-        for names, ms in _averages(model).items():
-            found[names].append(ms)
+            sums = dict.fromkeys(kernels.values(), 0.0)
+            for each in request.profiling_info if run else ():
+                sums[kernels.get(each.node_name, ())] = (
+                    sums.get(kernels.get(each.node_name, ()), 0.0) + each.real_time.total_seconds() * 1000
+                )
+            for names, ms in sums.items() if run else ():
+                took[names].append(ms)
+        for names, values in took.items():
+            found[names].append(_middle(values))
     return {names: statistics.median(values) for names, values in found.items()}
 
 
-def _averages(model: Any) -> Times:
-    """Of a compiled model's kernels, by the names of the layers that went into each."""
-    found: Times = defaultdict(float)
+def _kernels(model: Any) -> dict[str, tuple[str, ...]]:
+    """A compiled model's kernels, and the names of the layers that went into each."""
+    found = {}
     for kernel in model.get_runtime_model().get_ops():
-        info = kernel.get_rt_info()
-        took = str(info["execTimeMcs"].value)
-        if took.isdigit():
-            names = tuple(plain_name(name) for name in str(info["originalLayersNames"].value).split(","))
-            found[names] += int(took) / 1000
+        layers_in = str(kernel.get_rt_info()["originalLayersNames"].value).split(",")
+        found[kernel.get_friendly_name()] = tuple(plain_name(name) for name in layers_in)
     return found
+
+
+def _middle(values: Sequence[float]) -> float:
+    """The mean of the middle half: the profile counts in whole microseconds, which a median would keep."""
+    part = len(values) // 4
+    return statistics.mean(sorted(values)[part : len(values) - part])
 
 
 def _onnxruntime(path: Path, precision: Precision, image: Array, threads: int) -> Times:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..export import INPUT
 from ..interfaces import Array, Precision
 from ..models.loading import MODELS, InputShape, build_model, input_shape_of
 from ..on_device import self_test
+from ..precision.executed import types_in
 from .latency import EngineRef
 
 if TYPE_CHECKING:
@@ -57,13 +58,16 @@ class Model:
     input_shape: InputShape
 
 
-def find(name: str, input_shape: InputShape | None, precision: Precision) -> Engines | Model:
+def find(
+    name: str, input_shape: InputShape | None, precision: Precision, classes: int | None = None
+) -> Engines | Model:
     """Say what a name or path is.
 
     Args:
         name: a path of an engine file, a bundle or a run; a model's name or file.py:factory.
         input_shape: for what does not say which images it takes.
         precision: that an engine file has to compute in.
+        classes: number of outputs of the user's own network; None for as many as ImageNet's.
 
     Raises:
         InputError: it is none of these, damaged, or does not say which images it takes.
@@ -74,9 +78,9 @@ def find(name: str, input_shape: InputShape | None, precision: Precision) -> Eng
     if (path / "run.json").is_file():
         return _run(path)
     if path.is_file() and path.suffix in _SUFFIXES:
-        return Engines((EngineRef(path.stem, _SUFFIXES[path.suffix], path, precision),), _noise(path, input_shape))
+        return Engines((_engine(path, precision),), _noise(path, input_shape))
     if name in MODELS or ".py" in name:
-        return _model(name, input_shape)
+        return _model(name, input_shape, classes)
     if path.exists():
         known = ", ".join(_SUFFIXES)
         raise InputError(
@@ -86,9 +90,23 @@ def find(name: str, input_shape: InputShape | None, precision: Precision) -> Eng
     raise UnknownNameError("file or model", name, [*MODELS, "file.py:factory"])
 
 
-def _model(name: str, input_shape: InputShape | None) -> Model:
-    classes = None if name in MODELS else _CLASSES  # our own know how many they have
-    module = build_model(name, input_shape=input_shape, num_classes=classes, seed=0)
+def _engine(path: Path, precision: Precision) -> EngineRef:
+    """An engine's file, which has to compute in what it is said to."""
+    runtime = _SUFFIXES[path.suffix]
+    found = types_in(runtime, path, precision)
+    if found and (found != {"fp32"} if precision == "fp32" else precision not in found):
+        listed = " and ".join(sorted(found))
+        known = [each for each in get_args(Precision) if each in found and each != "fp32"]
+        raise InputError(
+            f"{path} computes in {listed} on {runtime} here, and --precision is {precision}.",
+            hint=f"Give --precision {known[0] if known else 'fp32'}: the file decides that.",
+        )
+    return EngineRef(path.stem, runtime, path, precision)
+
+
+def _model(name: str, input_shape: InputShape | None, classes: int | None) -> Model:
+    outputs = None if name in MODELS else classes or _CLASSES  # our own know how many they have
+    module = build_model(name, input_shape=input_shape, num_classes=outputs, seed=0)
     shape = input_shape or input_shape_of(module)
     if shape is None:
         raise InputError(f"{name} does not say which images it takes.", hint="Give --input-shape 3x224x224.")
