@@ -85,8 +85,17 @@ def test_a_failing_trainer_ends_in_one_message(
     message = " ".join(done.err.split())
     assert "own.py:fit failed in Fine-tuning, layer features.2: RuntimeError: out of coffee" in message
     assert "Traceback" not in done.err
+    assert 'own.py", line 8, in fit' in (tmp_path / "run" / "logs" / "trainer.log").read_text()
     assert (tmp_path / "run" / "dense").is_dir(), "finished stages are kept"
     assert not (tmp_path / "run" / "prune").exists()
+
+
+@pytest.mark.parametrize("form", ["model", "model, images, rate", "model, images, *, momentum"])
+def test_a_trainer_that_cannot_be_called_is_found_first(form: str, tiny_options: MakeOptions, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"def fit({form}): ...")
+    with pytest.raises(ModelError, match=r"own.py:fit cannot be called as fit\(model, images, …\): "):
+        build(tiny_options(tmp_path / "run", trainer=f"{tmp_path / 'own.py'}:fit"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _set(model: nn.Module, names: list[str], tensor: torch.Tensor) -> None:
 def load_thin(plan: Plan, fresh: nn.Module, weights: Path) -> nn.Module:
     """The thin model of a run: the plan replayed on a fresh model, with the weights from model.safetensors."""
     thin = apply(plan, fresh)
-    load_weights(thin, weights)
+    load_weights(thin, Path(weights))
     return thin.eval()
 
 

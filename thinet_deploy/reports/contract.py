@@ -175,7 +175,7 @@ def _measured(figure: str, table: Table) -> tuple[_Figure | None, str]:
     if not figure.endswith("-drop"):
         return _of(row.main), images
     if row.drop:
-        return _of(row.drop), f"{images}, paired with the original's"
+        return _of(row.drop), f"{images}, paired with the original's{' in fp32' if table.precision == 'int8' else ''}"
     original = next(each for each in table.rows if each.name == "original")
     return _of(unpaired_difference(original.main, row.main)), images
 
@@ -194,7 +194,8 @@ def _timed(figure: str, table: Table) -> tuple[_Figure | None, str]:
     if figure == "latency":
         return _Figure(time.ms, time.low, time.high), detail
     found = None if time.speedup is None else _Figure(time.speedup, time.speedup_low, time.speedup_high)
-    return found, f"{detail}, in turn with the original"
+    also = f" in {table.precision} too" if table.precision != "fp32" else ""
+    return found, f"{detail}, in turn with the original{also}"
 
 
 def _there(table: Table, device: Mapping[str, Any]) -> tuple[_Figure | None, str]:

@@ -183,7 +183,7 @@ def read_table(run: Path) -> Table:
     Raises:
         InputError: the run is not finished.
     """
-    path = open_run(run) / "report" / "table.json"
+    path = open_run(Path(run)) / "report" / "table.json"
     if not path.exists():
         raise InputError(
             f"{run} has no table yet: its build is not finished.", hint="Run the same build again to finish it."

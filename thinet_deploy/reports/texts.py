@@ -87,12 +87,15 @@ def notes_of(table: Table) -> list[str]:
     counted = "#Param and #FLOPs by the papers' rule (weights without biases; 2 × multiply-accumulates)"
     torch = f"f./b.: forward alone / backward alone in torch, batch {table.batch}, threads: {table.torch_threads}"
     engines = f"Engines: {table.precision}, batch 1, threads: {table.threads}"
-    ratio = "× = original's time / this one's, measured in turn, with its 95 % interval"
+    typed = f", both in {table.precision}" if table.precision != "fp32" else ""
+    ratio = f"× = original's time / this one's{typed}, measured in turn, with its 95 % interval"
     notes = [
         f"{table.model} on {table.data}: accuracy on {table.images} test images. {counted}.",
         f"{torch}. {engines}; {ratio}.",
         f"Measured on {table.processor} ({table.machine}).",
     ]
+    if table.precision == "int8":
+        notes.append("Accuracy and size are of the INT8 files, the original's too; losses are told from it in fp32.")
     if any(within_noise(time) for row in table.rows for time in row.engines.values()):
         notes.append("≈: within the noise, no difference from the original is proven.")
     timed = [(row.label, where, time) for row in table.rows if not row.note for where, time in _times(row)]

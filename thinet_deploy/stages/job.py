@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from ..tasks.base import Task
 from ..tasks.choice import task_of
 from ..training import Recipe, changed
 
+OFFERED = ("epochs", "lr", "stage", "teacher", "seed", "batch_size")
+"""What a --trainer is given beside the network and the images, as far as it asks for it."""
 HELD_OUT = 0.1  # of the training images, for choices between variants
 
 
@@ -137,12 +140,25 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
     if isinstance(options.weights, Path) and not options.weights.is_file():
         raise no_weights(options.weights)
     if options.trainer:
-        load_function(options.trainer, "fit")
+        _check_trainer(options.trainer)
     changed(Recipe(options.epochs, options.lr, options.batch_size), options.train)
     job = Job(options, target, _data(options, _preprocess(options), progress, checked=checked))
     _ = job.split  # before anything is trained
     model = _check_model(job)
     return replace(job, widths=preset_widths(str(options.preset), model)) if options.fixed else job
+
+
+def _check_trainer(name: str) -> None:
+    """Raise ModelError where the user's function cannot be called as it is going to be."""
+    form = signature(load_function(name, "fit"))
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in form.parameters.values())
+    try:
+        form.bind(None, None, **{each: None for each in OFFERED if takes_all or each in form.parameters})
+    except TypeError as error:
+        raise ModelError(
+            f"{name} cannot be called as fit(model, images, …): {error}.",
+            hint=f"Beside the two it gets what it names of {', '.join(OFFERED)}; others need a default value.",
+        ) from error
 
 
 def _check_unused(options: Options) -> None:

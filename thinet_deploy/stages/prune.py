@@ -49,20 +49,7 @@ def check_way(tools: Tools, model: nn.Module) -> None:
     """Raise what would fail after the training: nothing to prune, a budget out of reach, no way to ONNX."""
     graph = graph_of(tools, model)
     groups = groups_of(tools, graph)
-    names = sorted({producer for group in groups for producer in group.producers})
-    for pattern in tools.job.options.keep_layer:
-        if not fnmatch.filter(names, pattern):
-            raise UnknownNameError("layer that is pruned, for --keep-layer,", pattern, names)
     wish = wish_of(tools, model, graph, groups)
-    dense = cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool))
-    for name, most, now in (("macs", wish.macs, dense.macs), ("size", wish.size, dense.size)):
-        if most is not None and most >= now:
-            raise InputError(
-                f"--{name} {getattr(tools.job.options, name)} asks for no less than the original has "
-                f"({dense.macs / 1e6:.4g} M multiply-accumulates, {dense.size / 2**20:.4g} MB), so nothing would be "
-                "pruned.",
-                hint="Ask for less: --macs 2x halves the multiply-accumulates.",
-            )
     choose_widths(dict(named_tensors(model)), graph, groups, wish, branches_of(tools, graph, groups, wish))
     target = tools.job.target
     check_exportable(model, tools.job.input_shape, opset=target.opset)
@@ -117,9 +104,28 @@ def _candidates(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
 
 
 def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> Wish:
-    """What the options ask of widths, in numbers for this network."""
+    """What the options ask of widths, in numbers for this network.
+
+    Raises:
+        UnknownNameError: a pattern of --keep-layer is of no layer that is pruned.
+        InputError: the budget is no less than what the network has.
+    """
     options, tensors = tools.job.options, dict(named_tensors(model))
+    names = sorted({producer for group in groups for producer in group.producers})
+    for pattern in options.keep_layer:
+        if not fnmatch.filter(names, pattern):
+            raise UnknownNameError("layer that is pruned, for --keep-layer,", pattern, names)
     dense = cost(tensors, graph, np.ones(graph.channels, dtype=bool))
+    for name, most, now in (
+        ("macs", options.most_macs(dense.macs), dense.macs),
+        ("size", options.most_bytes, dense.size),
+    ):
+        if most is not None and most >= now:
+            raise InputError(
+                f"--{name} {getattr(options, name)} asks for no less than the original has ({dense.macs / 1e6:.4g} M "
+                f"multiply-accumulates, {dense.size / 2**20:.4g} MB), so nothing would be pruned.",
+                hint="Ask for less: --macs 2x halves the multiply-accumulates.",
+            )
     sizes = {producer: len(group.channels) for group in groups for producer in group.producers}
     fixed = {producer: width / sizes[producer] for producer, width in tools.job.widths.items()}
     wish = Wish(

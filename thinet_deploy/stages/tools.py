@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..artifact import read_json
+from ..artifact import read_json, write_bytes
 from ..data.dataset import UNLABELLED, ImageSet
 from ..errors import ModelError
 from ..interfaces import Progress, Selection
@@ -98,14 +99,19 @@ class Tools:
         """Train by the user's --trainer, which gets of all there is what it asks for."""
         options, stage = self.job.options, about["stage"]
         fit = load_function(str(options.trainer), "fit")
-        offered = {**about, "seed": options.seed, "batch_size": options.batch_size}
+        offered = {**about, "seed": options.seed, "batch_size": options.batch_size}  # by the names of job.OFFERED
         taken = inspect.signature(fit).parameters
         takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
         torch.manual_seed(derive(options.seed, stage))  # so that a plain loop gives the same weights when it is resumed
         try:
             fit(model, images, **{name: value for name, value in offered.items() if takes_all or name in taken})
         except Exception as error:  # the user's own code may raise anything
-            raise ModelError(f"{options.trainer} failed in {stage}: {type(error).__name__}: {error}") from error
+            log = options.out / "logs" / "trainer.log"
+            write_bytes(log, traceback.format_exc().encode())
+            raise ModelError(
+                f"{options.trainer} failed in {stage}: {type(error).__name__}: {error}",
+                hint=f"{log} has where. Run the same command again when it is mended: finished stages are kept.",
+            ) from error
         join().align(model.cpu().eval())
 
     def test(self, model: nn.Module, name: str) -> Accuracy:
