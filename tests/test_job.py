@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from thinet_deploy.errors import InputError, ModelError, TargetError, UnknownNameError, WeightsError
-from thinet_deploy.options import Options
+from thinet_deploy.options import Options, make_options
 from thinet_deploy.pipeline import prune
 from thinet_deploy.stages import job as jobs
 from thinet_deploy.stages.job import load_job
@@ -56,10 +57,14 @@ def test_what_asks_for_nothing_is_refused_before_the_training(
 
 
 @pytest.mark.parametrize("budget", ["macs", "size", "latency", "speedup"])
-def test_two_ways_to_say_how_much_stays_are_refused(budget: str, tiny_options: MakeOptions, tmp_path: Path) -> None:
+def test_two_ways_to_say_how_much_stays_are_refused(
+    budget: str, tiny_options: MakeOptions, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     value = {"macs": "2x", "size": "1kB", "latency": "1ms", "speedup": "2x"}[budget]
     with pytest.raises(InputError, match=f"--keep and --{budget} are two ways"):
-        tiny_options(tmp_path, keep=0.5, **{budget: value})
+        load_job(tiny_options(tmp_path, keep=0.4, **{budget: value}))
+    told = cli("prune", "--model", "x.py:y", "--keep", 0.5, f"--{budget}", value)
+    assert (told.code, f"--keep and --{budget} are two ways" in told.err) == (2, True), "the default counts too"
 
 
 def test_what_needs_no_image_is_refused_before_any_is_read(
@@ -73,3 +78,9 @@ def test_what_needs_no_image_is_refused_before_any_is_read(
         load_job(tiny_options(tmp_path, weights=tmp_path / "none.pth"))
     with pytest.raises(TargetError):
         load_job(tiny_options(tmp_path, target="cpu", precision="fp16"))
+
+
+def test_options_that_are_remembered_are_taken_again(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    """`build --from` goes on with all options of `prune`, the share that nobody gave among them."""
+    asked = tiny_options(tmp_path, macs="2x")
+    assert load_job(make_options(asked.model_dump())).options == asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -253,11 +254,6 @@ def make_options(values: dict[str, Any]) -> Options:
     for name in values:
         if name not in Options.model_fields:
             raise UnknownNameError("option", name, Options.model_fields)
-    if values.get("keep") and (budget := next((name for name in BUDGETS if values.get(name)), "")):
-        raise InputError(
-            f"--keep and --{budget} are two ways to say how much stays, but one was expected.",
-            hint="--keep-layer keeps more of some layers within a budget.",
-        )
     try:
         return Options.model_validate(values)
     except ValidationError as error:
@@ -274,6 +270,17 @@ def make_options(values: dict[str, Any]) -> Options:
 
 
 BUDGETS = ("macs", "size", "latency", "speedup")
+
+
+def check_one_budget(given: Mapping[str, Any]) -> None:
+    """Raise InputError where what the user gave has --keep, at whatever value, beside a budget."""
+    if given.get("keep") and (budget := next((name for name in BUDGETS if given.get(name)), "")):
+        raise InputError(
+            f"--keep and --{budget} are two ways to say how much stays, but one was expected.",
+            hint="--keep-layer keeps more of some layers within a budget.",
+        )
+
+
 _CHOICES = {
     "preset": Preset,
     "recipe": RecipeName,

@@ -267,7 +267,15 @@ def _built_from(run: Path, given: dict[str, Any], config: Path | None, progress:
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
-    from ..options import make_options, parse_groups, parse_layer, parse_setting, parse_shape, read_config
+    from ..options import (
+        check_one_budget,
+        make_options,
+        parse_groups,
+        parse_layer,
+        parse_setting,
+        parse_shape,
+        read_config,
+    )
 
     given = dict(given)
     if settings := given.pop("train", None):
@@ -279,6 +287,7 @@ def _options(given: dict[str, Any], config: Path | None) -> Any:
     values = {**(read_config(config) if config else {}), **given}
     if isinstance(values.get("input_shape"), str):
         values["input_shape"] = parse_shape(values["input_shape"])
+    check_one_budget(values)
     return make_options(values)
 
 

@@ -22,7 +22,7 @@ from ..models.loading import InputShape, build_model, input_shape_of, load_funct
 from ..models.presets import preset_widths
 from ..models.pretrained import default_weights
 from ..models.weights import load_weights, no_weights
-from ..options import BUDGETS, DEFAULT, HEAD_REPLACED, Options
+from ..options import BUDGETS, DEFAULT, HEAD_REPLACED, Options, check_one_budget
 from ..pruning.surgery import gap_head
 from ..target import TargetProfile, load_profile
 from ..tasks.base import Task
@@ -163,6 +163,8 @@ def _check_trainer(name: str) -> None:
 
 def _check_unused(options: Options) -> None:
     """Raise InputError for an option that another one leaves without a meaning."""
+    if options.keep != Options.model_fields["keep"].default:
+        check_one_budget(options.model_dump(include={"keep", *BUDGETS}))
     if options.trainer and options.train:
         raise InputError(
             "--train changes our own training, but --trainer brings another one.", hint="Leave one of them out."
