@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinet_deploy import pipeline
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import InputError, UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
@@ -237,6 +238,13 @@ def test_compare_ends_with_1_only_when_something_is_proven_broken(cli: Callable[
     wrong = cli("compare", run, "--require", "size<=1ms")
     assert wrong.code == 2
     assert "size is in MB, kB, GB" in wrong.err
+
+
+def test_going_on_from_a_finished_build_says_that_it_is_replaced(tmp_path: Path) -> None:
+    assert pipeline._replaced(tmp_path / "none") == ()
+    (told,) = pipeline._replaced(write_run(tmp_path / "run", table()))
+    assert "had another build" in told
+    assert pipeline._replaced(write_run(tmp_path / "own", replace(table(), ships="own"))) == ()
 
 
 def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(cli: Callable[..., Any], tmp_path: Path) -> None:

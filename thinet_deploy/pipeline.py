@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from .parallel import join
 from .precision.plan import PrecisionPlan
 from .registry import host_runtimes, runs_here
 from .reports import contract
+from .reports.table import read_table
 from .shared_run import SharedRun
 from .stages import device as device_stage
 from .stages import feasibility as feasibility_stage
@@ -258,8 +259,20 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
         thin = _unfinished(run, tools, pruning)
         inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
         own = run.alone("own", inputs, lambda f, _: steps.own(tools, thin.folder, weights, f))
+        replaced = _replaced(root)
         with _withdrawn(run, *_VERDICTS):
-            return deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
+            done = deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
+    return replace(done, notes=(*done.notes, *replaced))
+
+
+def _replaced(root: Path) -> tuple[str, ...]:
+    """What to say where RUN had a build with our own training, whose report and bundle become those of another."""
+    with suppress(InputError):
+        if read_table(root).ships != "own":
+            return (
+                f"{root} had another build: its report and bundle are replaced. The same `build` makes them again.",
+            )
+    return ()
 
 
 def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
