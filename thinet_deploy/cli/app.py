@@ -85,8 +85,8 @@ app = typer.Typer(
         "From a trained CNN to a thinner, verified, measured engine on your own device.\n\n"
         "[bold]thinet-deploy build --target cpu[/bold] shows the whole way on handwritten digits that are built in. "
         "Then give your own: [bold]--data DIR --model file.py:factory --weights FILE[/bold].\n\n"
-        "Exit codes: 0 done, 1 a parity gate failed or a requirement is not met, 2 the input is wrong, 3 something is "
-        "not installed, 130 interrupted (run the same command again to go on)."
+        "Exit codes: 0 done, 1 a gate failed, a budget is out of reach or a requirement is not met, 2 the input is "
+        "wrong, 3 something is not installed, 130 interrupted (run the same command again to go on)."
     ),
 )
 
