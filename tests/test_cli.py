@@ -176,7 +176,9 @@ def test_a_trainer_of_the_users_own(cli: Cli, workplace: Path) -> None:
     assert {path.name for path in Path("other").iterdir() if not path.name.startswith(".")} <= {
         "run.json",
         "options.json",
+        "logs",
     }
+    assert "ValueError: diverged" in Path("other/logs/trainer.log").read_text()
 
 
 def test_what_the_users_code_prints_does_not_spoil_the_document(cli: Cli, workplace: Path) -> None:

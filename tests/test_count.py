@@ -54,7 +54,7 @@ def test_for_a_program(cli: Cli) -> None:
 
 def test_a_network_of_the_users(cli: Cli, workplace: Path) -> None:
     del workplace
-    assert "0.00M" in cli("count", "--model", "net.py:tiny").out
+    assert "0.53k" in cli("count", "--model", "net.py:tiny").out
     done = cli("count", "--model", "net.py:shapeless", "--input-shape", "3x16x16", "--classes", "5", "--json")
     assert json.loads(done.out)["parameters"] == 4 * 27 + 6 * 36 + 24 * 8 + 8 * 5
 

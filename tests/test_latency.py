@@ -200,6 +200,8 @@ def test_a_machine_that_throttles_makes_a_time_invalid(tmp_path: Path, monkeypat
 class HotGpu:
     """NVIDIA's library on a machine whose GPU works for somebody else, at its power cap."""
 
+    def __init__(self, bus: str | None = None) -> None: ...
+
     def state(self) -> dict[str, dict[str, int]]:
         return {"gpu0": {"slowed": 0x4, "temperature_c": 90, "energy_mj": time.monotonic_ns()}}
 

@@ -316,6 +316,7 @@ def test_what_figures_need_is_missed_before_any_work(
 @pytest.mark.parametrize("option", ["unlabelled", "transfer_to"])
 def test_what_needs_image_folders_says_so(option: str, options: Callable[..., Any], root: Path) -> None:
     weights = {"weights": root / "w.pth"} if option == "unlabelled" else {}
+    (root / "w.pth").touch()
     with pytest.raises(InputError, match=rf"--{option.replace('_', '-')} goes with image folders"):
         load_job(options(**{option: root, **weights}))
 

@@ -269,7 +269,7 @@ def make_options(values: dict[str, Any]) -> Options:
         ) from error
 
 
-BUDGETS = ("macs", "size", "latency", "speedup")
+BUDGETS = ("latency", "speedup", "macs", "size")
 
 
 def check_one_budget(given: Mapping[str, Any]) -> None:
