@@ -262,7 +262,7 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
         replaced = _replaced(root)
         with _withdrawn(run, *_VERDICTS):
             done = deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
-    return replace(done, notes=(*done.notes, *replaced))
+    return replace(done, notes=(*done.notes, *replaced)) if replaced else done
 
 
 def _replaced(root: Path) -> tuple[str, ...]:
