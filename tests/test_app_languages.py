@@ -158,12 +158,15 @@ def test_a_bundles_own_sources_run_ncnn_as_python_does(
     assert least <= np.abs(got - exact).max() / np.abs(exact).max() <= most
 
 
-def test_a_package_of_ncnn_that_wants_no_exceptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those for Android ask their users for it, and our sources throw."""
+@pytest.mark.parametrize("asks", ["yes", ""])
+def test_a_package_of_ncnn_that_wants_no_exceptions(asks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for Android ask their users for it, and our sources throw; what else one asks for stays."""
     monkeypatch.setenv("ncnn_DIR", str(STAND_INS / "ncnn"))
+    monkeypatch.setenv("NCNN_ASKS", asks)
     program = build("ncnn", SOURCES / "cpp", tmp_path)
     done = subprocess.run([program, "check", tmp_path], capture_output=True, text=True, check=False)
     assert (done.returncode, "model.properties cannot be read" in done.stderr) == (2, True)
+    assert (b"asks for nothing" in program.read_bytes()) == (not asks)
 
 
 @pytest.mark.parametrize(
