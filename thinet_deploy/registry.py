@@ -74,11 +74,10 @@ def made_by(runtime: str) -> str:
 
 def _version(module: str) -> str:
     """Of what brings a module, which may have another name: onnxruntime-gpu, tensorrt-cu12."""
-    brought_by = [module, *metadata.packages_distributions().get(module.partition(".")[0], ())]
-    for distribution in brought_by:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(distribution)
-    return str(getattr(importlib.import_module(module), "__version__", "unknown"))
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(module)
+    brought_by = metadata.packages_distributions().get(module.partition(".")[0])  # reads the records of all packages
+    return metadata.version(brought_by[0]) if brought_by else str(importlib.import_module(module).__version__)
 
 
 def convert(
