@@ -45,12 +45,12 @@ def channel_graph(model: nn.Module, inputs: Inputs, *, ignore: Sequence[str] = (
     draft.settle()
     if not any("conv" in operation(node) for node in traced.nodes):
         raise ModelError("The network has no convolution, so there are no filters to prune.")
-    names = sorted({site.parameter.removesuffix(".weight") for site in draft.producers})
+    names = {site: site.parameter.removesuffix(".weight") for site in draft.producers}
     for pattern in ignore:
-        if not fnmatch.filter(names, pattern):
-            raise UnknownNameError("layer for --ignore", pattern, names)
-    for site in draft.producers:
-        if any(fnmatch.fnmatchcase(site.parameter.removesuffix(".weight"), pattern) for pattern in ignore):
+        meant = [site for site, name in names.items() if fnmatch.fnmatchcase(name, pattern)]
+        if not meant:
+            raise UnknownNameError("layer for --ignore", pattern, set(names.values()))
+        for site in meant:
             draft.freeze(draft.sites[site].labels, "it was asked to stay (--ignore)")
     return _Trial(model, traced, values, draft, inputs).graph()
 

@@ -111,9 +111,9 @@ def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequenc
         InputError: the budget is no less than what the network has.
     """
     options, tensors = tools.job.options, dict(named_tensors(model))
-    names = sorted({producer for group in groups for producer in group.producers})
+    names = {producer for group in groups for producer in group.producers}
     for pattern in options.keep_layer:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise UnknownNameError("layer that is pruned, for --keep-layer,", pattern, names)
     dense = cost(tensors, graph, np.ones(graph.channels, dtype=bool))
     for name, most, now in (
