@@ -81,18 +81,15 @@ def _openvino(path: Path, precision: Precision, image: Array, threads: int) -> T
     for _ in range(ENGINES):
         model = core.compile_model(str(path), "CPU", options)
         request = model.create_infer_request()
-        kernels, took = _kernels(model), defaultdict[tuple[str, ...], list[float]](list)
-        for run in range(RUNS):
+        kernels, runs = _kernels(model), list[Times]()
+        for _ in range(RUNS):
             request.infer({INPUT: image})
-            sums = dict.fromkeys(kernels.values(), 0.0)
-            for each in request.profiling_info if run else ():
-                sums[kernels.get(each.node_name, ())] = (
-                    sums.get(kernels.get(each.node_name, ()), 0.0) + each.real_time.total_seconds() * 1000
-                )
-            for names, ms in sums.items() if run else ():
-                took[names].append(ms)
-        for names, values in took.items():
-            found[names].append(_middle(values))
+            took: Times = defaultdict(float)
+            for each in request.profiling_info:
+                took[kernels.get(each.node_name, ())] += each.real_time.total_seconds() * 1000
+            runs.append(took)
+        for names in runs[0]:
+            found[names].append(_middle([took[names] for took in runs[1:]]))
     return {names: statistics.median(values) for names, values in found.items()}
 
 
