@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -134,9 +134,14 @@ def render(tables: Sequence[Table], width: int, names: Sequence[str] = ()) -> Re
         names: of several tables, such as their runs' folders.
     """
     runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width, names))
-    parts += [_bars(tables, runtime, names) for runtime in runtimes]
+    parts += [_bars(_called(tables, names), runtime) for runtime in runtimes]
     parts += [Text(note, style="dim") for note in _notes(tables, names)]
     return Group("ThiNet: the thin networks beside the original", *parts)
+
+
+def _called(tables: Sequence[Table], names: Sequence[str]) -> list[tuple[str, Table]]:
+    """Each table with what stands before what is of it: its name, or nothing."""
+    return list(zip([f"{name}: " for name in names] or [""] * len(tables), tables, strict=True))
 
 
 def _notes(tables: Sequence[Table], names: Sequence[str]) -> list[str]:
@@ -163,18 +168,17 @@ def _grids(tables: Sequence[Table], width: int, names_of: Sequence[str]) -> list
             parts.append([0])
         parts[-1].append(index)
     heads = [
-        f"{name}{': ' if name else ''}{table.model} on {table.data} → {table.target}, {table.precision}"
-        for name, table in zip_longest(names_of, tables, fillvalue="")
-        if isinstance(table, Table)
+        f"{of}{table.model} on {table.data} → {table.target}, {table.precision}" if len(tables) > 1 else ""
+        for of, table in _called(tables, names_of)
     ]
-    return [_grid(heads if len(tables) > 1 else [], names, rows, part) for part in parts]
+    return [_grid(heads, names, rows, part) for part in parts]
 
 
 def _grid(heads: list[str], names: list[str], rows: list[list[list[str]]], columns: list[int]) -> Grid:
     grid = Grid(box=SIMPLE_HEAD, show_edge=False)
     for index in columns:
         grid.add_column(names[index], justify="right" if index else "left", no_wrap=index > 0)
-    for head, lines in zip_longest(heads, rows):
+    for head, lines in zip(heads, rows, strict=True):
         if head:
             grid.add_row(Text(head, style="bold"))
         for line in lines:
@@ -183,16 +187,16 @@ def _grid(heads: list[str], names: list[str], rows: list[list[list[str]]], colum
     return grid
 
 
-def _bars(tables: Sequence[Table], runtime: str, names: Sequence[str]) -> RenderableType:
+def _bars(tables: Sequence[tuple[str, Table]], runtime: str) -> RenderableType:
     """Latency as bars, one per network."""
-    every = [(of, row) for of, table in zip_longest(names, tables) for row in table.rows if runtime in row.engines]
+    every = [(of, row) for of, table in tables for row in table.rows if runtime in row.engines]
     rows = [(of, row) for of, row in every if not row.note and not row.engines[runtime].invalid]
     longest = max((row.engines[runtime].ms for _, row in rows), default=1.0)
     picture = Grid.grid(padding=(0, 1))
     for of, row in rows:
         ms = row.engines[runtime].ms
         bar = Text("█" * max(1, round(_BAR * ms / longest)), style="red" if row.name == "original" else "green")
-        picture.add_row(f"{runtime:>12}", f"{of}: {row.label}" if of else row.label, bar, f"{_ms(ms)} ms")
+        picture.add_row(f"{runtime:>12}", of + row.label, bar, f"{_ms(ms)} ms")
     return picture
 
 
@@ -200,9 +204,8 @@ def to_markdown(tables: Sequence[Table], names: Sequence[str] = ()) -> str:
     """The table and its small print as Markdown; names, such as their runs' folders, tell several tables apart."""
     columns, figures, runtimes = headers(tables), figures_of(tables), runtimes_of(tables)
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    for of, table in zip_longest(names, tables):
-        rows = [cells(row, figures, runtimes) for row in table.rows]
-        lines += ["| " + " | ".join([f"{of}: {first}" if of else first, *rest]) + " |" for first, *rest in rows]
+    for of, table in _called(tables, names):
+        lines += [f"| {of}" + " | ".join(cells(row, figures, runtimes)) + " |" for row in table.rows]
     notes = [f"- {note}" for note in _notes(tables, names)]
     return "\n".join([*lines, "", *notes]) + "\n"
 
@@ -221,7 +224,7 @@ def to_csv(tables: Sequence[Table], names: Sequence[str] = ()) -> str:
         f"{runtime}_{part}" for runtime in runtimes for part in ("ms", "speedup", "speedup_low", "speedup_high")
     ]
     writer.writerow([*fixed, *measured, *(["run"] if names else [])])
-    for of, table in zip_longest(names, tables):
+    for number, table in enumerate(tables):
         for row in table.rows:
             values: list[object] = [table.target, table.data, row.label]
             values += [row.figures[name].value if name in row.figures else None for name in figures]
@@ -229,7 +232,7 @@ def to_csv(tables: Sequence[Table], names: Sequence[str] = ()) -> str:
             for runtime in runtimes:
                 time = row.engines.get(runtime)
                 values += [_valid_ms(time), time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
-            writer.writerow([*values, of] if of else values)
+            writer.writerow([*values, *names[number : number + 1]])
     return stream.getvalue()
 
 
