@@ -131,8 +131,8 @@ class _Network:
         noise: of rounding in float32 (see `verify.rounding_noise`).
         typed: precision → the verdict on that file, and what it says, (n, classes); only networks with one output have
             typed files so far (see `precision_stage.planned`).
-        judge: held-out images for engines that were quantised by the runtime's own tools; None where there are none.
-        held: what the network says of these in torch, (m, classes).
+        held: for engines that were quantised by the runtime's own tools, held-out images, and what the network says of
+            them in torch, (m, classes); None where there are no such engines.
     """
 
     name: str
@@ -141,8 +141,7 @@ class _Network:
     outputs: Said
     noise: float
     typed: Mapping[Precision, tuple[verify.Hop, Floats]]
-    judge: Judge | None
-    held: Floats | None
+    held: tuple[Judge, Floats] | None
 
     @classmethod
     def of(cls, name: str, model: nn.Module, files: Files, inputs: Floats, judge: Judge | None) -> _Network:
@@ -150,8 +149,8 @@ class _Network:
         noise, outputs = verify.rounding_noise(model, inputs[:ONNX_IMAGES]), _said(model, inputs)
         hops = typed_hops(name, files.report, files.typed, inputs, outputs[OUTPUT], noise)
         typed = {precision: (hop, got) for precision, hop, got in hops}
-        held = _said(model, judge.images)[OUTPUT] if judge else None
-        return cls(name, files, inputs, outputs, noise, typed, judge, held)
+        held = (judge, _said(model, judge.images)[OUTPUT]) if judge else None
+        return cls(name, files, inputs, outputs, noise, typed, held)
 
     def hops(self) -> list[verify.Hop]:
         """The verdicts on the ONNX file and on the typed ones."""
@@ -175,14 +174,14 @@ class _Network:
         return verify.engine_hop(self.name, runtime, path, self.inputs, expected, allowed, precision=precision)
 
     def _own_int8(self, runtime: str, path: Path) -> verify.Hop:
-        assert self.judge is not None, "`parity` sees to it"
-        assert self.held is not None
-        images = np.concatenate([self.inputs, self.judge.images])
-        said_ = verify.engine_outputs(runtime, path, images, threads=1, precision="int8")[OUTPUT]
-        got, held = np.split(said_, [len(self.inputs)])
-        classes = self.held.argmax(1) if self.judge.labels is None else self.judge.labels
+        assert self.held is not None, "`parity` sees to it"
+        judge, exact = self.held
+        images = np.concatenate([self.inputs, judge.images])
+        every = verify.engine_outputs(runtime, path, images, threads=1, precision="int8")[OUTPUT]
+        got, held = np.split(every, [len(self.inputs)])
+        classes = exact.argmax(1) if judge.labels is None else judge.labels
         most = self.files.typed_as(self.name)["max_drop"]
-        return verify.own_int8_hop(self.name, runtime, self.outputs[OUTPUT], got, (self.held, held, classes), most)
+        return verify.own_int8_hop(self.name, runtime, self.outputs[OUTPUT], got, (exact, held, classes), most)
 
     def golden(self) -> GoldenFile:
         """What ships with the network: the first images, and how far engines may be from torch."""
