@@ -208,6 +208,7 @@ def test_core_ml_is_calibrated_on_every_image(affine: bool, tmp_path: Path) -> N
     quantised = tool._quantised(program.module(), tmp_path / "images.npy", 8)
     with torch.inference_mode():
         exact, got = net(images[-8:]), quantised(images[-8:])
+    # 255 steps of 10 / 255 leave a percent or two; limits without the last image, of about 1, would cut off most of it.
     assert float((got - exact).abs().max() / exact.abs().max()) < 0.05
 
 
