@@ -1,13 +1,16 @@
 """Layers with too many inputs for their moments, against brute force on what every channel says."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import Net, conv
 from torch import nn
+from torch.nn import functional as F
 
 from thinet_deploy.data.dataset import ImageSet
 from thinet_deploy.data.preprocess import Augment, Preprocess
@@ -142,6 +145,19 @@ def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_what_lies_channel_by_channel_is_within_reach() -> None:
     assert "hidden.weight" in within_reach(graph_of(Flat().eval()))
     assert "hidden.weight" not in within_reach(graph_of(Flat(by_pixel=True).eval()))
+
+
+def test_what_has_no_images_in_front_or_two_kinds_of_use_is_out_of_reach() -> None:
+    """Windows of a map beside the images; a convolution and its transpose with one weight."""
+    parts = {"a": conv(3, 4), "b": conv(4, 4), "c": conv(4, 4, bias=False), "d": conv(4, 3)}
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(m.a(x))
+        windows = x.view(len(x), 4, 2, 2, 4).movedim(2, 0).flatten(0, 1)
+        x = m.b(windows).view(2, len(x), 4, 2, 4).movedim(0, 2).flatten(2, 3)
+        return m.d(torch.relu(F.conv_transpose2d(torch.relu(m.c(x)), m.c.weight, padding=1)))  # type: ignore[no-any-return]
+
+    assert within_reach(graph_of(Net(forward, **parts).eval())) == {"a.weight", "d.weight"}
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -49,7 +49,7 @@ def pruned(name: str, keep: float) -> nn.Module:
 
 
 def with_gap(model: nn.Module) -> nn.Module:
-    head = gap_head(model)
+    head = gap_head(model, IMAGENET)
     assert head is not None
     replace_head(model, head)
     return model

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from nets import Net
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
 
 from thinet_deploy.artifact import read_json
 from thinet_deploy.data.dataset import ImageSet
@@ -28,6 +30,7 @@ from thinet_deploy.pruning.gcos import Grouped, check, default_groups, group_con
 from thinet_deploy.pruning.partition import Layer, Partition, by_position
 from thinet_deploy.pruning.plan import Plan, load_plan
 from thinet_deploy.pruning.surgery import apply, load_thin
+from thinet_deploy.pruning.trace import example_inputs
 
 SHAPE = (3, 16, 16)
 PREPROCESS = Preprocess(colour="RGB", mean=(0.5,) * 3, std=(0.25,) * 3, resize=(16, 16), crop=(16, 16))
@@ -131,6 +134,17 @@ def test_what_cannot_be_grouped_is_refused_with_the_reason() -> None:
     }
     with pytest.raises(ModelError, match=r"features\.7 cannot have 3 groups, only 2: .* equal share"):
         check(model, graph, {"features.7": 3})
+
+
+def test_a_weight_that_a_function_reads_is_not_grouped() -> None:
+    model = Net(
+        lambda m, x: m.b(F.conv2d(m.a(x), m.w, padding=1)),
+        a=nn.Conv2d(1, 8, 3),
+        b=nn.Conv2d(8, 8, 3),
+        w=nn.Parameter(torch.rand(8, 8, 3, 3)),
+    )
+    graph = channel_graph(model, example_inputs(model, (1, 8, 8)))
+    assert possible(model, graph, {"w": 2, "b": 2})["w"] == 1
 
 
 def test_a_damaged_plan_is_refused() -> None:

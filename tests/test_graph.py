@@ -51,6 +51,13 @@ class Cut(nn.Module):
         return torch.cat([x[:, :2], x[:, 2:].relu()], 1)
 
 
+class Grouped(nn.Module):
+    """Normalises in a number of groups that stands in the code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x, 3)
+
+
 # --- what is not understood --------------------------------------------------------------------------------------
 
 # name → (between a and b, operation that the reason names). `other` in front of them all goes on.
@@ -73,6 +80,9 @@ FROZEN: dict[str, tuple[Forward, str]] = {
         "",
     ),
     "channels into rows": (lambda m, x: x.reshape(x.shape[0], 3, 2, 8, 8).flip(1).reshape(x.shape) + x, ""),
+    "a number computed from the width": (lambda m, x: x * x.shape[1] ** -0.5, "mul"),
+    "groups in the code": (lambda m, x: m.g(x), "group_norm"),
+    "channels cut off": (lambda m, x: F.pad(x, (0, 0, 0, 0, -1, 1)), "pad"),
     "local response normalisation": (lambda m, x: F.local_response_norm(x, 3), ""),
 }
 
@@ -84,6 +94,7 @@ def test_what_is_not_understood_freezes_what_reaches_it_and_says_where(name: str
         "n": nn.GroupNorm(2, 6),
         "l": nn.LayerNorm(6),
         "cut": Cut(),
+        "g": Grouped(),
         "d": conv(6, 12, groups=6),
         "s": nn.ChannelShuffle(2),
         "w": nn.Parameter(torch.randn(6, 6)),
@@ -154,6 +165,60 @@ def test_an_output_of_one_channel_works_and_a_single_filter_stays() -> None:
     assert [group.name for group in graph.groups] == ["other", "a"]
     assert graph.whole["one"] == "it is a single filter"
     assert passes(model, graph)
+
+
+def test_a_group_norm_without_weights_gets_thinner_too() -> None:
+    model = two(lambda m, x: m.b(m.n(m.a(m.other(x)))), n=nn.GroupNorm(3, 6, affine=False))
+    graph = graph_of(model)
+    assert [(group.name, group.steps) for group in graph.groups] == [("other", 6), ("a", 3)]
+    kept = np.ones(graph.channels, dtype=bool)
+    kept[graph.group("a").channels[:1]] = False  # with the other one of its two
+    thin = apply(settled_plan(model, graph, kept, example_inputs(model, SHAPE)), model)
+    norm: Any = thin.get_submodule("n")
+    assert (norm.num_groups, norm.num_channels) == (2, 4)
+    assert passes(model, graph, kept)
+
+
+def test_a_linear_layer_along_positions_is_no_consumer_of_channels() -> None:
+    model = two(lambda m, x: m.b(m.mix(m.a(m.other(x)).flatten(2)).relu().unflatten(2, (8, 8))), mix=nn.Linear(64, 64))
+    graph = graph_of(model)
+    assert [each.weight for each in graph.group("a").consumers] == ["b.weight"]
+    assert passes(model, graph)
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 6), conv(6, 4)
+        self.aux = nn.Sequential(conv(6, 5), nn.ReLU(), conv(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu_()
+        aux = self.aux(x)
+        return self.b(x) + aux if self.training else self.b(x)  # type: ignore[no-any-return]
+
+
+def test_what_only_training_reads_stays() -> None:
+    torch.manual_seed(0)
+    model = Auxiliary().eval()
+    graph = graph_of(model)
+    assert [group.name for group in graph.groups] == ["a"]
+    assert graph.whole["aux.0"] == graph.whole["aux.2"] == "no output comes from it"
+    assert passes(model, graph)
+    thin = apply(settled_plan(model, graph, np.arange(6) % 2 == 0, example_inputs(model, SHAPE)), model)
+    assert thin.train()(torch.zeros(2, *SHAPE)).shape == (2, 4, 8, 8)
+
+
+def test_a_sum_that_is_written_in_place_is_an_output() -> None:
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        y = m.b(m.other(x))
+        y.add_(m.c(m.a(m.other(x))))
+        return y.relu()
+
+    graph = graph_of(two(forward, c=conv(6, 4)))
+    assert [group.name for group in graph.groups] == ["other", "a"]
 
 
 # --- what a group says -------------------------------------------------------------------------------------------

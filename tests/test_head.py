@@ -56,3 +56,30 @@ def test_it_does_not_depend_on_the_batch_size() -> None:
     for model, batch in zip(models, (1, 32), strict=True):
         fit_head(model, model.linear, Network(), sample(40, batch))
     torch.testing.assert_close(models[0].linear.weight, models[1].linear.weight, rtol=1e-5, atol=1e-6)
+
+
+class InATuple(Network):
+    def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
+        return (super().forward(x_nchw),)  # type: ignore[return-value]
+
+
+class Along(Network):
+    """The last layer runs along positions."""
+
+    def forward(self, x_nchw: torch.Tensor) -> torch.Tensor:
+        tokens = self.conv(x_nchw).relu().flatten(2).transpose(1, 2)
+        return self.linear(tokens).mean(1)  # type: ignore[no-any-return]
+
+
+def test_a_teacher_that_gives_a_tuple_of_one_is_the_same_teacher() -> None:
+    models = [Network(), Network()]
+    for model, teacher in zip(models, (Network(), InATuple()), strict=True):
+        assert fit_head(model, model.linear, teacher, sample(20))
+    assert torch.equal(models[0].linear.weight, models[1].linear.weight)
+
+
+def test_a_layer_along_positions_is_left_alone() -> None:
+    model = Along()
+    before = model.linear.weight.clone()
+    assert not fit_head(model, model.linear, Along(), sample(20))
+    assert torch.equal(model.linear.weight, before)

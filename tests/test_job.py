@@ -43,6 +43,10 @@ def test_a_network_that_cannot_train_on_one_image_needs_larger_batches(
             UnknownNameError,
             "for --keep-layer, called 'nolayer'",
         ),
+        ({"macs": "0M"}, InputError, "--macs 0M would leave nothing"),
+        ({"speedup": "0x", "target": "cpu"}, InputError, "something faster than the original was expected"),
+        ({"layer_epochs": 2}, InputError, "--recipe best prunes all layers at once"),
+        ({"drop_branches": True, "reconstruction": "none"}, InputError, "which --reconstruction none does not find"),
         ({"macs": "0.5x"}, InputError, "--macs 0.5x asks for no less than the original has"),
         ({"size": "9MB"}, InputError, "--size 9MB asks for no less than the original has"),
     ],
@@ -84,3 +88,24 @@ def test_options_that_are_remembered_are_taken_again(tiny_options: MakeOptions, 
     """`build --from` goes on with all options of `prune`, the share that nobody gave among them."""
     asked = tiny_options(tmp_path, macs="2x")
     assert load_job(make_options(asked.model_dump())).options == asked
+
+
+OLD_FORM = """
+from torch import nn
+
+def net(num_classes):
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(4, 6, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(6, num_classes),
+    )
+    net.input_shape = (1, 8, 8)
+    return net
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_network_that_cannot_be_copied_is_refused(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text(OLD_FORM)
+    with pytest.raises(ModelError, match="cannot be copied") as no:
+        load_job(tiny_options(tmp_path / "run", model=f"{tmp_path / 'old.py'}:net"))
+    assert "parametrizations.weight_norm" in no.value.hint

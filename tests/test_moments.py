@@ -24,6 +24,8 @@ LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (4, 5, 4)),
     "transposed grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (4, 3, 4)),
     "1-D": (lambda: nn.Conv1d(4, 6, 3, stride=2), (4, 11)),
+    "1-D padded": (lambda: nn.Conv1d(4, 6, 3, padding=2, dilation=2), (4, 11)),
+    "1-D transposed": (lambda: nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1, output_padding=1), (4, 5)),
     "linear": (lambda: nn.Linear(4, 6), (4,)),
     "linear over positions": (lambda: nn.Linear(4, 6), (5, 4)),
 }
@@ -34,7 +36,7 @@ def call_of(layer: Any, inputs: torch.Tensor) -> dict[str, Any]:
     for name in ("stride", "padding", "dilation", "groups"):
         if hasattr(layer, name):
             given[name] = getattr(layer, name)
-    if isinstance(layer, nn.ConvTranspose2d):
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
         given["output_padding"] = layer.output_padding
     return given
 
@@ -67,7 +69,7 @@ def test_weight_times_patch_is_what_the_layer_says(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_plain_weight_goes_back_into_the_layer(name: str) -> None:
     layer = LAYERS[name][0]()
-    transposed, groups = isinstance(layer, nn.ConvTranspose2d), getattr(layer, "groups", 1)
+    transposed, groups = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d), getattr(layer, "groups", 1)
     plain = plain_weight(layer.weight, transposed=transposed, groups=groups)
     for each in (plain, plain.flatten(1)):
         back = layer_weight(each, layer.weight.shape, transposed=transposed, groups=groups)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .calls import LayerCall
+from .label_pass import Labels
 from .labels import Draft, Site
 from .trace import Trace, arguments, first_names, operation, owner
 
 # torch's own modules → their number of channels; of a convolution and a linear layer, one for either dimension.
 _NUMBERS: dict[type[nn.Module], str] = {
     nn.modules.batchnorm._NormBase: "num_features",  # noqa: SLF001 - of all batch and instance norms
-    nn.GroupNorm: "num_channels",
     nn.LayerNorm: "normalized_shape",
     nn.PReLU: "num_parameters",
 }
@@ -40,12 +40,15 @@ class Count:
     labels: torch.Tensor
 
 
-def counts(model: nn.Module, trace: Trace, draft: Draft, calls: Iterable[LayerCall]) -> Iterator[Count]:
+def counts(
+    model: nn.Module, trace: Trace, values: Mapping[str, Labels], draft: Draft, calls: Iterable[LayerCall]
+) -> Iterator[Count]:
     """The numbers of torch's own modules.
 
     Args:
         model: the network.
         trace: of it.
+        values: the labels of all nodes.
         draft: what the operations demanded.
         calls: of its layers.
     """
@@ -60,7 +63,7 @@ def counts(model: nn.Module, trace: Trace, draft: Draft, calls: Iterable[LayerCa
             if call.depthwise and isinstance(model.get_submodule(name), _CONVOLUTION):
                 for attribute in ("in_channels", "groups"):
                     yield Count(name, attribute, None, call.inputs)
-    yield from _norm_groups(model, trace, draft)
+    yield from _group_norms(model, trace, values)
 
 
 def _owners(model: nn.Module) -> dict[str, list[str]]:
@@ -81,12 +84,11 @@ def _counting(module: nn.Module, site: Site) -> str:
     return next((name for kind, name in _NUMBERS.items() if isinstance(module, kind)), "")
 
 
-def _norm_groups(model: nn.Module, trace: Trace, draft: Draft) -> Iterator[Count]:
-    """The number of groups of GroupNorms."""
+def _group_norms(model: nn.Module, trace: Trace, values: Mapping[str, Labels]) -> Iterator[Count]:
+    """The numbers of GroupNorms, which may have no weights that would tell of them."""
     for node in trace.nodes:
         if operation(node) == "group_norm" and isinstance(model.get_submodule(owner(node)), nn.GroupNorm):
             given = arguments(node)
-            use = draft.sites.get(Site(trace.parameter(given["weight"]), 0))
-            if use is not None:
-                labels = use.labels.reshape(int(given["num_groups"]), -1)[:, 0]
-                yield Count(owner(node), "num_groups", None, labels)
+            labels = values[given["input"].name].movedim(1, 0).flatten(1)[:, 0]
+            yield Count(owner(node), "num_channels", None, labels)
+            yield Count(owner(node), "num_groups", None, labels.reshape(int(given["num_groups"]), -1)[:, 0])

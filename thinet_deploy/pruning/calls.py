@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .label_pass import Labels
+from .label_pass import Labels, varies
 from .labels import FIXED, PARAMETER
 from .trace import Trace, arguments, operation, shape
 
@@ -26,7 +26,8 @@ class LayerCall:
         dim: of the weight that counts inputs.
         number: 0 for the first time that this weight is used, 1 for the second …
         inputs: labels of its input channels.
-        depthwise: whether every channel is a group of its own.
+        depthwise: whether every channel is worked on by itself: by a group of its own, or by a linear layer that runs
+            along positions.
         positions: of the map that its weight is used at, for one image.
     """
 
@@ -56,9 +57,10 @@ def layer_calls(trace: Trace, values: dict[str, Labels]) -> Iterator[LayerCall]:
 
 def _call(node: fx.Node, weight: str, number: int, inputs: Labels) -> LayerCall:
     given, linear, transposed = arguments(node), operation(node) == "linear", "transpose" in operation(node)
+    along = linear and not varies(inputs, -1) and any(varies(inputs, dim) for dim in range(inputs.dim() - 1))
     channels = inputs.movedim(-1 if linear else 1, 0).flatten(1)[:, 0]
     groups, size = int(given.get("groups", 1)), shape(given["input"] if transposed else node)
-    depthwise = groups == len(channels) and groups > 1
+    depthwise = along or groups == len(channels) > 1
     positions = (size[1:-1] if linear else size[2:]).numel()
     return LayerCall(weight, 0 if transposed else 1, number, channels, depthwise, positions)
 
@@ -89,7 +91,7 @@ def joined(trace: Trace, values: dict[str, Labels]) -> Iterator[torch.Tensor]:
 def joins(trace: Trace) -> bool:
     """Whether branches meet: an operation reads two values that were computed, or one and the network's input."""
     computed = {node for node in trace.nodes if node.op == "call_function"}
-    images = {node for node in trace.nodes if node.op == "placeholder" and not trace.parameter(node)}
+    images = set(trace.images)
     constant = {node for node in trace.nodes if not (set(node.all_input_nodes) & (computed | images))} - images
     return any(len(set(node.all_input_nodes) - constant) > 1 for node in computed)
 

@@ -153,8 +153,12 @@ class _Trial:
             inside = [node for node in self.trace.nodes if node.op == "call_function" and _within(node, module)]
             direct = [node for node in inside if owner(node) == module]
             at_line = [node for node in inside if place(node).endswith(f"({error.line})")]
+            there = [node for node in at_line if place(node) == error.place]
             numbered = [node for node in direct if operation(node) in _NUMBERED]
-            for nodes in (_numbers_before(at_line), at_line, numbered, direct, inside):
+            for nodes in (
+                *(_numbers_before(there), there),
+                *(_numbers_before(at_line), at_line, numbered, direct, inside),
+            ):
                 if self._hold(nodes):
                     return
         raise ModelError(

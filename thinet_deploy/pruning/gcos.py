@@ -60,8 +60,9 @@ def default_groups(model: nn.Module, graph: ChannelGraph) -> dict[str, int]:
 def possible(model: nn.Module, graph: ChannelGraph, wanted: Mapping[str, int]) -> dict[str, int]:
     """Convolution → as many groups as wanted, or the most below that its channels can be dealt out to; 1 for none."""
     found: dict[str, int] = {}
+    modules = dict(model.named_modules())  # a weight that a function reads belongs to none
     for name, most in wanted.items():
-        conv, before = model.get_submodule(name), _read_by(graph, name)
+        conv, before = modules.get(name), _read_by(graph, name)
         free = isinstance(conv, nn.Conv2d) and conv.groups == 1 and before is not None and _made_by(graph, name)
         found[name] = 1
         if isinstance(conv, nn.Conv2d) and before is not None and free:

@@ -45,24 +45,25 @@ def as_convolution(given: Mapping[str, Any]) -> tuple[Geometry, torch.Tensor]:
     if "stride" not in given:
         data = data.movedim(-1, 1).flatten(2).unsqueeze(-1) if data.dim() > 2 else data[:, :, None, None]
         return Geometry(weight, (1, 1), (1, 1), 1), data
-    if given["weight"].dim() == 3:
-        data = data.unsqueeze(2)
-    stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
+    line = given["weight"].dim() == 3
+    data = data.unsqueeze(2) if line else data
+    stride, dilation = (_pair(given[each], 1 if line else None) for each in ("stride", "dilation"))
+    nothing = 0 if line else None  # is added above and below the one line of a 1-D operation
     reach = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
     if not transposed:
         padding = given["padding"]
         if padding == "same":
             sides = [(whole // 2, whole - whole // 2) for whole in reach]
         else:
-            sides = [(each, each) for each in _pair(0 if padding == "valid" else padding)]
+            sides = [(each, each) for each in _pair(0 if padding == "valid" else padding, nothing)]
         return Geometry(weight, stride, dilation, given["groups"]), F.pad(data, (*sides[1], *sides[0]))
     spread = data.new_zeros(
         *data.shape[:2], *((size - 1) * step + 1 for size, step in zip(data.shape[2:], stride, strict=True))
     )
     spread[:, :, :: stride[0], :: stride[1]] = data
+    paddings, extras = (_pair(given[each], nothing) for each in ("padding", "output_padding"))
     sides = [
-        (far - padding, far - padding + extra)
-        for far, padding, extra in zip(reach, _pair(given["padding"]), _pair(given["output_padding"]), strict=True)
+        (far - padding, far - padding + extra) for far, padding, extra in zip(reach, paddings, extras, strict=True)
     ]
     return Geometry(weight, (1, 1), dilation, given["groups"]), F.pad(spread, (*sides[1], *sides[0]))
 
@@ -87,11 +88,10 @@ def _turned(weight: torch.Tensor, groups: int) -> torch.Tensor:
     return torch.cat([part.transpose(0, 1) for part in weight.flip(2, 3).chunk(groups)])
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """One number for both directions, or the one that a 1-D operation has."""
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[1]) if len(value) > 1 else (1 if value[0] > 0 else 0, value[0])
+def _pair(value: int | Sequence[int], height: int | None) -> tuple[int, int]:
+    """A number for either direction; a 1-D operation has one for its width, and that of its `height` is known."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers[0] if height is None else height, numbers[-1]
 
 
 def map_size(consumer: Geometry, inputs: torch.Tensor) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from .branches import branches
 from .calls import CONVOLUTIONS, LayerCall, joined, joins, layer_calls, map_sizes, module_name
 from .graph import STAYS, Attribute, Axis, ChannelGraph, ChannelGroup, Channels, Consumer
 from .label_pass import Labels
-from .labels import FIXED, Draft, distinct
+from .labels import FIXED, Draft, Site, distinct
 from .shares import Cell, removable
 from .trace import Trace, arguments, operation, owner
 
@@ -32,6 +32,9 @@ def group_channels(
         draft: what the operations demanded; channels that cannot keep their cardinality constraints are frozen in it.
         literals: numbers in the user's modules that were found to count channels.
     """
+    for site in _unread(trace):
+        if site in draft.sites:
+            draft.freeze(draft.sites[site].labels, "no output comes from it")
     numbers = _Numbers(draft)
     calls = list(layer_calls(trace, values))
     work = Counter[str]()
@@ -43,7 +46,7 @@ def group_channels(
         groups=tuple(groups),
         branches=branches(model, trace, groups),
         axes=tuple(numbers.axes()),
-        attributes=tuple(numbers.attributes([*counts(model, trace, draft, calls), *literals])),
+        attributes=tuple(numbers.attributes([*counts(model, trace, values, draft, calls), *literals])),
         whole=_whole(trace, draft, work),
         channels=numbers.count,
         joins=joins(trace),
@@ -51,6 +54,16 @@ def group_channels(
         draft=draft,
         trace=trace,
     )
+
+
+def _unread(trace: Trace) -> Iterator[Site]:
+    """Filters of layers that run for nothing here, such as those that only training reads."""
+    needed = {node for node in trace.nodes if node.op == "output" or operation(node).endswith("_")}  # as in add_
+    for node in reversed(trace.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+        elif operation(node) in CONVOLUTIONS or operation(node) == "linear":
+            yield Site(trace.parameter(arguments(node)["weight"]), int("transpose" in operation(node)))
 
 
 class _Numbers:

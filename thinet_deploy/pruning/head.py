@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..interfaces import Progress, silent
+from ..tasks.base import said
 from .calibration import Sample, together
 from .moments import centred
 from .reconstruction import Solver
@@ -16,7 +17,7 @@ RIDGE = 1e-3
 
 def fit_head(
     model: nn.Module, head: nn.Linear, teacher: nn.Module, sample: Sample, progress: Progress = silent
-) -> None:
+) -> bool:
     """Least squares from what the new last layer reads to what the original says.
 
     Args:
@@ -25,6 +26,9 @@ def fit_head(
         teacher: the original, with as many outputs; in eval mode.
         sample: calibration images; labels are not used.
         progress: to report to.
+
+    Returns:
+        Whether it was fitted. One that runs along positions, whose outputs are put together afterwards, is left alone.
     """
     sums = Sums(1, head.in_features, head.out_features)
     seen: list[torch.Tensor] = []
@@ -35,7 +39,9 @@ def fit_head(
                 progress("Fitting the new head", images.start, len(sample.chosen))
                 inputs = sample.inputs(part)
                 model(inputs)
-                sums.add(seen.pop()[:, None], teacher(inputs))
+                if seen[0].dim() != 2:
+                    return False
+                sums.add(seen.pop()[:, None], said(teacher, inputs)[0])
     finally:
         hook.remove()
     stats = centred(together({"head": sums.moments()})["head"])
@@ -46,3 +52,4 @@ def fit_head(
         assert head.bias is not None
         head.bias.copy_(stats.target[0] - weight[0] @ stats.mean[0])
     progress("Fitting the new head", len(sample.chosen), len(sample.chosen), f"{len(sample.chosen)} images")
+    return True

@@ -60,7 +60,7 @@ def _computed_weight(run: Pass, node: fx.Node, inputs: torch.Tensor) -> Labels:
 def _linear(run: Pass, node: fx.Node, given: dict[str, Any]) -> Labels:
     data, weight = run.of(given["input"]), run.trace.parameter(given["weight"])
     if not varies(data, -1) and any(varies(data, dim) for dim in range(data.dim() - 1)):
-        # It runs along positions, and each channel by itself.
+        # It runs along positions, and each channel by itself (see `calls.LayerCall`).
         run.book.whole(weight, place(node)) if weight else None
         return data.narrow(-1, 0, 1).expand(shape(node))
     inputs = _line(run, data, -1, place(node))
@@ -203,7 +203,7 @@ def _pad(run: Pass, node: fx.Node, given: dict[str, Any]) -> Labels:
     over_channels = [dim for dim in padded if varies(data, dim)]
     if not over_channels:
         return run.same_along(data, padded, place(node)).expand(shape(node))
-    if given.get("mode", "constant") != "constant":
+    if given.get("mode", "constant") != "constant" or any(size < 0 for size in sizes):
         return unknown(run, node, given)
     # What is added belongs to no filter, like the zeros of a padded shortcut.
     whole = torch.zeros(shape(node), dtype=torch.int64)
@@ -236,7 +236,7 @@ RULES.update(
             *("hardswish", "hardswish_", "contiguous", "to", "_to_copy", "type_as", "zeros_like", "ones_like"),
             *("full_like", "empty_like", "rand_like", "randn_like", "float", "half", "rsub", "clone", "alias"),
             *("detach", "detach_", "lift_fresh_copy", "copy_", "logsigmoid", "log_sigmoid", "hardshrink", "rrelu"),
-            *("square_", "glu_", "masked_fill", "masked_fill_", "fill_", "zero_", "where", "expm1"),
+            *("square_", "masked_fill", "masked_fill_", "fill_", "zero_", "where", "expm1"),
         ],
         _elementwise,
     )

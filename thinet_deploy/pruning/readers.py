@@ -98,7 +98,14 @@ def readers(trace: Trace, *, residual: bool = True) -> list[Reader]:
         weight, bias = trace.parameter(given["weight"]), trace.parameter(given.get("bias"))
         if weight and (bias or given.get("bias") is None):
             calls[weight].append(_call(trace, node, index, shared, residual=residual))
-    return [_reader(trace, weight, each) for weight, each in calls.items()]
+    return [_reader(trace, weight, each) for weight, each in calls.items() if _alike(each)]
+
+
+def _alike(calls: Sequence[_Call]) -> bool:
+    """Whether one layer can stand for all calls: not where a convolution is also used transposed (tied weights)."""
+    return (
+        len({("stride" in use.given, "output_padding" in use.given, use.given.get("groups")) for use, _ in calls}) == 1
+    )
 
 
 def _shared_norms(trace: Trace) -> set[str]:

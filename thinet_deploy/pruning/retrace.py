@@ -8,7 +8,7 @@ stand where it stood is found, with its place in the code.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .labels import FIXED, PARAMETER, Check, Draft, MismatchError, Site
 from .plan import Plan, plan_channels
 from .rules import run
 from .surgery import apply
-from .trace import Inputs, Trace, operation, place, trace
+from .trace import Inputs, Trace, arguments, operation, place, trace
 
 # Operations that take parts of a dimension.
 _TAKING = frozenset({"slice", "split", "split_with_sizes", "chunk", "narrow", "select", "unbind", "tensor_split"})
@@ -39,11 +39,13 @@ class RetraceError(Exception):
         modules: of the user's own code that were running, the innermost first.
         line: "file.py:12" in it, if known.
         what: went wrong.
+        place: the operation, with its line; "" if it is not known.
     """
 
     modules: list[str]
     line: str
     what: str
+    place: str = ""
 
 
 def settled_plan(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_], inputs: Inputs) -> Plan:
@@ -81,7 +83,10 @@ def settled_plan(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_],
 def _orders(graph: ChannelGraph, keep: Mapping[Site, list[int]], pruned: Trace) -> dict[Site, list[int]]:
     """For every site of `keep` its indices in the order in which channels arrive; MismatchError as `settled_plan`."""
     book = Check(graph.draft, keep)
-    _same_parts(graph, book, pruned, run(pruned, book))
+    after = run(pruned, book)
+    before, left = run(graph.trace, Check(graph.draft, {})), book.left()
+    _same_parts(graph, left, pruned, before, after)
+    _same_numbers(graph, pruned)
     return book.orders()
 
 
@@ -121,22 +126,62 @@ def _placed(kept: list[int], places: list[int], channels: list[int], belongs: Ma
     return [order[position] if position in order else left.pop(0) for position in range(len(kept))]
 
 
-def _same_parts(graph: ChannelGraph, book: Check, pruned: Trace, after: dict[str, Labels]) -> None:
+def _same_parts(
+    graph: ChannelGraph, left: set[int], pruned: Trace, before: Mapping[str, Labels], after: Mapping[str, Labels]
+) -> None:
     """Parts taken of channels have to be the same parts: what happens to each by itself leaves no trace in labels.
 
     Raises:
-        MismatchError: a slice or split takes other channels than those that are left of it.
+        MismatchError: a slice or split takes other channels than those that are left of it, or the groups of a
+            normalisation are other ones.
     """
-    ours, theirs = ([node for node in each.nodes if operation(node) in _TAKING] for each in (graph.trace, pruned))
-    if not ours or [operation(node) for node in ours] != [operation(node) for node in theirs]:
-        return  # the proof will tell
-    before, left = run(graph.trace, Check(graph.draft, {})), {graph.draft.find(label) for label in book.left()}
-    for one, other in zip(ours, theirs, strict=True):
-        parts = [part & left for part in _channels(graph.draft, before[one.name])]
+    for one, other in _pairs_of(graph.trace, pruned, lambda node: operation(node) in _TAKING):
+        roots = {graph.draft.find(label) for label in left}
+        parts = [part & roots for part in _channels(graph.draft, before[one.name])]
         if parts != _channels(graph.draft, after[other.name]):
-            error = MismatchError(f"{place(other)} takes other channels than before")
-            error.node = other  # type: ignore[attr-defined]
-            raise error
+            raise _at(other, f"{place(other)} takes other channels than before")
+    for one, other in _pairs_of(graph.trace, pruned, lambda node: operation(node) == "group_norm"):
+        groups = [part & left for part in _norm_groups(one, before)]
+        if [part for part in groups if part] != [part for part in _norm_groups(other, after) if part]:
+            raise _at(other, f"{place(other)} puts other channels into a group than before")
+
+
+def _same_numbers(graph: ChannelGraph, pruned: Trace) -> None:
+    """Raise MismatchError where Python computed another number for an elementwise operation, as from a shape."""
+    for one, other in _pairs_of(graph.trace, pruned, _elementwise):
+        if _numbers(one) != _numbers(other):
+            raise _at(other, f"{place(other)} works with {_numbers(other)} where it was {_numbers(one)}")
+
+
+def _pairs_of(ours: Trace, theirs: Trace, which: Callable[[fx.Node], bool]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Operations of a kind in both networks, in order; none where these differ, of which the proof will tell."""
+    mine, others = (
+        [node for node in each.nodes if node.op == "call_function" and which(node)] for each in (ours, theirs)
+    )
+    if [operation(node) for node in mine] == [operation(node) for node in others]:
+        yield from zip(mine, others, strict=True)
+
+
+def _elementwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    """The plain numbers among an operation's arguments."""
+    return [each for each in arguments(node).values() if isinstance(each, int | float)]
+
+
+def _norm_groups(node: fx.Node, values: Mapping[str, Labels]) -> list[set[int]]:
+    """The channels of every group of a normalisation."""
+    given = arguments(node)
+    labels = values[given["input"].name].movedim(1, 0).flatten(1)[:, 0].reshape(int(given["num_groups"]), -1)
+    return [{label for label in group if FIXED < label < PARAMETER} for group in labels.tolist()]
+
+
+def _at(node: fx.Node, what: str) -> MismatchError:
+    error = MismatchError(what)
+    error.node = node  # type: ignore[attr-defined]
+    return error
 
 
 def _channels(draft: Draft, labels: Labels) -> list[set[int]]:
@@ -152,7 +197,7 @@ def _mismatch(model: nn.Module, error: MismatchError) -> RetraceError:
         return RetraceError([""], "", str(error))
     stack = [name.partition("@")[0] for name, _ in node.meta.get("nn_module_stack", {}).values()]
     line = place(node).partition(" (")[2].removesuffix(")")
-    return RetraceError(_users_own(model, stack), line, str(error))
+    return RetraceError(_users_own(model, stack), line, str(error), place(node))
 
 
 def _failure(model: nn.Module, inputs: Inputs, message: str) -> RetraceError:

@@ -17,9 +17,10 @@ from ..errors import ModelError
 from ..models.shuffle import ShuffledConv2d
 from ..models.vanished import Constant, Nothing
 from ..models.weights import load_weights
+from ..tasks.base import said
 from .graph import ChannelGroup
 from .plan import GapHead, Plan, Shuffled, Vanished, check_structure, members
-from .trace import named_tensors
+from .trace import example_inputs, named_tensors
 
 
 def apply(plan: Plan, model: nn.Module) -> nn.Module:
@@ -148,16 +149,31 @@ def fold_scale(model: nn.Module, group: ChannelGroup, plan: Plan, scale: NDArray
             weight.copy_((weight.double() * shaped).to(weight.dtype))
 
 
-def gap_head(model: nn.Module) -> GapHead | None:
-    """The ThiNet-GAP head that fits a network with `features` and a fully connected `classifier`; else None."""
+def gap_head(model: nn.Module, input_shape: tuple[int, ...]) -> GapHead | None:
+    """The ThiNet-GAP head of a network with `features` and a fully connected `classifier`; None where none fits.
+
+    It is tried on two images: a forward() may pool once more between the two, or have the size of the map written in
+    it, as `view(-1, 256 * 6 * 6)` has.
+    """
     features, classifier = getattr(model, "features", None), getattr(model, "classifier", None)
     if not isinstance(features, nn.Sequential) or not isinstance(classifier, nn.Sequential):
         return None
     linear = [module for module in classifier if isinstance(module, nn.Linear)]
-    convs = [module for module in features.modules() if isinstance(module, nn.Conv2d)]
-    if len(linear) < 2 or not convs:
+    if len(linear) < 2 or not len(features):
         return None
-    return GapHead(features=convs[-1].out_channels, classes=linear[-1].out_features)
+    trial, images, maps = copy.deepcopy(model).eval(), example_inputs(model, input_shape), list[Any]()
+    last = list(trial.get_submodule("features").children())[-1]  # a forward() may call them one by one
+    last.register_forward_hook(lambda _, __, output: maps.append(output))
+    with torch.inference_mode():
+        expected = said(trial, *images)[0].shape
+        if not maps or not isinstance(maps[0], torch.Tensor) or maps[0].dim() != 4:
+            return None
+        head = GapHead(features=maps[0].shape[1], classes=linear[-1].out_features)
+        replace_head(trial, head)
+        try:
+            return head if said(trial, *images)[0].shape == expected else None
+        except Exception:  # noqa: BLE001 - the user's own forward() may raise anything
+            return None
 
 
 def replace_head(model: nn.Module, head: GapHead) -> None:

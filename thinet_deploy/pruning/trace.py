@@ -32,6 +32,12 @@ class Trace:
     parameters: Mapping[str, str]
     constants: Mapping[str, torch.Tensor]
 
+    @property
+    def images(self) -> tuple[fx.Node, ...]:
+        """The network's inputs."""
+        inputs = (node for node in self.nodes if node.op == "placeholder")
+        return tuple(node for node in inputs if node.name not in self.constants and not self.parameter(node))
+
     def parameter(self, node: object) -> str:
         """Name of the parameter or buffer that a node stands for; "" for anything else."""
         return self.parameters.get(node.name, "") if isinstance(node, fx.Node) else ""

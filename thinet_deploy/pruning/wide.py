@@ -23,7 +23,7 @@ from .readers import Norm, Reader, Use, readers
 from .reconstruction import Solve
 from .replay import Replay, Values
 from .sums import Gathering, Sums, product
-from .trace import named_tensors
+from .trace import named_tensors, shape
 
 # Wider layers (a linear layer behind a large flattened map) get one factor per channel: see `by_channel`.
 MOST_INPUTS = 8192
@@ -261,9 +261,15 @@ def _names(norm: Norm | None) -> tuple[str, ...]:
 
 
 def within_reach(graph: ChannelGraph) -> frozenset[str]:
-    """Weights of the layers that can be judged and refitted; a 3-D convolution is none."""
+    """Weights of the layers that can be judged and refitted.
+
+    Neither 3-D convolutions nor what has something else than images in its first dimension, as attention or windows of
+    a map may have.
+    """
     narrow = (each.weight for each in readers(graph.trace) if each.inputs <= MOST_INPUTS)
-    return frozenset((*narrow, *_spans(graph)))
+    batch = {shape(node)[0] for node in graph.trace.images}
+    astray = {each.weight for each in readers(graph.trace) if not {shape(use.inputs)[0] for use in each.uses} <= batch}
+    return frozenset((*narrow, *_spans(graph))) - astray
 
 
 def _spans(graph: ChannelGraph) -> dict[str, int]:

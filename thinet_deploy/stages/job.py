@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -92,7 +93,7 @@ class Job:
     def replaces_head(self) -> bool:
         """Whether the fully connected head becomes global average pooling (ThiNet-GAP)."""
         preset = self.options.preset
-        return preset in HEAD_REPLACED or (not preset and gap_head(self.fresh()) is not None)
+        return preset in HEAD_REPLACED or (not preset and gap_head(self.fresh(), self.input_shape) is not None)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -125,6 +126,11 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         raise InputError(
             "--drop-branches asks the error curves of the elimination which branches may go, and here there are none.",
             hint="Leave out --recipe and --method, or --drop-branches.",
+        )
+    if options.drop_branches and options.rebuilding != "full":
+        raise InputError(
+            f"--drop-branches lets a branch say its mean, which --reconstruction {options.rebuilding} does not find.",
+            hint="Leave one of them out.",
         )
     if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
         raise InputError(
@@ -169,6 +175,12 @@ def _check_unused(options: Options) -> None:
         raise InputError(
             "--train changes our own training, but --trainer brings another one.", hint="Leave one of them out."
         )
+    if options.layer_epochs is not None and not options.layerwise:
+        raise InputError(
+            f"--layer-epochs says how long to fine-tune after each layer, but --recipe {options.recipe} prunes all "
+            "layers at once.",
+            hint="Give --finetune-epochs, or --recipe iccv2017 or tpami2019, which go layer by layer.",
+        )
     if options.transfer_epochs is not None and options.transfer_to is None:
         raise InputError(
             "--transfer-epochs says how long to fine-tune to other images, but there are none.",
@@ -194,7 +206,7 @@ def _check_timed(options: Options) -> None:
             "are none.",
             hint="Leave out --recipe and --method, or give --keep, --macs or --size instead.",
         )
-    if (options.times_faster or 2) <= 1 or options.most_ms == 0:
+    if (options.times_faster is not None and options.times_faster <= 1) or options.most_ms == 0:
         raise InputError(
             f"{asked} is {options.speedup or options.latency}, but something faster than the original was expected.",
             hint="Such as --speedup 2x, or --latency 8ms.",
@@ -331,13 +343,22 @@ def _usual(options: Options) -> Preprocess:
 def _check_model(job: Job) -> nn.Module:
     """The network; run, its weights read, so that nothing is found out after minutes of work."""
     model = job.fresh()
+    try:
+        copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{job.options.model} cannot be copied: {first_line(error)}",
+            hint="torch.nn.utils.weight_norm leaves computed weights in the network; "
+            "torch.nn.utils.parametrizations.weight_norm does not.",
+        ) from error
     if job.options.weights:
         load_weights(model, job.options.weights)
     _check_scores(job, model.eval(), "an image", 1, "Check --input-shape or --preprocess: channels x height x width.")
-    if job.options.preset in HEAD_REPLACED and gap_head(model) is None:
+    if job.options.preset in HEAD_REPLACED and gap_head(model, job.input_shape) is None:
         raise ModelError(
             f"{job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
-            "`features` and `classifier`, with a hidden layer in the classifier.",
+            "`features` and `classifier`, with a hidden layer in the classifier, and a forward() that hands what "
+            "`features` says to it whatever its size.",
             hint="Use --preset thinet-conv, which keeps the head.",
         )
     if not job.options.trainer:

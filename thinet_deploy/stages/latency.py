@@ -241,7 +241,7 @@ def fitting(
     wish = with_room(original, graph, groups, wish, goal)
     costs = layer_costs(bench, original, graph, groups, wish, ignore="classifier." if head else None)
     with bench.meter(original) as measure:
-        make = partial(shaped, original, graph, groups, new_head=head)
+        make = partial(shaped, original, graph, groups, new_head=bench.input_shape if head else None)
         macs = Costs(dict(named_tensors(original)), graph, groups)
         return meet(costs, groups, curves, wish, goal, lambda widths: measure(make(widths)), branches, macs=macs)
 
@@ -284,7 +284,7 @@ def shaped(
     groups: Sequence[ChannelGroup],
     widths: Widths,
     *,
-    new_head: bool = False,
+    new_head: tuple[int, ...] | None = None,
 ) -> nn.Module:
     """The network with these widths, itself if it has them; times depend on numbers only, so any filters stay.
 
@@ -293,7 +293,7 @@ def shaped(
     """
     kept = some(graph, groups, widths)
     thin = original if kept.all() else apply(plan_channels(original, graph, kept), original)
-    head = gap_head(thin) if new_head else None
+    head = gap_head(thin, new_head) if new_head else None
     return apply(empty_plan(thin).model_copy(update={"head": head}), thin).eval() if head else thin
 
 

@@ -120,6 +120,11 @@ def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequenc
         ("macs", options.most_macs(dense.macs), dense.macs),
         ("size", options.most_bytes, dense.size),
     ):
+        if most == 0:
+            raise InputError(
+                f"--{name} {getattr(options, name)} would leave nothing of the network.",
+                hint="Ask for less: --macs 2x halves the multiply-accumulates.",
+            )
         if most is not None and most >= now:
             raise InputError(
                 f"--{name} {getattr(options, name)} asks for no less than the original has ({dense.macs / 1e6:.4g} M "

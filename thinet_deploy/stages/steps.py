@@ -71,7 +71,7 @@ def with_gap(tools: Tools, dense_folder: Path, folder: Path) -> tuple[nn.Module,
     In the recipe "best" its new layer is fitted to what the original says; in the papers' it is fresh.
     """
     model, plan, options = tools.load(folder), load_plan(folder / PLAN), tools.job.options
-    head = gap_head(model)
+    head = gap_head(model, tools.job.input_shape)
     assert head is not None, "load_job refuses --preset thinet-gap for such a network"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(options.seed, "ThiNet-GAP head"))

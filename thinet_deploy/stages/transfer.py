@@ -40,8 +40,9 @@ def carried(
     report: dict[str, Any] = {"epochs": how.epochs}
     last = _only_linear(model, {name for name in fresh if fresh[name].shape != other[name].shape})
     if teacher and last and not options.layerwise:
-        fit_head(model.eval(), last, teacher, calibration(target)[0], target.progress)
-        report["before"] = asdict(target.test(model, label))
+        sample, _ = calibration(target)
+        if fit_head(model.eval(), last, teacher, sample, target.progress):
+            report["before"] = asdict(target.test(model, label))
     stage = f"Fine-tuning {label} to {target.job.data.name}"
     schedule = fine_tuning(options)
     target.train(model, stage, how.epochs, how.lr, checkpoint, teacher=teacher, schedule=schedule)
