@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +46,7 @@ def finished(folder: Path, *rows: Row, scale: float = 1.0) -> comparison.Run:
     of = {name: {"rounds_ms": own, "summary": samples.summarize_rounds(own)} for name, own in series.items()}
     engines = [{**shared, "model": name, "samples": own} for name, own in of.items()]
     write_json(folder / "latency" / "latency.json", {"engines": engines})
-    return comparison.Run(folder, table)
+    return comparison.Run(folder, table, folder.name)
 
 
 def by_row(found: list[Against]) -> dict[str, Against]:
@@ -77,7 +80,7 @@ def test_another_run_is_compared_with_room_for_another_day(tmp_path: Path) -> No
 
 def test_other_threads_and_other_images_do_not_compare(tmp_path: Path) -> None:
     run = finished(tmp_path / "a", ORIGINAL, CONV)
-    other = comparison.Run(tmp_path / "b", replace(run.table, threads=8, data="digits"))
+    other = comparison.Run(tmp_path / "b", replace(run.table, threads=8, data="digits"), "b")
     found = by_row(comparison.against([run, other], "a")[1])["b/Thin"]
     assert found.accuracy is None, "its images are others"
     assert (found.faster["ov"].low, found.faster["ov"].in_turn) == (None, False)
@@ -177,6 +180,43 @@ def test_samples_of_another_version_are_explained(cli: Callable[..., Any], tmp_p
     assert wrong.code == 2
     assert "a file that is damaged, or of another version: 'samples'" in wrong.err
     assert cli("compare", run, "--baseline", "original").code == 0, "the table alone still compares"
+
+
+@pytest.mark.parametrize("text", ["[]", '{"rows": [], "ledger": [], "runtimes": []}'])
+def test_a_table_that_is_none_is_explained(cli: Callable[..., Any], tmp_path: Path, text: str) -> None:
+    run = finished(tmp_path / "a", ORIGINAL, CONV).folder
+    (run / "report" / "table.json").write_text(text)
+    wrong = cli("compare", run)
+    assert (wrong.code, "table.json is damaged, or of another version" in wrong.err) == (2, True)
+
+
+def test_runs_of_one_name_are_told_apart(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """thinet-run is what --out is by default."""
+    for name in ("a", "b"):
+        finished(tmp_path / name / "thinet-run", ORIGINAL, CONV)
+    monkeypatch.chdir(tmp_path / "a" / "thinet-run")
+    for output in ("table", "markdown", "csv", "html"):
+        told = cli("compare", ".", "../../b/thinet-run", "--format", output)
+        assert told.code == 0, told.err
+        assert "a/thinet-run" in told.out
+        assert "b/thinet-run" in told.out
+    assert "Against b/thinet-run/conv" in cli("compare", ".", "../../b/thinet-run", "--baseline", "b/thinet-run").out
+    ambiguous = cli("compare", ".", "../../b/thinet-run", "--baseline", "thinet-run")
+    assert (ambiguous.code, "a/thinet-run" in ambiguous.err) == (2, True)
+    twice = cli("compare", ".", "../thinet-run")
+    assert (twice.code, "was given twice" in twice.err) == (2, True)
+
+
+@pytest.mark.parametrize("output", ["table", "markdown", "html"])
+def test_a_terminal_of_another_encoding_gets_it_all_the_same(tmp_path: Path, output: str) -> None:
+    run = finished(tmp_path / "a", ORIGINAL, CONV).folder
+    command = [sys.executable, "-m", "thinet_deploy", "compare", str(run), "--baseline", "original", "--format", output]
+    told = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, check=False)
+    assert told.returncode == 0, told.stderr.decode("cp1252")
+    if output != "table":
+        assert "≈" in told.stdout.decode()
 
 
 def test_every_format_has_the_comparison(cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -10,6 +10,16 @@ import pytest
 Cli = Callable[..., Any]
 
 
+def test_what_the_users_file_prints_is_not_in_the_document(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(
+        "from torch import nn\nprint('hello')\ndef net(num_classes=3):\n"
+        "    print('again')\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))\n"
+    )
+    done = cli("count", "--model", f"{tmp_path / 'loud.py'}:net", "--input-shape", "1x8x8", "--json")
+    assert json.loads(done.out)["input_shape"] == [1, 8, 8]
+    assert "hello" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "figures"),
     [

@@ -142,19 +142,96 @@ def test_the_bundle_measures_itself_with_the_same_code(tmp_path: Path) -> None:
     assert set(row) >= {"machine", "memory", "energy", "clocks_ms", "rounds_ms", "load_ms", "first_ms"}
 
 
-def test_engines_of_a_run_are_found_with_their_precision(tmp_path: Path) -> None:
-    write_json(tmp_path / "run.json", {})
-    made = {"original/openvino": {"path": "a.xml"}, "conv/onnxruntime/int8": {"path": "b.onnx"}}
-    write_json(tmp_path / "engines" / "engines.json", made)
-    (tmp_path / "parity").mkdir()
-    np.savez(tmp_path / "parity" / "original.npz", input=np.ones((4, 3, 8, 8), "float32"))
-    found = find(str(tmp_path), None, "fp32")
+def run_of(folder: Path, precision: str = "fp32", **engines: Path) -> Path:
+    """What is looked at of a finished run; network → file for ONNX Runtime."""
+    write_json(folder / "run.json", {})
+    made = {f"{name}/onnxruntime": {"path": str(path)} for name, path in engines.items()}
+    write_json(folder / "engines" / "engines.json", made)
+    write_json(folder / "report" / "table.json", {"precision": precision})
+    (folder / "parity").mkdir()
+    np.savez(folder / "parity" / "original.npz", input=np.ones((4, 3, 16, 16), "float32"))
+    return folder
+
+
+def test_engines_of_a_run_compute_in_what_its_table_says(tmp_path: Path) -> None:
+    found = find(str(run_of(tmp_path, "int8", original=Path("a.onnx"), conv=Path("b.onnx"))), None, "fp32")
     assert isinstance(found, Engines)
     assert [(ref.model, ref.runtime, ref.precision) for ref in found.refs] == [
-        ("original", "openvino", "fp32"),
+        ("original", "onnxruntime", "int8"),
         ("conv", "onnxruntime", "int8"),
     ]
-    assert [array.shape for array in found.inputs.values()] == [(1, 3, 8, 8)]
+    assert [array.shape for array in found.inputs.values()] == [(1, 3, 16, 16)]
+
+
+def test_every_run_is_compared_with_its_own_original(cli: Cli, tmp_path: Path) -> None:
+    runs = [
+        run_of(
+            tmp_path / name,
+            original=pooled_onnx(tmp_path / f"{name}_wide.onnx", wide),
+            conv=pooled_onnx(tmp_path / f"{name}_thin.onnx", 4),
+        )
+        for name, wide in (("a", 64), ("b", 16))
+    ]
+    # Their input is called "input", as in all runs.
+    for path in tmp_path.glob("*.onnx"):
+        onnx = pytest.importorskip("onnx", reason="an input gets another name")
+        model = onnx.load(path)
+        model.graph.input[0].name = model.graph.node[0].input[0] = INPUT
+        onnx.save(model, path)
+    done = cli("latency", *runs, *FAST, "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["engines"]
+    assert [(row["thing"], row["model"]) for row in rows] == [(str(r), m) for r in runs for m in ("original", "conv")]
+    against = [row["speedup"] and row["speedup"]["baseline"] for row in rows]
+    assert against == [None, f"{runs[0]}: original onnxruntime fp32", None, f"{runs[1]}: original onnxruntime fp32"]
+
+
+def test_files_of_one_name_are_told_apart(cli: Cli, tmp_path: Path) -> None:
+    for name, width in (("dense", 64), ("thin", 4)):
+        (tmp_path / name).mkdir()
+        pooled_onnx(tmp_path / name / "model.onnx", width)
+    done = cli("latency", tmp_path / "dense" / "model.onnx", tmp_path / "thin" / "model.onnx", *FAST)
+    assert f"times as fast as {tmp_path / 'dense' / 'model.onnx'}: model" in done.out
+    assert f"\n{tmp_path / 'thin' / 'model.onnx'}: model, onnxruntime" in done.out
+
+
+def test_a_shape_fills_in_what_a_file_leaves_open(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="an input gets another shape")
+    model = onnx.load(pooled_onnx(tmp_path / "fixed.onnx"))
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "side"
+    onnx.save(model, tmp_path / "open.onnx")
+    with pytest.raises(InputError, match="does not say which images"):
+        find(str(tmp_path / "open.onnx"), None, "fp32")
+    found = find(str(tmp_path / "open.onnx"), (3, 24, 20), "fp32")
+    assert isinstance(found, Engines)
+    assert found.inputs["x"].shape == (1, 3, 24, 20)
+    for name, said in (("fixed", "3x16x16"), ("open", r"3x\?x\?")):
+        with pytest.raises(InputError, match=f"takes images of {said}, but --input-shape is 1x24x20"):
+            find(str(tmp_path / f"{name}.onnx"), (1, 24, 20), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("net.py:tiny", "--precision", "bf16"), "--precision is of engine files, and net.py:tiny is none"),
+        (("vgg-small", "--fps", "inf"), "have to be finite numbers"),
+        (("vgg-small", "--out", "."), "is a folder, but the name of a file was expected"),
+    ],
+)
+def test_what_would_be_lost_or_do_nothing_is_refused_first(
+    given: tuple[str, ...], words: str, cli: Cli, workplace: Path
+) -> None:
+    del workplace
+    told = cli("latency", *given)
+    assert (told.code, words in told.err) == (2, True), told.err
+
+
+def test_what_was_measured_is_shown_even_if_it_cannot_be_kept(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = cli("latency", pooled_onnx(tmp_path / "net.onnx"), *FAST, "--out", tmp_path / "file" / "times.json")
+    assert told.code == 2
+    assert "net, onnxruntime fp32" in told.out
 
 
 def test_what_cannot_be_measured_is_explained(tmp_path: Path) -> None:
@@ -187,6 +264,32 @@ def test_a_time_that_does_not_hold_ends_with_1(cli: Cli, tmp_path: Path, monkeyp
     assert done.code == 1
     assert "times as fast" not in done.out
     assert "INVALID because the outputs hold NaN or infinity" in done.out
+
+
+def test_a_bundle_whose_times_do_not_hold_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from thinet_deploy.on_device import runner
+
+    whole = runner.measure
+
+    def hot(*given: Any, **how: Any) -> dict[str, Any]:
+        rows = whole(*given, **how)
+        for row in rows.values():
+            row["summary"]["invalid"] = ["the processor throttled"]
+        return rows
+
+    bundle = str(tiny_bundle(tmp_path))
+    assert runner.latency(bundle, 1, 1, 0.05, 6)["exit_code"] == 0
+    monkeypatch.setattr(runner, "measure", hot)
+    assert runner.latency(bundle, 1, 1, 0.05, 6)["exit_code"] == 1
+
+
+def test_a_containers_limit_is_the_default_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thinet_deploy.on_device import runner, sensors
+
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _: set(range(32)), raising=False)  # type: ignore[attr-defined]
+    for limit, threads in ((None, 32), (2.0, 2), (2.5, 3), (0.5, 1), (64.0, 32)):
+        monkeypatch.setattr(sensors, "cpu_limit", lambda limit=limit: limit)
+        assert runner.usable_cores() == threads
 
 
 def test_models_by_name() -> None:

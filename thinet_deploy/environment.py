@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from .artifact import hash_json
 from .interfaces import Precision
+from .on_device.sensors import cpu_limit
 from .target import load_profile
 
 _PACKAGES = (
@@ -170,7 +171,7 @@ def _cpu() -> dict[str, Any]:
         "physical_cores": _physical_cores(usable),
         "logical_cores": os.cpu_count(),
         "usable_cores": len(usable),
-        "limit_cpus": _cgroup_cpus(),
+        "limit_cpus": cpu_limit(_read),
         "governor": _read(f"/sys/devices/system/cpu/cpu{min(usable)}/cpufreq/scaling_governor") or None,
         "turbo": _turbo(),
     }
@@ -207,14 +208,6 @@ def _physical_cores(cpus: set[int]) -> int | None:
     """How many cores lie under these CPUs: those with the same siblings are one core."""
     siblings = {_read(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in cpus}
     return None if "" in siblings else len(siblings)
-
-
-def _cgroup_cpus() -> float | None:
-    """The container's CPU limit in CPUs (cgroup 2, then 1); None without a limit."""
-    v2 = _read("/sys/fs/cgroup/cpu.max").split()
-    v1 = [_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
-    quota, period = v2 if len(v2) == 2 else v1
-    return round(int(quota) / int(period), 3) if quota.isdigit() and period.isdigit() else None
 
 
 def _turbo() -> bool | None:

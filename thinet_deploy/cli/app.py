@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -293,6 +294,9 @@ def _options(given: dict[str, Any], config: Path | None) -> Any:
 
 def main() -> None:
     """Run a command; the user's mistakes end as one message, never as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not of UTF-8 has no ≈
     try:
         code = one_voice(_ERR, lambda: app(prog_name="thinet-deploy", standalone_mode=False))
     except ThinetDeployError as error:

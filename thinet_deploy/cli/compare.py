@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,9 +51,9 @@ def compare(
     """
     from ..reports import comparison, contract
     from ..reports.html import Page, read_device
-    from ..reports.table import check_machines, read_table
+    from ..reports.table import check_machines
 
-    found = [comparison.Run(run, read_table(run)) for run in runs]
+    found = comparison.runs_of(runs)
     if not across_machines:
         check_machines([run.table for run in found])
     against = comparison.against(found, baseline) if baseline else None
@@ -85,18 +87,24 @@ def _print(output: Format, pages: Sequence[Page], against: Against | None) -> No
     from ..reports import comparison, contract, texts
     from ..reports import html as html_report
 
-    tables, names = [page.table for page in pages], [page.folder.name for page in pages] if len(pages) > 1 else []
+    if output in {"html", "csv", "markdown"} and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as files have it, whatever the terminal's is
+    tables, names = (
+        [page.table for page in pages],
+        comparison.names_of([page.folder for page in pages]) if len(pages) > 1 else [],
+    )
     if output == "json":
         typer.echo(json.dumps(_document(pages, against), indent=1))
     elif output == "html":
         try:
-            typer.echo(html_report.render(pages, against), nl=False)
+            page = html_report.render(pages, against)
         except (KeyError, TypeError, ValueError) as error:
-            several = ", ".join(page.folder.name for page in pages)
+            several = ", ".join(comparison.names_of([page.folder for page in pages]))
             raise InputError(
                 f"{several}: there is a file that is damaged, or of another version: {first_line(error)}.",
                 hint="Run the same build again: what is not whole is made anew.",
             ) from error
+        typer.echo(page, nl=False)
     elif output == "csv":
         typer.echo(comparison.to_csv(*against) if against else texts.to_csv(tables, names), nl=False)
     elif output == "markdown":

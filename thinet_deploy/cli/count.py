@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -61,8 +63,9 @@ def count(
     from ..options import parse_shape
 
     shape = parse_shape(input_shape) if input_shape else None
-    network = _network(model, preset, shape, classes, gcos=gcos)
-    shape, layers = _counted(network, model or str(preset), shape)
+    with redirect_stdout(sys.stderr):  # what the user's own code prints
+        network = _network(model, preset, shape, classes, gcos=gcos)
+        shape, layers = _counted(network, model or str(preset), shape)
     total = {name: sum(getattr(each, name) for each in layers) for name in ("parameters", "learned", "flops", "macs")}
     if as_json:
         asked = {"model": model, "preset": preset, "gcos": gcos, "input_shape": shape, "rule": rule}

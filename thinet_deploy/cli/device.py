@@ -110,13 +110,13 @@ def remote_latency(
             hint="thinet-deploy latency RUN/bundle --device ssh://user@host",
         )
     report = ask_device(Path(things[0]), address, python, "latency", pace)
-    if out:
-        write_json(out, report)
     if as_json:
         print_json(report)
     else:
         for line in _measured(report, report["environment"]):
             typer.echo(line)
+    if out:
+        write_json(out, report)
     invalid = any(row["summary"]["invalid"] for row in report["engines"] if "summary" in row)
     raise typer.Exit(report["exit_code"] or int(invalid))
 

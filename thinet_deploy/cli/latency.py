@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +33,9 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     threads: Annotated[int, typer.Option(min=1, help="CPU threads, of engines and of models.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.01, help="Per engine, warm-up included; models have passes.")] = 5.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine (A B A B …); of a model its passes.")] = 15,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of every engine (A B A B …); of a model its passes, 7 at least.")
+    ] = 15,
     fps: Annotated[
         float, typer.Option(min=0, help="Also measure at so many runs a second, with pauses, as behind a camera.")
     ] = 0.0,
@@ -45,8 +48,9 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     ] = "cpu",
     device_python: DevicePython = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16", "int8"], typer.Option(help="That an engine file has to compute in.")
-    ] = "fp32",
+        Literal["fp32", "fp16", "bf16", "int8"] | None,
+        typer.Option(help="That an engine file has to compute in.  \\[default: fp32]", show_default=False),
+    ] = None,
     input_shape: InputShape = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write the report, with all samples, here.")
@@ -64,9 +68,16 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     """
     from ..artifact import write_json
     from ..errors import InputError
+    from ..timing.things import is_engine
 
+    if max(seconds, fps) == math.inf:
+        raise InputError("--seconds and --fps have to be finite numbers.", hint="Such as --seconds 5 --fps 30.")
+    if out and out.is_dir():
+        raise InputError(
+            f"--out {out} is a folder, but the name of a file was expected.", hint=f"--out {out}/times.json"
+        )
     if device not in _HERE:
-        if precision != "fp32" or input_shape:
+        if precision or input_shape:
             raise InputError(
                 f"--precision and --input-shape are of engine files; what --device {device} measures is a bundle, "
                 "which says both itself.",
@@ -76,14 +87,21 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
         remote_latency(things, device, device_python, pace, out, as_json=as_json)
         return
 
+    if precision and not any(map(is_engine, things)):
+        raise InputError(
+            f"--precision is of engine files, and {things[0]} is none.",
+            hint="Bundles and runs say it themselves; models run in the type of their weights.",
+        )
     with bars(Console(stderr=True)) as progress:
-        found = _measured(things, input_shape, precision, (threads, batch, seconds, rounds, fps, device), progress)
-    if out:
-        write_json(out, found.to_json())
+        found = _measured(
+            things, input_shape, precision or "fp32", (threads, batch, seconds, rounds, fps, device), progress
+        )
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
     else:
         _show(found)
+    if out:  # behind what is shown, which is not lost where this fails
+        write_json(out, found.to_json())
     series = [engine.samples for engine in found.engines]
     series += [part for model in found.models for part in (model.forward, model.backward)]
     if any(samples.invalid for samples in series):
@@ -101,6 +119,11 @@ def _measured(things: Sequence[str], shape: str | None, precision: Precision, ho
 
     size = parse_shape(shape) if shape else None
     found = [find(thing, size, precision) for thing in things]
+    called = [
+        (ref.model, ref.runtime, ref.precision) for each in found if isinstance(each, Engines) for ref in each.refs
+    ]
+    if len(set(called)) < len(called):
+        found = [_named(each, thing) for each, thing in zip(found, things, strict=True)]
     engines, models = ([each for each in found if isinstance(each, Engines) is wanted] for wanted in (True, False))
     *_, fps, device = how
     if device != "cpu" and engines:
@@ -115,6 +138,15 @@ def _measured(things: Sequence[str], shape: str | None, precision: Precision, ho
         )
     rows = [row for group in _alike(engines) for row in _engines(group, how, progress)]  # type: ignore[arg-type]
     return report(rows, _models(models, how, progress))  # type: ignore[arg-type]  # told apart above
+
+
+def _named(found: Engines | Model, thing: str) -> Engines | Model:
+    """Engines that say what they are from, where their own names do not tell them apart."""
+    from ..timing.things import Engines
+
+    if not isinstance(found, Engines):
+        return found
+    return replace(found, refs=tuple(replace(ref, thing=thing) for ref in found.refs))
 
 
 def _alike(engines: Sequence[Engines]) -> list[Engines]:
@@ -132,7 +164,7 @@ def _alike(engines: Sequence[Engines]) -> list[Engines]:
 def _engines(group: Engines, how: How, progress: Any) -> list[EngineLatency]:
     """Engines in turn, at every pace; those of one runtime against the first of it, where there is no original."""
     from ..on_device.engine import to_batch
-    from ..timing.latency import engine_speedup, measure_engines
+    from ..timing.latency import BASELINE, engine_speedup, measure_engines
 
     threads, batch, seconds, rounds, fps, _ = how
     inputs = {name: to_batch(array, batch) for name, array in group.inputs.items()}
@@ -143,7 +175,7 @@ def _engines(group: Engines, how: How, progress: Any) -> list[EngineLatency]:
             group.refs, inputs, threads=threads, rounds=rounds, seconds=seconds, fps=pace, progress=progress
         ):
             base = first.setdefault(row.runtime, row)
-            known = row is base or row.speedup or base.speedup
+            known = row is base or row.speedup or row.model == BASELINE
             found.append(row if known else replace(row, speedup=engine_speedup(base, row)))
     return found
 
@@ -176,7 +208,10 @@ def _show(found: LatencyReport) -> None:
     )
     for row in found.engines:
         pace = f", {row.fps:g} a second" if row.fps else ""
-        typer.echo(f"\n{row.model}, {row.runtime} {row.precision}, batch {row.batch}, threads: {row.threads}{pace}")
+        thing = f"{row.thing}: " if row.thing else ""
+        typer.echo(
+            f"\n{thing}{row.model}, {row.runtime} {row.precision}, batch {row.batch}, threads: {row.threads}{pace}"
+        )
         words = {**asdict(row), "summary": row.samples.summary}
         _lines(latency_words(words), _ratio(row.speedup), *latency_notes(words))
     for model in found.models:

@@ -60,14 +60,16 @@ def staircase(  # noqa: PLR0913, PLR0917 - one argument per option
     from ..target import load_profile
     from ..timing.things import Model, find
 
-    thing = find(model, parse_shape(input_shape) if input_shape else None, "fp32", classes)
-    if not isinstance(thing, Model):
-        raise InputError(f"{model} is an engine, but a network was expected.", hint="Give vgg16, or file.py:factory.")
-    profile, machine = load_profile(target), None
-    if device:
-        machine, profile = reach_to_time(device, device_python or DEFAULT_PYTHON, profile)
-    engine = engine_for(profile, threads, precision, machine)
     with bars(Console(stderr=True)) as progress:
+        thing = find(model, parse_shape(input_shape) if input_shape else None, "fp32", classes)
+        if not isinstance(thing, Model):
+            raise InputError(
+                f"{model} is an engine, but a network was expected.", hint="Give vgg16, or file.py:factory."
+            )
+        profile, machine = load_profile(target), None
+        if device:
+            machine, profile = reach_to_time(device, device_python or DEFAULT_PYTHON, profile)
+        engine = engine_for(profile, threads, precision, machine)
         found = climb(
             thing.module,
             thing.name,

@@ -226,6 +226,7 @@ def latency(
         timed = measure(opened, rounds, seconds, fps=fps)
     for row, figures in zip((row for row in rows if row["verdict"] == PASSED), timed.values()):
         row.update(figures)
+    code = code or int(any(figures["summary"]["invalid"] for figures in timed.values()))
     how = {"batch": batch, "threads": threads, "seconds": seconds, "rounds": rounds, "fps": fps}
     where = {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()}
     return {"bundle": folder, "model": manifest["model"], **how, **where, "engines": rows, "exit_code": code}
@@ -278,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
   python run.py                       is every file whole, does every engine compute what it should?
   python run.py latency --threads 1   how fast is it here?"""
     packages = ", ".join(f"{name} (pip install {engine.package})" for name, engine in ENGINES.items())
-    codes = "exit codes: 0 passed, 1 damaged or failed, 2 wrong usage, 3 nothing could run here"
+    codes = "exit codes: 0 passed, 1 damaged, failed or times that do not hold, 2 wrong usage, 3 nothing could run here"
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=f"runtimes: {packages}\n{codes}", formatter_class=raw)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -315,8 +316,10 @@ def _number(text: str) -> float:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, a container's limit included."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = sensors.cpu_limit()
+    return cores if limit is None else max(1, min(cores, math.ceil(limit)))
 
 
 def main(arguments: Sequence[str]) -> int:

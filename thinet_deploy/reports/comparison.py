@@ -13,7 +13,7 @@ from ..artifact import read_json
 from ..errors import InputError, UnknownNameError
 from ..intervals import unpaired_difference
 from ..on_device.samples import ratio_interval
-from .table import Row, Table
+from .table import Row, Table, read_table
 
 # One engine's time, measured again on another day on the same machine, moved by up to so much (VGG-16 and ResNet-50 on
 # ONNX Runtime and OpenVINO, 2026-11): what was not measured in turn is known no better.
@@ -22,10 +22,34 @@ ANOTHER_TIME = 1.06
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and its table."""
+    """A finished run: its folder, its table, and what it is called among others (see `names_of`)."""
 
     folder: Path
     table: Table
+    name: str
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What runs are called: their folders' names, with as many of those above as tell all apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = [""] * len(parts)
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(each[-count:]).lstrip("/") for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def runs_of(folders: Sequence[Path]) -> list[Run]:
+    """Finished runs, to be compared.
+
+    Raises:
+        InputError: one is not finished, or given twice.
+    """
+    names = names_of(folders)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{twice} was given twice.", hint="Give each run once.")
+    return [Run(folder, read_table(folder), name) for folder, name in zip(folders, names, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,7 @@ class Against:
     """One row against the baseline.
 
     Attributes:
-        run: the folder's name.
+        run: its name.
         row: the row's label.
         accuracy: the figure that decides, in percentage points, positive where better than the baseline; None where
             the two were not judged on the same images, by the data's name and the number of images.
@@ -87,15 +111,15 @@ def against(runs: Sequence[Run], name: str) -> tuple[str, list[Against]]:
     """
     base_run, base = _find(runs, name)
     others = [(run, row) for run in runs for row in run.table.rows if (run, row) != (base_run, base)]
-    return f"{base_run.folder.resolve().name}/{base.name}", [_against(base_run, base, run, row) for run, row in others]
+    return f"{base_run.name}/{base.name}", [_against(base_run, base, run, row) for run, row in others]
 
 
 def _find(runs: Sequence[Run], name: str) -> tuple[Run, Row]:
     known: dict[str, tuple[Run, Row]] = {}
     for run in runs:
-        known.setdefault(run.folder.resolve().name, (run, run.table.shipped))
+        known.setdefault(run.name, (run, run.table.shipped))
         for row in run.table.rows:
-            for called in (row.name, row.label, f"{run.folder.resolve().name}/{row.name}"):
+            for called in (row.name, row.label, f"{run.name}/{row.name}"):
                 known.setdefault(called, (run, row))
     if name not in known:
         raise UnknownNameError("row or run to compare with", name, known)
@@ -106,7 +130,7 @@ def _against(base_run: Run, base: Row, run: Run, row: Row) -> Against:
     runtimes = [runtime for runtime in row.engines if runtime in base.engines]
     faster = {r: found for r in runtimes if (found := _faster(base_run, base, run, row, r))}
     accuracy, smaller = _accuracy(base_run, base, run, row), base.size_bytes / row.size_bytes
-    return Against(run.folder.resolve().name, row.label, accuracy, faster, smaller)
+    return Against(run.name, row.label, accuracy, faster, smaller)
 
 
 def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference | None:

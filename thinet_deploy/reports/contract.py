@@ -105,6 +105,8 @@ def judge(required: Sequence[str], table: Table, device: Mapping[str, Any] | Non
 
 
 def _verdict(asked: Requirement, table: Table, device: Mapping[str, Any] | None) -> Verdict:
+    if device and asked.figure == "speedup":
+        return Verdict(asked.text, "not measured", None, None, None, asked.unit, "the original is not measured there")
     found, detail = _there(table, device) if device and asked.figure == "latency" else _measured(asked.figure, table)
     outcome: Outcome = "not measured"
     if found:

@@ -69,13 +69,13 @@ def render(pages: Sequence[Page], against: tuple[str, list[comparison.Against]] 
     """
     from jinja2 import Environment, StrictUndefined
 
-    tables = [page.table for page in pages]
+    tables, names = [page.table for page in pages], comparison.names_of([page.folder for page in pages])
     runtimes = texts.runtimes_of(tables)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" · ".join(dict.fromkeys(f"{table.model} → {table.target}" for table in tables)),
         headers=texts.headers(tables),
-        runs=[_run(page, runtimes) for page in pages],
+        runs=[_run(page, name, runtimes) for page, name in zip(pages, names, strict=True)],
         against=_against(*against) if against else None,
     )
 
@@ -85,7 +85,7 @@ def _against(name: str, comparisons: list[comparison.Against]) -> dict[str, Any]
     return {"name": name, "header": header, "lines": lines, "note": comparison.NOTE}
 
 
-def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
+def _run(page: Page, name: str, runtimes: Sequence[str]) -> dict[str, Any]:
     from markupsafe import Markup
 
     table, timing = page.table, _json(page.folder / "latency" / "latency.json") or {}
@@ -95,7 +95,7 @@ def _run(page: Page, runtimes: Sequence[str]) -> dict[str, Any]:
     percentiles = dict.fromkeys(name for engine in engines for name in engine["samples"]["summary"]["percentiles_ms"])
     hops = (_json(page.folder / "parity" / "parity.json") or {}).get("hops", [])
     return {
-        "name": page.folder.resolve().name,
+        "name": name,
         "table": table,
         "shipped": table.shipped,
         "cards": _cards(table),

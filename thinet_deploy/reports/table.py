@@ -167,6 +167,8 @@ class Table:
         """The inverse of `to_json`."""
         values = {key: value for key, value in data.items() if key not in (*_SCHEMA, "rows", "runtimes", "ledger")}
         rows, ledger = tuple(map(_row, data["rows"])), tuple(map(Entry.read, data["ledger"]))
+        if not rows:
+            raise ValueError("it has no rows")
         return cls(**values, runtimes=tuple(data["runtimes"]), rows=rows, ledger=ledger)
 
 
@@ -190,7 +192,7 @@ def read_table(run: Path) -> Table:
         )
     try:
         return Table.from_json(read_json(path))
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is damaged, or of another version: {first_line(error)}.",
             hint=f"Delete the folder {path.parent} and run the same build again: all else is kept.",

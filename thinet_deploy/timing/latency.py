@@ -37,12 +37,14 @@ class EngineRef:
         runtime: "openvino", "onnxruntime" …
         path: its main file.
         precision: what it has to compute in.
+        thing: the run, bundle or file that it is from, where several hold engines of one name; else "".
     """
 
     model: str
     runtime: str
     path: Path
     precision: Precision = "fp32"
+    thing: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class EngineLatency:
         machine: clocks, temperatures, throttling and load while all engines of this runtime were timed.
         fps: runs a second; 0 for back to back.
         launch_ms: of the host, to hand the computing to a GPU; None without one.
+        thing: as of `EngineRef`.
     """
 
     model: str
@@ -113,6 +116,12 @@ class EngineLatency:
     machine: dict[str, Any]
     fps: float = 0.0
     launch_ms: float | None = None
+    thing: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people: the model, of which run or file, and on what."""
+        return f"{f'{self.thing}: ' if self.thing else ''}{self.model} {self.runtime} {self.precision}"
 
     @property
     def median_ms(self) -> float:
@@ -259,6 +268,7 @@ def latencies(
             threads=threads,
             samples=Samples(tuple(map(tuple, row.pop("rounds_ms"))), row.pop("summary")),
             speedup=None,
+            thing=ref.thing,
             **row,
         )
         for ref, row in zip(group, rows, strict=True)
@@ -288,7 +298,7 @@ def explained(what: str) -> Iterator[None]:
 
 def _engine_speedup(own: EngineLatency, rows: Sequence[EngineLatency]) -> Speedup | None:
     """Against the baseline in the same precision where there is one, else in the first that was measured."""
-    baselines = [row for row in rows if row.model == BASELINE]
+    baselines = [row for row in rows if row.model == BASELINE and row.thing == own.thing]
     if not baselines or own.model == BASELINE:
         return None
     return engine_speedup(next((row for row in baselines if row.precision == own.precision), baselines[0]), own)
@@ -298,7 +308,7 @@ def engine_speedup(base: EngineLatency, own: EngineLatency) -> Speedup | None:
     """Of two engines that were measured in turn; None where a time is invalid."""
     if base.samples.invalid or own.samples.invalid:
         return None
-    return speedup(base.samples.rounds_ms, own.samples.rounds_ms, f"{base.model} {base.runtime} {base.precision}")
+    return speedup(base.samples.rounds_ms, own.samples.rounds_ms, base.name)
 
 
 def speedup(base_ms: Sequence[Sequence[float]], own_ms: Sequence[Sequence[float]], baseline: str) -> Speedup:

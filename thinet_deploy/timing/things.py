@@ -58,6 +58,11 @@ class Model:
     input_shape: InputShape
 
 
+def is_engine(name: str) -> bool:
+    """Whether it is the file of an engine."""
+    return Path(name).is_file() and Path(name).suffix in _SUFFIXES
+
+
 def find(
     name: str, input_shape: InputShape | None, precision: Precision, classes: int | None = None
 ) -> Engines | Model:
@@ -77,7 +82,7 @@ def find(
         return _bundle(path)
     if (path / "run.json").is_file():
         return _run(path)
-    if path.is_file() and path.suffix in _SUFFIXES:
+    if is_engine(name):
         return Engines((_engine(path, precision),), _noise(path, input_shape))
     if name in MODELS or ".py" in name:
         return _model(name, input_shape, classes)
@@ -134,18 +139,17 @@ def _run(folder: Path) -> Engines:
         made: dict[str, dict[str, Any]] = read_json(folder / "engines" / "engines.json")
         with np.load(folder / "parity" / "original.npz", allow_pickle=False) as golden:
             image = golden["input"][:1]
-        refs = [_ref(key.split("/"), folder / "engines" / entry["path"]) for key, entry in made.items()]
+        precision: Precision = read_json(folder / "report" / "table.json")["precision"]
+        refs = []
+        for key, entry in made.items():
+            model, runtime = key.split("/")
+            refs.append(EngineRef(model, runtime, folder / "engines" / entry["path"], precision))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder} has no engines to time: {first_line(error)}.",
             hint="Run the same `thinet-deploy build` again to finish it.",
         ) from error
     return Engines(tuple(refs), {INPUT: image})
-
-
-def _ref(key: Sequence[str], path: Path) -> EngineRef:
-    model, runtime, *precision = key
-    return EngineRef(model, runtime, path, precision[0] if precision else "fp32")  # type: ignore[arg-type]  # as written
 
 
 def _noise(path: Path, input_shape: InputShape | None) -> dict[str, Array]:
@@ -155,10 +159,20 @@ def _noise(path: Path, input_shape: InputShape | None) -> dict[str, Array]:
         shapes = {".onnx": _onnx_shapes, ".xml": _openvino_shapes}.get(path.suffix, lambda _: shapes)(path)
     except Exception as error:  # onnx and ElementTree raise types of their own
         raise InputError(f"{path} cannot be read: {first_line(error)}.", hint="Convert it again.") from error
+    if input_shape and len(shapes) == 1:
+        shapes = {name: _filled(path, shape, input_shape) for name, shape in shapes.items()}
     if not shapes or any(size < 1 for shape in shapes.values() for size in shape):
         raise InputError(f"{path} does not say which images it takes.", hint="Give --input-shape 3x224x224.")
     noise = np.random.default_rng(0)
     return {name: noise.standard_normal((1, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _filled(path: Path, shape: Sequence[int], given: InputShape) -> Sequence[int]:
+    """A shape with what it leaves open as the user gives it."""
+    if len(shape) != len(given) or any(0 < mine != theirs for mine, theirs in zip(shape, given, strict=False)):
+        mine, theirs = ("x".join(str(size or "?") for size in each) for each in (shape, given))
+        raise InputError(f"{path} takes images of {mine}, but --input-shape is {theirs}.", hint="Leave it out.")
+    return given
 
 
 def _onnx_shapes(path: Path) -> dict[str, list[int]]:
