@@ -211,6 +211,14 @@ def test_what_only_training_reads_stays() -> None:
     assert thin.train()(torch.zeros(2, *SHAPE)).shape == (2, 4, 8, 8)
 
 
+def test_what_nobody_reads_holds_no_stream() -> None:
+    """The last part of a network of equal stages adds to a stream what no stage reads any more."""
+    model = two(lambda m, x: ((y := m.other(x)), y + m.a(y), m.b(y))[2])
+    graph = graph_of(model)
+    assert [group.producers for group in graph.groups] == [("other", "a")]
+    assert passes(model, graph)
+
+
 def test_a_sum_that_is_written_in_place_is_an_output() -> None:
     def forward(m: Any, x: torch.Tensor) -> Any:
         y = m.b(m.other(x))

@@ -29,6 +29,7 @@ class LayerCall:
         depthwise: whether every channel is worked on by itself: by a group of its own, or by a linear layer that runs
             along positions.
         positions: of the map that its weight is used at, for one image.
+        needed: whether an output comes from it; not from what only training reads.
     """
 
     weight: str
@@ -37,6 +38,7 @@ class LayerCall:
     inputs: torch.Tensor
     depthwise: bool
     positions: int
+    needed: bool
 
 
 def layer_calls(trace: Trace, values: dict[str, Labels]) -> Iterator[LayerCall]:
@@ -46,23 +48,32 @@ def layer_calls(trace: Trace, values: dict[str, Labels]) -> Iterator[LayerCall]:
         trace: of the network.
         values: the labels of all nodes.
     """
-    numbers: Counter[str] = Counter()
+    numbers, needed = Counter[str](), _needed(trace)
     for node in trace.nodes:
         if operation(node) in CONVOLUTIONS or operation(node) == "linear":
             given = arguments(node)
             if weight := trace.parameter(given["weight"]):
-                yield _call(node, weight, numbers[weight], values[given["input"].name])
+                yield _call(node, weight, numbers[weight], values[given["input"].name], needed=node in needed)
                 numbers[weight] += 1
 
 
-def _call(node: fx.Node, weight: str, number: int, inputs: Labels) -> LayerCall:
+def _needed(trace: Trace) -> set[fx.Node]:
+    """What an output comes from; operations in place, such as add_, count as such."""
+    needed = {node for node in trace.nodes if node.op == "output" or operation(node).endswith("_")}
+    for node in reversed(trace.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return needed
+
+
+def _call(node: fx.Node, weight: str, number: int, inputs: Labels, *, needed: bool) -> LayerCall:
     given, linear, transposed = arguments(node), operation(node) == "linear", "transpose" in operation(node)
     along = linear and not varies(inputs, -1) and any(varies(inputs, dim) for dim in range(inputs.dim() - 1))
     channels = inputs.movedim(-1 if linear else 1, 0).flatten(1)[:, 0]
     groups, size = int(given.get("groups", 1)), shape(given["input"] if transposed else node)
     depthwise = along or groups == len(channels) > 1
     positions = (size[1:-1] if linear else size[2:]).numel()
-    return LayerCall(weight, 0 if transposed else 1, number, channels, depthwise, positions)
+    return LayerCall(weight, 0 if transposed else 1, number, channels, depthwise, positions, needed)
 
 
 def map_sizes(trace: Trace) -> dict[str, tuple[int, int]]:

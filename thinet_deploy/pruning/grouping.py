@@ -15,7 +15,7 @@ from .branches import branches
 from .calls import CONVOLUTIONS, LayerCall, joined, joins, layer_calls, map_sizes, module_name
 from .graph import STAYS, Attribute, Axis, ChannelGraph, ChannelGroup, Channels, Consumer
 from .label_pass import Labels
-from .labels import FIXED, Draft, Site, distinct
+from .labels import FIXED, Draft, distinct
 from .shares import Cell, removable
 from .trace import Trace, arguments, operation, owner
 
@@ -32,11 +32,12 @@ def group_channels(
         draft: what the operations demanded; channels that cannot keep their cardinality constraints are frozen in it.
         literals: numbers in the user's modules that were found to count channels.
     """
-    for site in _unread(trace):
-        if site in draft.sites:
-            draft.freeze(draft.sites[site].labels, "no output comes from it")
-    numbers = _Numbers(draft)
     calls = list(layer_calls(trace, values))
+    numbers, read = _Numbers(draft), _read(draft, calls)
+    if idle := [part for part in numbers.parts if read.isdisjoint(part)]:
+        for part in idle:
+            draft.freeze(torch.tensor(part), "no output comes from it")
+        numbers = _Numbers(draft)
     work = Counter[str]()
     for call in calls:
         work[call.weight] += call.positions
@@ -56,14 +57,10 @@ def group_channels(
     )
 
 
-def _unread(trace: Trace) -> Iterator[Site]:
-    """Filters of layers that run for nothing here, such as those that only training reads."""
-    needed = {node for node in trace.nodes if node.op == "output" or operation(node).endswith("_")}  # as in add_
-    for node in reversed(trace.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-        elif operation(node) in CONVOLUTIONS or operation(node) == "linear":
-            yield Site(trace.parameter(arguments(node)["weight"]), int("transpose" in operation(node)))
+def _read(draft: Draft, calls: Iterable[LayerCall]) -> set[int]:
+    """Roots of the channels that a layer reads which an output comes from; not those that are for training alone."""
+    layers = [call for call in calls if call.needed and not call.depthwise]
+    return {root for call in layers for root in draft.roots(call.inputs).tolist()}
 
 
 class _Numbers:
