@@ -159,7 +159,7 @@ WEIGHTS = {
 }
 VALUES: dict[str, tuple[Prepare, str, tuple[str, ...]]] = {
     **{
-        f"keep {value}": (nothing, f"--keep {value}", (f"--keep is {float(value)}", "0.5 keeps half"))
+        f"keep {value}": (nothing, f"--keep {value}", (f"--keep is {float(value)}", "--keep 0.5"))
         for value in ("0", "1.5", "-1", "nan", "inf")
     },
     "keep text": (nothing, "--keep half", ("--keep", "valid number")),
@@ -257,7 +257,7 @@ def test_one_message_and_nothing_written(
 
 def test_the_table_starts_from_what_works(cli: Callable[..., Any], workplace: Path) -> None:
     """Without the one thing wrong, the checks pass and work begins."""
-    done = cli(*GOOD.replace("build", "prune").split(), "--layer-epochs", 0)
+    done = cli(*GOOD.replace("build", "prune").split())
     assert done.code == 0, done.err
     assert (workplace / "run" / "thin" / "plan.json").exists()
 

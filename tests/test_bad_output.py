@@ -16,7 +16,7 @@ from thinet_deploy.reports.table import Row, Table, Time
 from thinet_deploy.store import Run
 
 Cli = Callable[..., Any]
-GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--layer-epochs", "1"]
+GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1"]
 
 
 def refused(cli: Cli, *arguments: object) -> str:

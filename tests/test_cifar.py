@@ -123,7 +123,7 @@ def test_a_given_resnet_is_pruned_inside_its_blocks(photos: Path, tmp_path: Path
     document = build(
         *("--data", photos, "--model", f"{tmp_path / 'net.py'}:resnet20", "--weights", WEIGHTS),
         *("--preprocess", tmp_path / "pre.toml", "--out", tmp_path / "run"),
-        *("--layer-epochs", 1, "--finetune-epochs", 4, "--lr", 0.01, "--epochs", 10),
+        *("--finetune-epochs", 4, "--lr", 0.01, "--epochs", 10),
     )
     rows = {row["name"]: row for row in document["table"]["rows"]}
     assert list(rows) == ["original", "longer", "conv"], "there is no fully connected head to replace"

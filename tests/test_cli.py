@@ -22,7 +22,7 @@ from thinet_deploy.cli.progress import bars
 from thinet_deploy.options import Options
 
 Cli = Callable[..., Any]
-GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--layer-epochs", "1", "--out", "run"]
+GOOD = ["--data", "data", "--model", "net.py:tiny", "--epochs", "1", "--out", "run"]
 COMMANDS = ("build", "prune", "count", "latency", "staircase", "compare", "verify", "targets", "doctor")
 
 
@@ -190,7 +190,7 @@ def test_what_the_users_code_prints_does_not_spoil_the_document(cli: Cli, workpl
 
 def test_config_and_command_line(cli: Cli, workplace: Path) -> None:
     """The command line wins over the file."""
-    Path("c.toml").write_text("keep = 0.9\nepochs = 0\nlayer-epochs = 0\ninput-shape = '3x16x16'\nout = 'sub/run'\n")
+    Path("c.toml").write_text("keep = 0.9\nepochs = 0\ninput-shape = '3x16x16'\nout = 'sub/run'\n")
     done = cli("prune", "--config", "c.toml", "--data", "data", "--model", "net.py:tiny", "--keep", "0.25", "--json")
     assert done.code == 0, done.err
     report = strict_json(done.out)

@@ -317,7 +317,7 @@ def test_an_error_of_one_process_is_shown_once(place: Path) -> None:
 @pytest.mark.slow
 def test_results_and_errors_of_the_command_line_are_one_document(two: Path) -> None:
     arguments = ("-m", "thinet_deploy", "prune", "--data", two / "data", "--model", f"{two / 'net.py'}:make", "--json")
-    done = launch(*arguments, "--epochs", 0, "--layer-epochs", 0, "--out", two / "command")
+    done = launch(*arguments, "--epochs", 0, "--out", two / "command")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["folder"] == str(two / "command" / "thin")
     assert done.stderr.count("Pruning: done") == 1

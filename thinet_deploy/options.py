@@ -295,7 +295,7 @@ _HINTS = {
     "size": "--size 5MB, --size 800kB: of the weights, 4 bytes each.",
     "latency": "--latency 8ms, --latency 800us: of one image on the target's engine.",
     "speedup": "--speedup 2x: twice as fast as the original on the target's engine.",
-    "keep": "--keep is the share of filters that stay in each pruned layer: 0.5 keeps half of them.",
+    "keep": "--keep 0.5: as few multiply-accumulates as with half of the filters in each pruned layer.",
 }
 
 

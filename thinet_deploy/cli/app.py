@@ -87,7 +87,8 @@ app = typer.Typer(
         "[bold]thinet-deploy build --target cpu[/bold] shows the whole way on handwritten digits that are built in. "
         "Then give your own: [bold]--data DIR --model file.py:factory --weights FILE[/bold].\n\n"
         "Exit codes: 0 done, 1 a gate failed, a budget is out of reach or a requirement is not met, 2 the input is "
-        "wrong, 3 something is not installed, 130 interrupted (run the same command again to go on)."
+        "wrong, 3 something is not installed or a device cannot be reached, 130 interrupted (run the same command "
+        "again to go on)."
     ),
 )
 
@@ -215,7 +216,7 @@ def prune(  # noqa: PLR0917 - one argument per option
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Prune only, and train the thin network yourself: RUN/thin gets plan.json, model.safetensors, report.json.
+    """Prune only, and train the thin network yourself: RUN/thin has plan, weights, report and model.pt2.
 
     [bold]thinet-deploy prune --data photos --model net.py:make --weights net.pth --out RUN[/bold]
     [bold]thinet-deploy prune --feasibility --macs 2x …[/bold]   (what would it cost? nothing is pruned)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .options import Device as DeviceOption
 from .options import DevicePython, Json
 from .progress import bars
 from .tables import print_json
@@ -70,7 +69,14 @@ def _ask_phone(
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    device: DeviceOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="ssh://user@host:port (user and port may be left out) or, for Android, adb:SERIAL: copy the bundle "
+            "there and check it there, with the engines that it has.",
+            show_default=False,
+        ),
+    ] = None,
     device_python: DevicePython = None,
     as_json: Json = False,
 ) -> None:

@@ -184,7 +184,8 @@ Train = Annotated[
     list[str] | None,
     typer.Option(
         help="NAME=VALUE: a setting of all training: precision=bf16 (or fp16), optimizer=adamw, schedule=steps, "
-        "label_smoothing=0.1, ema=0.999, distill=0.9, temperature=2, weight_decay=0.0001, momentum, warmup, clip."
+        "label_smoothing=0.1, ema=0.999, distill=0.9 (default 0.5), inside=0 (default 2), "
+        "temperature=2, weight_decay=0.0001, momentum, warmup, clip."
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Images per training step.  \\[default: 32; the papers': 128]")]
@@ -245,7 +246,12 @@ Require = Annotated[
         "summary.md."
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same widths and same kept filters.  \\[default: 0]")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Same seed, same widths and same kept filters (for a budget of time, of the same times).  \\[default: 0]"
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run directory.  \\[default: thinet-run]")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with any of these options; the command line wins.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]

@@ -32,24 +32,17 @@ class Run:
 def names_of(folders: Sequence[Path]) -> list[str]:
     """What runs are called: their folders' names, with as many of those above as tell all apart."""
     parts = [folder.resolve().parts for folder in folders]
-    names = [""] * len(parts)
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(each[-count:]).lstrip("/") for each in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
+    ways = [["/".join(each[-count:]).lstrip("/") for each in parts] for count in range(1, max(map(len, parts)) + 1)]
+    return next(names for names in ways if len(set(names)) == len(set(parts)))
 
 
 def runs_of(folders: Sequence[Path]) -> list[Run]:
-    """Finished runs, to be compared.
+    """Finished runs, to be compared; a run that is given twice stands there twice.
 
     Raises:
-        InputError: one is not finished, or given twice.
+        InputError: one is not finished.
     """
-    names = names_of(folders)
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"{twice} was given twice.", hint="Give each run once.")
-    return [Run(folder, read_table(folder), name) for folder, name in zip(folders, names, strict=True)]
+    return [Run(folder, read_table(folder), name) for folder, name in zip(folders, names_of(folders), strict=True)]
 
 
 @dataclass(frozen=True)
