@@ -135,8 +135,8 @@ def _same_parts(
         MismatchError: a slice or split takes other channels than those that are left of it, or the groups of a
             normalisation are other ones.
     """
+    roots = {graph.draft.find(label) for label in left}
     for one, other in _pairs_of(graph.trace, pruned, lambda node: operation(node) in _TAKING):
-        roots = {graph.draft.find(label) for label in left}
         parts = [part & roots for part in _channels(graph.draft, before[one.name])]
         if parts != _channels(graph.draft, after[other.name]):
             raise _at(other, f"{place(other)} takes other channels than before")
