@@ -89,19 +89,16 @@ def _print(output: Format, pages: Sequence[Page], against: Against | None) -> No
 
     if output in {"html", "csv", "markdown"} and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as files have it, whatever the terminal's is
-    tables, names = (
-        [page.table for page in pages],
-        comparison.names_of([page.folder for page in pages]) if len(pages) > 1 else [],
-    )
+    tables, called = [page.table for page in pages], comparison.names_of([page.folder for page in pages])
+    names = called if len(pages) > 1 else []
     if output == "json":
         typer.echo(json.dumps(_document(pages, against), indent=1))
     elif output == "html":
         try:
             page = html_report.render(pages, against)
         except (KeyError, TypeError, ValueError) as error:
-            several = ", ".join(comparison.names_of([page.folder for page in pages]))
             raise InputError(
-                f"{several}: there is a file that is damaged, or of another version: {first_line(error)}.",
+                f"{', '.join(called)}: there is a file that is damaged, or of another version: {first_line(error)}.",
                 hint="Run the same build again: what is not whole is made anew.",
             ) from error
         typer.echo(page, nl=False)

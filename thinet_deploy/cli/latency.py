@@ -67,31 +67,13 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     [bold]thinet-deploy latency RUN/bundle --device ssh://user@host[/bold]   (there, instead of here)
     """
     from ..artifact import write_json
-    from ..errors import InputError
-    from ..timing.things import is_engine
 
-    if max(seconds, fps) == math.inf:
-        raise InputError("--seconds and --fps have to be finite numbers.", hint="Such as --seconds 5 --fps 30.")
-    if out and out.is_dir():
-        raise InputError(
-            f"--out {out} is a folder, but the name of a file was expected.", hint=f"--out {out}/times.json"
-        )
+    _check(things, device, precision, input_shape, max(seconds, fps), out)
     if device not in _HERE:
-        if precision or input_shape:
-            raise InputError(
-                f"--precision and --input-shape are of engine files; what --device {device} measures is a bundle, "
-                "which says both itself.",
-                hint="Leave them out.",
-            )
         pace = {"batch": batch, "threads": threads, "seconds": seconds, "rounds": rounds, "fps": fps}
         remote_latency(things, device, device_python, pace, out, as_json=as_json)
         return
 
-    if precision and not any(map(is_engine, things)):
-        raise InputError(
-            f"--precision is of engine files, and {things[0]} is none.",
-            hint="Bundles and runs say it themselves; models run in the type of their weights.",
-        )
     with bars(Console(stderr=True)) as progress:
         found = _measured(
             things, input_shape, precision or "fp32", (threads, batch, seconds, rounds, fps, device), progress
@@ -106,6 +88,32 @@ def latency(  # noqa: PLR0913, PLR0917 - one argument per option
     series += [part for model in found.models for part in (model.forward, model.backward)]
     if any(samples.invalid for samples in series):
         raise typer.Exit(INVALID)
+
+
+def _check(
+    things: Sequence[str], device: str, precision: Precision | None, shape: str | None, most: float, out: Path | None
+) -> None:
+    """Raise InputError for what would do nothing, or lose what was measured; `most` of --seconds and --fps."""
+    from ..errors import InputError
+    from ..timing.things import is_engine
+
+    if most == math.inf:
+        raise InputError("--seconds and --fps have to be finite numbers.", hint="Such as --seconds 5 --fps 30.")
+    if out and out.is_dir():
+        raise InputError(
+            f"--out {out} is a folder, but the name of a file was expected.", hint=f"--out {out}/times.json"
+        )
+    if device not in _HERE and (precision or shape):
+        raise InputError(
+            f"--precision and --input-shape are of engine files; what --device {device} measures is a bundle, "
+            "which says both itself.",
+            hint="Leave them out.",
+        )
+    if precision and not any(map(is_engine, things)):
+        raise InputError(
+            f"--precision is of engine files, and {things[0]} is none.",
+            hint="Bundles and runs say it themselves; models run in the type of their weights.",
+        )
 
 
 How = tuple[int, int, float, int, float, str]

@@ -45,10 +45,8 @@ def _numbers(root: Path, pattern: str, scale: float) -> dict[str, float]:
 def cpu_limit(read: Callable[[str], str] = lambda path: _text(Path(path))) -> float | None:
     """How many processors' time a container may use (cgroup 2, then 1); None without a limit."""
     group = "/sys/fs/cgroup"
-    two, one = (
-        read(f"{group}/cpu.max").split(),
-        [read(f"{group}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")],
-    )
+    two = read(f"{group}/cpu.max").split()
+    one = [read(f"{group}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
     quota, period = two if len(two) == 2 else one
     return round(int(quota) / int(period), 3) if quota.isdigit() and period.isdigit() else None
 

@@ -8,7 +8,7 @@ stand where it stood is found, with its place in the code.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +83,7 @@ def settled_plan(model: nn.Module, graph: ChannelGraph, kept: NDArray[np.bool_],
 def _orders(graph: ChannelGraph, keep: Mapping[Site, list[int]], pruned: Trace) -> dict[Site, list[int]]:
     """For every site of `keep` its indices in the order in which channels arrive; MismatchError as `settled_plan`."""
     book = Check(graph.draft, keep)
-    after = run(pruned, book)
-    before, left = run(graph.trace, Check(graph.draft, {})), book.left()
-    _same_parts(graph, left, pruned, before, after)
+    _same_parts(graph, book, pruned, run(pruned, book))
     _same_numbers(graph, pruned)
     return book.orders()
 
@@ -126,21 +124,24 @@ def _placed(kept: list[int], places: list[int], channels: list[int], belongs: Ma
     return [order[position] if position in order else left.pop(0) for position in range(len(kept))]
 
 
-def _same_parts(
-    graph: ChannelGraph, left: set[int], pruned: Trace, before: Mapping[str, Labels], after: Mapping[str, Labels]
-) -> None:
+def _same_parts(graph: ChannelGraph, book: Check, pruned: Trace, after: Mapping[str, Labels]) -> None:
     """Parts taken of channels have to be the same parts: what happens to each by itself leaves no trace in labels.
 
     Raises:
         MismatchError: a slice or split takes other channels than those that are left of it, or the groups of a
             normalisation are other ones.
     """
+    taken = _pairs_of(graph.trace, pruned, lambda node: operation(node) in _TAKING)
+    normed = _pairs_of(graph.trace, pruned, lambda node: operation(node) == "group_norm")
+    if not taken and not normed:
+        return
+    before, left = run(graph.trace, Check(graph.draft, {})), book.left()
     roots = {graph.draft.find(label) for label in left}
-    for one, other in _pairs_of(graph.trace, pruned, lambda node: operation(node) in _TAKING):
+    for one, other in taken:
         parts = [part & roots for part in _channels(graph.draft, before[one.name])]
         if parts != _channels(graph.draft, after[other.name]):
             raise _at(other, f"{place(other)} takes other channels than before")
-    for one, other in _pairs_of(graph.trace, pruned, lambda node: operation(node) == "group_norm"):
+    for one, other in normed:
         groups = [part & left for part in _norm_groups(one, before)]
         if [part for part in groups if part] != [part for part in _norm_groups(other, after) if part]:
             raise _at(other, f"{place(other)} puts other channels into a group than before")
@@ -153,13 +154,13 @@ def _same_numbers(graph: ChannelGraph, pruned: Trace) -> None:
             raise _at(other, f"{place(other)} works with {_numbers(other)} where it was {_numbers(one)}")
 
 
-def _pairs_of(ours: Trace, theirs: Trace, which: Callable[[fx.Node], bool]) -> Iterator[tuple[fx.Node, fx.Node]]:
+def _pairs_of(ours: Trace, theirs: Trace, which: Callable[[fx.Node], bool]) -> list[tuple[fx.Node, fx.Node]]:
     """Operations of a kind in both networks, in order; none where these differ, of which the proof will tell."""
     mine, others = (
         [node for node in each.nodes if node.op == "call_function" and which(node)] for each in (ours, theirs)
     )
-    if [operation(node) for node in mine] == [operation(node) for node in others]:
-        yield from zip(mine, others, strict=True)
+    alike = [operation(node) for node in mine] == [operation(node) for node in others]
+    return list(zip(mine, others, strict=True)) if alike else []
 
 
 def _elementwise(node: fx.Node) -> bool:

@@ -266,10 +266,10 @@ def within_reach(graph: ChannelGraph) -> frozenset[str]:
     Neither 3-D convolutions nor what has something else than images in its first dimension, as attention or windows of
     a map may have.
     """
-    narrow = (each.weight for each in readers(graph.trace) if each.inputs <= MOST_INPUTS)
-    batch = {shape(node)[0] for node in graph.trace.images}
-    astray = {each.weight for each in readers(graph.trace) if not {shape(use.inputs)[0] for use in each.uses} <= batch}
-    return frozenset((*narrow, *_spans(graph))) - astray
+    found, batch = readers(graph.trace), {shape(node)[0] for node in graph.trace.images}
+    narrow = {each.weight for each in found if each.inputs <= MOST_INPUTS}
+    astray = {each.weight for each in found if not {shape(use.inputs)[0] for use in each.uses} <= batch}
+    return frozenset((narrow | _spans(graph).keys()) - astray)
 
 
 def _spans(graph: ChannelGraph) -> dict[str, int]:

@@ -171,7 +171,10 @@ def _filled(path: Path, shape: Sequence[int], given: InputShape) -> Sequence[int
     """A shape with what it leaves open as the user gives it."""
     if len(shape) != len(given) or any(0 < mine != theirs for mine, theirs in zip(shape, given, strict=False)):
         mine, theirs = ("x".join(str(size or "?") for size in each) for each in (shape, given))
-        raise InputError(f"{path} takes images of {mine}, but --input-shape is {theirs}.", hint="Leave it out.")
+        raise InputError(
+            f"{path} takes images of {mine}, but --input-shape is {theirs}.",
+            hint="Give what stands for each ?, and what the file says for the rest.",
+        )
     return given
 
 
