@@ -138,6 +138,21 @@ def test_programs_on_other_processors_disturb_too(tmp_path: Path) -> None:
     assert found["warnings"] == ["unstable because other programs used 30% of the processors' time"]
 
 
+@pytest.mark.parametrize("file", ["sys/fs/cgroup/cpu.stat", "sys/fs/cgroup/cpu/cpu.stat"])
+def test_a_container_that_used_up_its_share_waits(file: str, tmp_path: Path) -> None:
+    root = paper(tmp_path, PC | {file: "usage_usec 900\nnr_periods 100\nnr_throttled 7\nthrottled_usec 5"})
+    found = watched(root, {file: "usage_usec 999\nnr_periods 180\nnr_throttled 27\nthrottled_usec 99"})
+    assert found["limited"] == 0.25
+    (warning,) = found["warnings"]
+    assert warning.startswith("unstable because the container had used up its processors' time in 25% of the periods")
+    assert watched(root, {})["warnings"] == [], "what was before does not count"
+
+
+def test_a_machine_without_a_container_has_no_share_to_use_up(tmp_path: Path) -> None:
+    root = paper(tmp_path, PC | {"sys/fs/cgroup/cpu.stat": "usage_usec 900\nuser_usec 5\nsystem_usec 3"})
+    assert watched(root, {})["limited"] is None
+
+
 def test_a_child_that_ended_was_no_other_program(tmp_path: Path) -> None:
     ended = stat(7, "python", 1, 40).replace(" 0 0 0 20 0 1 ", " 0 90 0 20 0 1 ")
     root = paper(tmp_path, PC)

@@ -16,7 +16,7 @@ from typing import Any, Callable, Mapping
 
 # Shares of the time above which somebody else's work shows in a measurement. What others compute on processors of
 # their own counts too: caches, memory and the clock's headroom are shared.
-BUSY, STOLEN, OTHERS = 0.05, 0.01, 0.1
+BUSY, STOLEN, OTHERS, LIMITED = 0.05, 0.01, 0.1, 0.01
 # A cooling device of such a type slows the processor down while its state is not 0; fans do not.
 _SLOWING = re.compile(r"cpufreq|devfreq|processor|gpu|cpu-throttle", re.IGNORECASE)
 # Bits of the Raspberry Pi firmware's get_throttled that hold now: documentation of vcgencmd.
@@ -148,6 +148,7 @@ class Watch:
             "gpus": self.gpus.state() if self.gpus else {},
             "waited_us": self._waited_us(),
             "ticks": self._ticks(),
+            "periods": self._periods(),
         }
 
     def _firmware(self) -> str:
@@ -163,6 +164,13 @@ class Watch:
         """Of all processors: user, nice, system, idle, iowait, irq, softirq, steal …"""
         found = re.search(r"^cpu +(.*)$", _text(self.root / "proc/stat"), re.MULTILINE)
         return [int(number) for number in found[1].split()] if found else []
+
+    def _periods(self) -> tuple[int, int] | None:
+        """How many periods of a container's quota there were, and in how many it was used up (cgroup 2, then 1)."""
+        group = self.root / "sys/fs/cgroup"
+        text = _text(group / "cpu.stat") or _text(group / "cpu/cpu.stat")
+        all_, full = (re.search(rf"^nr_{name} (\d+)$", text, re.MULTILINE) for name in ("periods", "throttled"))
+        return (int(all_[1]), int(full[1])) if all_ and full else None
 
     def _own_ticks(self) -> int | None:
         """Of this process and all that it started, the ended ones included."""
@@ -180,17 +188,18 @@ class Watch:
         return own + sum(mine[each][1] for each in family - {me})
 
     def summary(self) -> dict[str, Any]:
-        """JSON-ready: clocks and temperatures as [lowest, highest], `throttled`, and three shares; None if unknown.
+        """JSON-ready: clocks and temperatures as [lowest, highest], `throttled`, and four shares; None if unknown.
 
         `throttled` is a list of reasons, empty when the sensors saw none. `busy` is the share of the time in which
         processes waited for a processor, `others` that of all processors in which other programs computed, `stolen`
-        that which the hypervisor took away. `warnings` are sentences on these.
+        that which the hypervisor took away, `limited` that of the periods in which a container's quota was used up.
+        `warnings` are sentences on these.
         """
         self.look()
         temperatures = {_text((self.root / p).with_name("type")) or p: _span(v) for p, v in self._of("temperatures_c")}
         temperatures.update({gpu: _span(v) for gpu, v in self._of_gpus("temperature_c")})
         clocks = [v for _, values in self._of("clocks_mhz") for v in values]
-        busy, stolen, others = self._busy(), self._stolen(), self._others()
+        busy, stolen, others, limited = self._busy(), self._stolen(), self._others(), self._limited()
         return {
             "seconds": self.looks[-1]["time"] - self.looks[0]["time"],
             "cpu_clock_mhz": _span(clocks) if clocks else None,
@@ -200,7 +209,8 @@ class Watch:
             "busy": busy,
             "stolen": stolen,
             "others": others,
-            "warnings": _load_warnings(busy, stolen, others),
+            "limited": limited,
+            "warnings": _load_warnings(busy, stolen, others, limited),
         }
 
     def _of(self, what: str) -> list[tuple[str, list[float]]]:
@@ -251,6 +261,12 @@ class Watch:
         worked = sum(last[index] - first[index] for index in (0, 1, 2, 5, 6))
         return float(max(0, worked - (after - before)) / (sum(last[:8]) - sum(first[:8])))
 
+    def _limited(self) -> float | None:
+        first, last = self.looks[0]["periods"], self.looks[-1]["periods"]
+        if first is None or last is None:
+            return None
+        return float((last[1] - first[1]) / max(last[0] - first[0], 1))
+
 
 def _span(values: list[float]) -> list[float]:
     return [min(values), max(values)]
@@ -268,7 +284,7 @@ def _process(stat: str) -> tuple[int, int, int]:
     return number, int(fields[1]), sum(map(int, fields[11:15]))
 
 
-def _load_warnings(busy: float | None, stolen: float | None, others: float | None) -> list[str]:
+def _load_warnings(busy: float | None, stolen: float | None, others: float | None, limited: float | None) -> list[str]:
     found = []
     if busy is not None and busy > BUSY:
         found.append(f"unstable because the machine is busy: processes waited for a processor {busy:.0%} of the time")
@@ -276,6 +292,11 @@ def _load_warnings(busy: float | None, stolen: float | None, others: float | Non
         found.append(f"unstable because the hypervisor gave {stolen:.1%} of the processors' time to others")
     if others is not None and others > OTHERS:
         found.append(f"unstable because other programs used {others:.0%} of the processors' time")
+    if limited is not None and limited > LIMITED:
+        found.append(
+            f"unstable because the container had used up its processors' time in {limited:.0%} of the periods"
+            " (fewer threads, or a larger --cpus)"
+        )
     return found
 
 
