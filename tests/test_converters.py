@@ -190,6 +190,8 @@ def test_a_toolchain_may_come_under_another_name(monkeypatch: pytest.MonkeyPatch
     assert registry.made_by("onnxruntime") == f"{module} {known('pytest')}"
     monkeypatch.setattr(metadata, "packages_distributions", dict)
     assert registry.made_by("onnxruntime") == f"{module} {importlib.import_module(module).__version__}"
+    monkeypatch.delattr(importlib.import_module(module), "__version__")
+    assert registry.made_by("onnxruntime") == f"{module} of unknown version"
 
 
 @pytest.mark.parametrize("affine", [True, False])

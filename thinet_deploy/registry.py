@@ -77,7 +77,9 @@ def _version(module: str) -> str:
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(module)
     brought_by = metadata.packages_distributions().get(module.partition(".")[0])  # reads the records of all packages
-    return metadata.version(brought_by[0]) if brought_by else str(importlib.import_module(module).__version__)
+    if brought_by:
+        return metadata.version(brought_by[0])
+    return str(getattr(importlib.import_module(module), "__version__", "of unknown version"))
 
 
 def convert(
