@@ -75,7 +75,7 @@ def maker(spec: BundleSpec, folder: Path) -> Make:
         if builder:
             (place / "tensorrt_builder.py").write_text(builder)
             vouch(place, "tensorrt_builder.py")
-        return Stage(place, hash_json(str(place)), reused=False)
+        return Stage(place, hash_json(str(place)), {}, reused=False)
 
     return make
 

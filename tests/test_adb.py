@@ -329,7 +329,7 @@ def test_storage_that_is_full_when_outputs_are_written_is_said_too(phone: Fake, 
 
 def deployed(made: Path, run: Path) -> dict[str, Any]:
     found, target = device_stage.reach("adb:FP5", "python3", load_profile("android"))
-    bundle = Stage(made, hash_json(str(made)), reused=False)
+    bundle = Stage(made, hash_json(str(made)), {}, reused=False)
     return device_stage.on_device(SharedRun(run), found, target, bundle, 1, silent)
 
 

@@ -89,7 +89,7 @@ def stage(tmp_path: Path) -> Stage:
     folder = tmp_path / "bundle"
     folder.mkdir()
     bundle.write_bundle(folder, spec)
-    return Stage(folder, sha256_of(folder / "manifest.json"), reused=False)
+    return Stage(folder, sha256_of(folder / "manifest.json"), {}, reused=False)
 
 
 @pytest.fixture

@@ -157,21 +157,25 @@ def test_prune_own_training_build(
     monkeypatch.chdir(tiny)
     assert pipeline.prune(tiny_options(run, data=Path("data"), model="net.py:plain")) == run / "thin"
     monkeypatch.chdir(tmp_path)  # the paths given to prune were relative to another folder
-    assert {p.name for p in (run / "thin").iterdir()} == {"plan.json", "model.safetensors", "model.pt2", "report.json"}
+    assert {p.name for p in (run / "thin").iterdir()} == {
+        *("plan.json", "model.safetensors", "model.pt2", "report.json"),
+        "options.json",
+    }
     torch.save(nn.Linear(3, 3).state_dict(), file)
     before = sorted(p for p in run.rglob("*") if p.is_file())
     wrong = cli("build", "--from", run, "--weights", file)
     assert wrong.code == 2
     assert "another architecture" in wrong.err
     assert sorted(p for p in run.rglob("*") if p.is_file()) == before, "nothing was broken"
-    options = (run / "options.json").read_text()
+    stored = run / "thin" / "options.json"
+    options = stored.read_text()
     for damage in (options[:40], "[]", '{"keep": 7}', '{"kep": 0.5}'):
-        (run / "options.json").write_text(damage)
+        stored.write_text(damage)
         damaged = cli("build", "--from", run, "--weights", file)
         assert damaged.code == 2
         assert "options.json is damaged, or of another version" in damaged.err
         assert "`thinet-deploy prune` again" in damaged.err
-    (run / "options.json").write_text(options)
+    stored.write_text(options)
     thin = own_training(run, tiny)
     torch.save(thin.state_dict(), file)
     right = cli("build", "--from", run, "--weights", file, "--json")

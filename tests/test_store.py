@@ -86,7 +86,7 @@ def test_stages_with_equal_inputs_are_told_apart(run: Run) -> None:
     assert run.stage("one", {}, writes(x="1")).digest != run.stage("two", {}, writes(x="2")).digest
 
 
-@pytest.mark.parametrize("damage", ["deleted", "modified", "added", "folder", "record", "no record"])
+@pytest.mark.parametrize("damage", ["deleted", "modified", "folder", "record", "no record"])
 def test_damage_makes_a_stage_anew(run: Run, damage: str) -> None:
     stage = run.stage("one", {}, writes(x="x", sub__y="y"))
     record = run.root / ".records" / "one.json"
@@ -94,8 +94,6 @@ def test_damage_makes_a_stage_anew(run: Run, damage: str) -> None:
         (stage.folder / "x").unlink()
     elif damage == "modified":
         (stage.folder / "sub" / "y").write_text("Y")
-    elif damage == "added":
-        (stage.folder / "sub" / "z").write_text("z")
     elif damage == "folder":
         stage.folder.rename(run.root / "elsewhere")
     elif damage == "record":
@@ -106,6 +104,36 @@ def test_damage_makes_a_stage_anew(run: Run, damage: str) -> None:
     assert not again.reused
     assert again.digest == stage.digest
     assert visible(again.folder) == {"x", "sub/y"}
+
+
+def test_what_depends_on_a_stage_depends_on_what_that_depends_on(run: Run) -> None:
+    """Equal files do not make equal stages: the code that reads them may be another."""
+    before = run.stage("one", {"code": 1}, writes(x="x"))
+    after = run.stage("one", {"code": 2}, writes(x="x"))
+    assert after.digest != before.digest
+
+
+def test_files_of_others_stay(run: Run) -> None:
+    stage = run.stage("one", {"a": 1}, writes(x="x"))
+    (stage.folder / "sub").mkdir()
+    (stage.folder / "sub" / "mine.pt").write_text("days of training")
+    assert run.stage("one", {"a": 1}, never).digest == stage.digest
+    with pytest.raises(
+        OutputError, match=r"is to be made anew, but has files that are not ours: sub/mine\.pt"
+    ) as raised:
+        run.stage("one", {"a": 2}, never)
+    assert raised.value.hint.startswith("Move them elsewhere")
+    assert visible(stage.folder) == {"x", "sub/mine.pt"}
+
+
+def test_a_stage_is_kept_whatever_it_was_made_from_but_not_damaged(run: Run) -> None:
+    stage = run.stage("one", {"a": 1}, writes(x="x"))
+    found = run.kept("one")
+    assert found is not None
+    assert (found.folder, found.digest) == (stage.folder, stage.digest)
+    (stage.folder / "x").write_text("y")
+    assert run.kept("one") is None
+    assert run.kept("two") is None
 
 
 def test_an_exception_leaves_no_folder_and_the_stage_can_be_made_later(run: Run) -> None:
@@ -152,6 +180,15 @@ def test_leftovers_of_a_kill_are_cleared(run: Run) -> None:
     with run.locked():
         assert [path for path in run.root.rglob("*") if ".tmp-" in path.as_posix()] == []
         assert run.stage("one", {}, never).digest == stage.digest
+
+
+def test_a_run_inside_a_run_is_left_alone(run: Run) -> None:
+    def make(folder: Path, _: Checkpoint) -> None:
+        with run.locked():
+            (folder / "x").write_text("x")
+
+    inner = Run(run.root / "inner")
+    assert visible(inner.stage("one", {}, make).folder) == {"x"}
 
 
 def test_a_second_process_is_refused_while_the_first_works(run: Run) -> None:

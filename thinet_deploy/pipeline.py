@@ -32,7 +32,7 @@ from .stages.job import Job, load_job, moved
 from .stages.networks import Pruning
 from .stages.tools import Tools
 from .stages.transfer_table import transfer
-from .store import Run, Stage, open_run
+from .store import Checkpoint, Run, Stage, open_run
 from .target import TargetProfile, load_profile
 
 
@@ -118,6 +118,8 @@ def build(options: Options, progress: Progress = silent) -> Build:
 
 
 _VERDICTS = ("report", "contract")
+_THIN, _OPTIONS = "thin", "options.json"
+_PRUNE_AGAIN = "Run the same `thinet-deploy prune` again: finished stages are kept."
 
 
 @contextmanager
@@ -180,30 +182,32 @@ def _check_stack(machine: Machine | Phone, target: TargetProfile, asked: str) ->
         )
 
 
-def _remember(options: Options, root: Path) -> None:
-    """Keep the options for `build_from`, with whole paths, so that it may be called from another folder."""
+def _remember(options: Options, folder: Path) -> None:
+    """Write the options down, with whole paths, so that `build_from` may be called from another folder."""
     kept = options.model_dump(mode="json")
     for name, value in options:
         if isinstance(value, Path) or ".py:" in str(value) or ".toml" in str(value):
             kept[name] = str(Path(value).absolute())
-    write_json(root / "options.json", kept)
+    write_json(folder / _OPTIONS, kept)
 
 
 def _remembered(root: Path, changes: dict[str, Any]) -> Options:
-    """The options that `prune` kept, with some changes.
+    """The options that `prune` made the thin network with, with some changes.
 
     Raises:
         InputError: there are none, or they cannot be read.
     """
-    stored = open_run(root) / "options.json"
+    stored = open_run(root) / _THIN / _OPTIONS
     if not stored.exists():
-        raise InputError(f"{root} has no options.json.", hint="Prune first: thinet-deploy prune --out RUN …")
+        raise InputError(
+            f"{root} has no thin network that `prune` left.", hint="Prune first: thinet-deploy prune --out RUN …"
+        )
     try:
         return make_options({**read_json(stored), "out": root, **changes})
     except (OSError, ValueError, TypeError, InputError) as error:
         raise InputError(
             f"{stored} is damaged, or of another version: {first_line(error)}",
-            hint="Run the same `thinet-deploy prune` again: it writes the file anew, and finished stages are kept.",
+            hint=_PRUNE_AGAIN,
         ) from error
 
 
@@ -236,33 +240,54 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
         raise InputError(f"There is no weights file {weights}.", hint="Give what your training saved with --weights.")
     options = _remembered(root, {"require": require})
     progress = join().speaking(progress)
-    # Where a budget of time was met, that device is asked what it is: whether the widths still hold there.
-    job = _placed(load_job(options, progress), *(_device(options) if options.timed else (None, None)))
+    job = load_job(options, progress)
     # The network was pruned for the target of `prune`, whose grid its widths follow; it may be shipped to another.
     changes: dict[str, str | int | None] = {"device": device, "device_python": device_python, "dla": dla}
     changes |= {name: value for name, value in {"target": target, "precision": precision}.items() if value}
     if target or precision or device != options.device:  # the budget of time was of other engines
         changes |= {"latency": None, "speedup": None}
-    shipped = replace(job, options=make_options({**options.model_dump(), **changes}))
+    job = replace(job, options=make_options({**options.model_dump(), **changes}))
     if target:
-        shipped = replace(shipped, target=load_profile(target))
-    machine, found = _device(shipped.options, shipping=True)
-    _check_task(shipped, machine)
-    shipped = replace(shipped, target=found or shipped.target)
-    _check_contract(require, shipped.target, device)
-    plan = precision_stage.planned(shipped)
+        job = replace(job, target=load_profile(target))
+    machine, found = _device(job.options, shipping=True)
+    job = _placed(job, machine, found)
+    _check_task(job, machine)
+    _check_contract(require, job.target, device)
+    plan = precision_stage.planned(job)
     _check_runtimes(plan)
     run = SharedRun(root, progress)
     with run.locked():
         tools = Tools(job, progress)
-        pruning = networks.prune(run, tools)
-        thin = _unfinished(run, tools, pruning)
-        inputs = {"thin": thin.digest, "weights": sha256_of(weights)}
+        original, thin = _as_pruned(run)
+        inputs = {**job.identity, "thin": thin.digest, "weights": sha256_of(weights)}
         own = run.alone("own", inputs, lambda f, _: steps.own(tools, thin.folder, weights, f))
-        replaced = _replaced(root)
+        said = (*_replaced(root), *_edited(job, original))
         with _withdrawn(run, *_VERDICTS):
-            done = deploy(run, Tools(shipped, progress), plan, networks.own(pruning, thin, own, options), machine)
-    return replace(done, notes=(*done.notes, *replaced)) if replaced else done
+            done = deploy(run, tools, plan, networks.own(original, thin, own, job), machine)
+    return replace(done, notes=(*done.notes, *said)) if said else done
+
+
+def _as_pruned(run: SharedRun) -> tuple[Stage, Stage]:
+    """The original and its thin network as `prune` left them: the user's training began there, so nothing is made anew.
+
+    Raises:
+        InputError: they are not there any more.
+    """
+    original, thin = run.kept("dense"), run.kept(_THIN)
+    if original is None or thin is None or thin.inputs["dense"] != original.digest:
+        raise InputError(
+            f"{run.root} has not the thin network and its original any more as `prune` left them.", hint=_PRUNE_AGAIN
+        )
+    return original, thin
+
+
+def _edited(job: Job, original: Stage) -> tuple[str, ...]:
+    """What to say where the user's code of the network is another than when it was pruned."""
+    if job.identity["model"] == original.inputs["model"]:
+        return ()
+    return (
+        f"{job.model_name} has changed since `prune`: that only filters went was proved of the network as it was then.",
+    )
 
 
 def _replaced(root: Path) -> tuple[str, ...]:
@@ -277,15 +302,20 @@ def _replaced(root: Path) -> tuple[str, ...]:
 
 def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
     prunings = {method: stage.folder for method, stage in pruning.by_method.items()}
+
+    def make(folder: Path, _: Checkpoint) -> None:
+        steps.unfinished(tools, pruning.original.folder, prunings, pruning.head, folder)
+        _remember(tools.job.options, folder)
+
     return run.stage(
-        "thin",
+        _THIN,
         {
             "prune": {method: stage.digest for method, stage in pruning.by_method.items()},
             "dense": pruning.original.digest,
             "head": pruning.head,
             "images": tools.job.options.calibration_images,
         },
-        lambda f, _: steps.unfinished(tools, pruning.original.folder, prunings, pruning.head, f),
+        make,
     )
 
 

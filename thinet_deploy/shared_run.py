@@ -39,6 +39,12 @@ class SharedRun(Run):
             yield
             self._tell()
 
+    def kept(self, name: str) -> Stage | None:
+        """See `Run.kept`."""
+        if found := self.team.once(partial(super().kept, name)):
+            self._kept.append(name)
+        return found
+
     def stage(self, name: str, inputs: dict[str, Any], make: Make) -> Stage:
         """As `Run.stage`, but all processes make it together; what others than the first write is thrown away."""
         if found := self._before(name, inputs):
@@ -65,7 +71,7 @@ class SharedRun(Run):
     ) -> Stage | None:
         """A stage that is there already; where it is not, what was kept so far is told."""
         found = self.team.once(partial(super().find, name, inputs))
-        if found and not holds(found):
+        if found and not self.team.once(partial(holds, found)):
             self.discard(name)
             found = None
         if found:

@@ -7,7 +7,7 @@
 
 A stage is made in a temporary folder, renamed into place, then recorded. A stage whose record does not match
 its inputs or its files is made again, so that killing the process at any moment costs at most the stage in
-flight, or what it did since its last checkpoint.
+flight, or what it did since its last checkpoint. Files that somebody else put into a stage's folder are never removed.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ class Stage:
 
     Attributes:
         folder: where its files are.
-        digest: hash of its files; what later stages depend on.
+        digest: hash of its inputs and of its files; what later stages depend on.
+        inputs: what it was made from.
         reused: whether it had been made by an earlier run of the command.
     """
 
     folder: Path
     digest: str
+    inputs: dict[str, Any]
     reused: bool
 
     def json(self, name: str) -> Any:
@@ -125,17 +127,21 @@ class Run:
         with stream:
             _lock(stream.fileno(), self.root)
             with explain_os_errors(self.root):
-                for leftover in sorted(self.root.rglob(".tmp-*"), reverse=True):  # what is inside comes first
+                # A run inside this one is another's affair.
+                mine = [each for each in self.root.iterdir() if each.is_dir() and not (each / "run.json").exists()]
+                for leftover in [path for place in (*mine, self.root) for path in place.glob(".tmp-*")]:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
 
     def find(self, name: str, inputs: dict[str, Any]) -> Stage | None:
         """A stage that is there already, made from the same inputs."""
-        folder, record = self.root / name, self.root / ".records" / f"{name}.json"
-        if (digest := _recorded(folder, record, hash_json([name, inputs]))) is None:
-            return None
-        self._partial(name).unlink(missing_ok=True)  # left by a process killed right after it wrote the record
-        return Stage(folder, digest, reused=True)
+        if found := self._recorded(name, hash_json([name, inputs])):
+            self._partial(name).unlink(missing_ok=True)  # left by a process killed right after it wrote the record
+        return found
+
+    def kept(self, name: str) -> Stage | None:
+        """A stage that is there as it was made, whatever it was made from."""
+        return self._recorded(name)
 
     def stage(self, name: str, inputs: dict[str, Any], make: Make) -> Stage:
         """Make a stage unless it is there already, made from the same inputs.
@@ -144,11 +150,15 @@ class Run:
             name: of the stage and its folder.
             inputs: JSON-ready; everything the result depends on: options, digests of earlier stages.
             make: fills an empty folder; may keep a checkpoint to resume from when it is killed.
+
+        Raises:
+            OutputError: somebody's files lie where the stage is to be made anew.
         """
         if found := self.find(name, inputs):
             return found
         key = hash_json([name, inputs])
-        folder, record = self.root / name, self.root / ".records" / f"{name}.json"
+        folder, record = self.root / name, self._record(name)
+        self._check_foreign(name)
         with explain_os_errors(self.root):
             made = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=self.root))
             made.chmod(0o755)
@@ -156,6 +166,7 @@ class Run:
                 with self._explain_failures():
                     make(made, self.checkpoint(name, inputs))
                 files = {p.relative_to(made).as_posix(): sha256_of(p) for p in sorted(made.rglob("*")) if p.is_file()}
+                record.unlink(missing_ok=True)  # from here on the folder is not what it says
                 if folder.exists():
                     rename(folder, made.with_name(f"{made.name}-old"))
                 rename(made, folder)
@@ -164,18 +175,46 @@ class Run:
                     shutil.rmtree(leftover, ignore_errors=True)
             write_json(record, {**_FORMAT, "stage": name, "key": key, "inputs": inputs, "files": files})
             self._partial(name).unlink(missing_ok=True)
-        return Stage(folder, hash_json(files), reused=False)
+        return Stage(folder, hash_json([key, files]), inputs, reused=False)
 
     def checkpoint(self, name: str, inputs: dict[str, Any]) -> Checkpoint:
         """Where a stage keeps its state until it is finished."""
         return Checkpoint(self._partial(name), hash_json([name, inputs]))
+
+    def _record(self, name: str) -> Path:
+        return self.root / ".records" / f"{name}.json"
+
+    def _recorded(self, name: str, key: str | None = None) -> Stage | None:
+        """A finished stage with this key, or with any; None when it has to be made (again)."""
+        folder = self.root / name
+        try:
+            data = read_json(self._record(name))
+            files: dict[str, str] = data["files"]
+            if key not in (None, data["key"]) or any(sha256_of(folder / each) != sha for each, sha in files.items()):
+                return None
+            return Stage(folder, hash_json([data["key"], files]), data["inputs"], reused=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _check_foreign(self, name: str) -> None:
+        folder = self.root / name
+        try:
+            known = set(read_json(self._record(name))["files"])
+        except (OSError, ValueError, KeyError, TypeError):  # killed before it wrote the record
+            return
+        there = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+        if foreign := [each for each in there if each not in known and not Path(each).name.startswith(".")]:
+            raise OutputError(
+                f"{folder} is to be made anew, but has files that are not ours: {', '.join(foreign[:3])}.",
+                hint="Move them elsewhere, and run the same command again.",
+            )
 
     def _partial(self, name: str) -> Path:
         return self.root / ".partial" / f"{name}.safetensors"
 
     def discard(self, name: str) -> None:
         """Remove a stage that no longer holds, if it is there."""
-        (self.root / ".records" / f"{name}.json").unlink(missing_ok=True)
+        self._record(name).unlink(missing_ok=True)
         if (self.root / name).exists():
             gone = self.root / f".tmp-{name}-gone"
             rename(self.root / name, gone)
@@ -195,21 +234,6 @@ class Run:
                     hint="Free some space and run the same command again: finished stages are kept.",
                 ) from error
             raise
-
-
-def _recorded(folder: Path, record: Path, key: str) -> str | None:
-    """Digest of a finished stage, or None when it has to be made (again)."""
-    try:
-        data = read_json(record)
-        if data["key"] != key:
-            return None
-        files: dict[str, str] = data["files"]
-        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        if set(files) != there or any(sha256_of(folder / name) != digest for name, digest in files.items()):
-            return None
-        return hash_json(files)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _lock(descriptor: int, root: Path) -> None:

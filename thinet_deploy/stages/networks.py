@@ -20,6 +20,7 @@ from ..tasks.base import Accuracy
 from . import latency as latency_stage
 from . import steps
 from .gcos import grouped
+from .job import Job
 from .prune import pruned as pruned_stage
 from .steps import FineTuning
 from .tools import PLAN, REPORT, Tools, read_accuracy
@@ -200,15 +201,15 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> N
     return networks
 
 
-def own(pruning: Pruning, thin: Stage, trained: Stage, options: Options) -> Networks:
+def own(original: Stage, thin: Stage, trained: Stage, job: Job) -> Networks:
     """The original beside the thin network that the user trained."""
-    label = f"{options.title(head=pruning.head, alone=True)}, own training"
-    before, after = accuracy_of(thin), accuracy_of(trained)
-    ledger = [Entry.of("as given" if options.weights else "trained here", accuracy_of(pruning.original), "Original")]
-    ledger += [Entry.read(entry, label) for entry in pruning.first.json(REPORT)["ledger"]]
-    grouping = [_grouping_hop("own", pruning.first)] if "grouping" in pruning.first.json(REPORT) else []
-    hops = [_pruning_hop("own", pruning.first), *grouping, verify.tuning_hop("own", "pruned → trained", before, after)]
-    labels, stages_of = {"original": "Original", "own": label}, {"original": pruning.original, "own": trained}
+    label = f"{job.options.title(head=job.replaces_head, alone=True)}, own training"
+    before, after, report = accuracy_of(thin), accuracy_of(trained), thin.json(REPORT)
+    ledger = [Entry.of("as given" if job.options.weights else "trained here", accuracy_of(original), "Original")]
+    ledger += [Entry.read(entry, label) for entry in report["ledger"]]
+    grouping = [_grouping_hop("own", thin)] if "grouping" in report else []
+    hops = [_pruning_hop("own", thin), *grouping, verify.tuning_hop("own", "pruned → trained", before, after)]
+    labels, stages_of = {"original": "Original", "own": label}, {"original": original, "own": trained}
     return Networks(stages_of, labels, "own", hops, [*ledger, Entry.of("own training", after, label)])
 
 
