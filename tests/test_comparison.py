@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +111,32 @@ def test_rows_say_which_run_they_are_of(tmp_path: Path) -> None:
     assert text.count("accuracy on 1000 test images") == 1, "what holds for both is said once"
     assert "| b: Original |" in texts.to_markdown(tables, names)
     assert [row["run"] for row in csv.DictReader(io.StringIO(texts.to_csv(tables, names)))] == ["a", "a", "b", "b"]
+
+
+def test_figures_of_several_tasks_stand_under_their_names(cli: Callable[..., Any], tmp_path: Path) -> None:
+    boxes = {"mAP@50": accuracy_interval(700, 1000), "mAP": accuracy_interval(400, 1000)}
+    finished(tmp_path / "a", ORIGINAL, CONV)
+    finished(tmp_path / "b", replace(ORIGINAL, figures=boxes), replace(CONV, figures=boxes))
+    shown = cli("compare", tmp_path / "a", tmp_path / "b", "--format", "html")
+    assert (shown.code, shown.err) == (0, "")
+    parts = re.findall(r'<section class="papers">.*?</section>', shown.out, re.DOTALL)
+    heads = [re.findall(r"<th>(.*?)</th>", part) for part in parts]
+    rows = [re.findall(r"<tr><td>(.*?)</tr>", part, re.DOTALL)[0].split("</td><td>") for part in parts]
+    one, other = (dict(zip(head, row, strict=True)) for head, row in zip(heads, rows, strict=True))
+    assert [one[name] for name in ("top-1", "top-5", "mAP@50", "mAP", "#Param")] == [
+        "90.00",
+        "99.00",
+        "–",
+        "–",
+        "0.01k",
+    ]
+    assert [other[name] for name in ("top-1", "top-5", "mAP@50", "mAP", "#Param")] == [
+        "–",
+        "–",
+        "70.00",
+        "40.00",
+        "0.01k",
+    ]
 
 
 def test_an_invalid_time_is_compared_with_nothing(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_each_point_is_what_its_budget_alone_would_get(wish: Wish) -> None:
         widths = np.array(sorted(possible(group, 1), reverse=True))
         curves[group.name] = Curve(widths, np.concatenate([[0.0], random.random(len(widths) - 1).cumsum()]))
     costs = Costs(dict(named_tensors(model)), graph, groups)
-    points = sweep(costs, groups, curves, wish)
+    macs, _ = costs({group.name: len(group.channels) for group in groups})
+    points = sweep(macs, costs, groups, curves, wish)
     whole = points[0]
     assert (whole.budget, whole.error, whole.fewer) == ("original", 0, 1)
     assert len(points) > 5
@@ -60,7 +61,7 @@ def test_each_point_is_what_its_budget_alone_would_get(wish: Wish) -> None:
         assert each.widths == allocate(costs, groups, curves, limited), each.budget
         assert each.fewer >= factor
     assert [each.macs for each in points] == sorted((each.macs for each in points), reverse=True)
-    with pytest.raises(GateError, match=f"{points[-1].fewer:.2f}x fewer"):
+    with pytest.raises(GateError, match=f"narrowest widths {points[-1].macs / 1e6:.3g} of "):
         allocate(costs, groups, curves, Wish(macs=points[-1].macs - 1, grid=wish.grid, layers=wish.layers))
 
 
@@ -124,7 +125,7 @@ def test_a_budget_out_of_reach_says_what_can_be_reached(tiny_options: MakeOption
     report = read_json(pipeline.feasibility(tiny_options(tmp_path / "run", recipe="best")) / "feasibility.json")
     with pytest.raises(GateError, match="cannot be reached") as found:
         pipeline.feasibility(tiny_options(tmp_path / "run", recipe="best", macs="900x"))
-    assert f"{report['points'][-1]['fewer']:.2f}x fewer" in found.value.what
+    assert f"narrowest widths {report['points'][-1]['macs'] / 1e6:.3g} of " in found.value.what
     assert "--feasibility" in found.value.hint
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -17,7 +18,9 @@ from thinet_deploy.pipeline import build
 from thinet_deploy.reports import html as html_report
 from thinet_deploy.reports import html_plots
 from thinet_deploy.reports.html import Page
+from thinet_deploy.reports.table import Table
 from thinet_deploy.stages.deployment import Build
+from thinet_deploy.timing.layer_times import OTHERS
 
 pytestmark = pytest.mark.usefixtures("quick_module")
 SECTIONS = ("contract", "papers", "accuracy", "widths", "layers", "latency", "parity", "ledger", "environment")
@@ -108,6 +111,52 @@ def test_layers_have_times_in_both_networks(built: Build, page: str) -> None:
             assert convolutions == {"features.0", "features.2", "features.5"}, name
             assert layers.keys() - convolutions, "what is not a convolution takes time too"
     assert page.count('<section class="layers">') == 2
+
+
+def layer_rows(page: str) -> list[list[str]]:
+    """Of the times of layers: name, both networks' milliseconds, ratio; runtime after runtime."""
+    sections = re.findall(r'<section class="layers">.*?</section>', page, re.DOTALL)
+    rows = [row for section in sections for row in re.findall(r"<tr><td>.*?</tr>", section, re.DOTALL)]
+    return [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+
+
+def test_layers_of_a_new_head_are_none_of_the_originals(built: Build, page: str) -> None:
+    """Both heads have a classifier.0: 512 → 256 in the original, the output layer in ThiNet-GAP."""
+    rows = layer_rows(page)
+    heads = [(name, dense == "–", thin == "–", ratio) for name, dense, thin, ratio in rows if "classifier" in name]
+    old = [("classifier.0", False, True, "–"), ("classifier.3", False, True, "–")]
+    assert heads == 2 * [*old, ("classifier.0, new head", True, False, "–")]
+    assert [rows[number][0] for number in (len(rows) // 2 - 1, -1)] == 2 * [OTHERS], "what is no layer's comes last"
+    conv = layer_rows(html_report.render([Page(built.run, replace(built.table, ships="conv"))]))
+    assert "classifier.0" in {name for name, *_ in conv}
+    assert not any("new head" in name or "–" in cells for name, *cells in conv), "it kept its head"
+
+
+def test_a_new_head_is_known_after_a_transfer_too(built: Build, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(built.run, tmp_path / "run"))
+    (run / "gap").rename(run / "thin-there")
+    layers = run / "latency" / "layers.json"
+    layers.write_text(layers.read_text(encoding="utf-8").replace('"gap"', '"transferred"'), encoding="utf-8")
+    rows = tuple(replace(row, name="transferred") if row.name == "gap" else row for row in built.table.rows)
+    page = html_report.render([Page(run, replace(built.table, rows=rows, ships="transferred"))])
+    assert "classifier.0, new head" in {name for name, *_ in layer_rows(page)}
+
+
+def marks(picture: str, table: Table, name: str) -> dict[str, str]:
+    """Of a network's marks and caps, where across the picture each stands, and its shape."""
+    shapes = dict(re.findall(r'<path id="(m[0-9a-f]+)" d="([^"]*)"', picture))
+    ink = re.escape(f"var(--network-{html_plots.colour(table, name)})")
+    return {x: shapes[shape] for shape, x in re.findall(rf'<use xlink:href="#(\w+)" x="([0-9.]+)"[^>]*{ink}', picture)}
+
+
+@pytest.mark.parametrize(("control", "like"), [("longer", "original"), ("scratch", "gap")])
+def test_a_control_stands_at_the_time_of_its_architecture(built: Build, control: str, like: str) -> None:
+    picture = html_plots.accuracy_plot(built.table)
+    one, other = (marks(picture, built.table, name) for name in (control, like))
+    assert len(one) == 2, "on two runtimes"
+    for x, shape in one.items():
+        assert x in other
+        assert shape not in other.values(), "or one would hide the other where their accuracies are alike"
 
 
 def browse(file: Path, *options: str) -> subprocess.CompletedProcess[str]:

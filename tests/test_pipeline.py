@@ -210,7 +210,7 @@ def test_the_same_seed_gives_the_same_plan_and_another_seed_other_samples(
     first, same, other = files
     assert first == same
     assert first[1] != other[1]
-    errors = [[layer["error"] for layer in read_json(folder / "report.json")["layers"]] for folder in pruned]
+    errors = [[layer["error_share"] for layer in read_json(folder / "report.json")["layers"]] for folder in pruned]
     assert errors[0] == errors[1] != errors[2]
 
 

@@ -1,7 +1,9 @@
 """preprocess.py: what a network sees of an image, whatever the image's size and mode."""
 
 import contextlib
+import struct
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from thinet_deploy.data.image_files import check_header, decode
 from thinet_deploy.data.preprocess import Augment, Preprocess, default_preprocess, load_preprocess
 from thinet_deploy.errors import DataError, UnknownNameError
 
@@ -143,7 +146,7 @@ def test_normalise_is_the_formula(preprocess: Preprocess, seed: int) -> None:
         assert np.abs(found[:, channel] - expected).max() <= slack
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "LA", "YCbCr", "I", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "LA", "YCbCr", "I", "I;16"])
 @pytest.mark.parametrize("colour", ["RGB", "GRAY"])
 def test_every_mode_is_read(mode: str, colour: str) -> None:
     """The same grey ramp in every mode looks the same."""
@@ -163,6 +166,62 @@ def test_every_mode_is_read(mode: str, colour: str) -> None:
     slack = {"1": 255, "P": 51}.get(mode, 2)
     assert np.abs(found - ramp[..., None]).max() <= slack
     assert found.std() > 40, "not all white or black"
+
+
+GREY = Preprocess(colour="GRAY", mean=(0.5,), std=(0.5,), resize=(16, 16), crop=(16, 16))
+RAMP = np.broadcast_to(np.arange(0, 256, 16), (16, 16))
+
+
+@pytest.mark.parametrize(
+    "pixels", [RAMP / 255.0, RAMP.astype(float), RAMP * 2**16, RAMP - 1], ids=["to 1", "to 255", "wide", "signed"]
+)
+def test_pixels_whose_white_nobody_knows_are_refused(pixels: np.ndarray[Any, Any]) -> None:
+    image = Image.fromarray(pixels.astype(np.float32 if pixels.dtype.kind == "f" else np.int32))
+    with pytest.raises(DataError, match=rf"mode {image.mode}\).* 8 or 16 bits\.\nConvert "):
+        GREY.read(image)
+
+
+@pytest.mark.parametrize("bits", [np.float32, np.int32, np.uint32])
+@pytest.mark.parametrize("check", [check_header, lambda path: decode(path, GREY)], ids=["header", "pixels"])
+def test_a_file_of_32_bits_is_refused_by_name_before_any_work(
+    check: Callable[[Path], object], bits: type, tmp_path: Path
+) -> None:
+    """Whatever its values: black would be what a file with 0 to 255 is seen as."""
+    path = tmp_path / "deep.tif"
+    write_tiff(path, RAMP.astype(bits))
+    with pytest.raises(DataError, match=r"deep\.tif: The pixels are .*mode [FI]\)"):
+        check(path)
+
+
+@pytest.mark.parametrize("name", ["wide.tif", "wide.png", "wide.pgm"])
+def test_a_file_of_16_bits_is_read_right(name: str, tmp_path: Path) -> None:
+    image = Image.fromarray((RAMP * 257).astype(np.uint16))
+    image.save(tmp_path / name)
+    check_header(tmp_path / name)
+    assert (decode(tmp_path / name, GREY)[..., 0] == RAMP).all()
+
+
+def test_a_tiff_of_signed_16_bits_is_read_where_nothing_is_below_black(tmp_path: Path) -> None:
+    path = tmp_path / "signed.tif"
+    write_tiff(path, (RAMP // 2 * 257).astype(np.int16))
+    assert Image.open(path).mode == "I"
+    assert (decode(path, GREY)[..., 0] == RAMP // 2).all()
+    write_tiff(path, (RAMP - 1).astype(np.int16))
+    with pytest.raises(DataError, match=r"signed\.tif: The pixels go from -1 to 239 .*mode I\)"):
+        decode(path, GREY)
+
+
+def write_tiff(path: Path, pixels: np.ndarray[Any, Any]) -> None:
+    """A TIFF of one channel, also of kinds that Pillow does not write."""
+    kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags |= {279: pixels.nbytes, 339: kind}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    body = np.ascontiguousarray(pixels).tobytes()
+    path.write_bytes(
+        struct.pack("<2sHI", b"II", 42, 8 + len(body)) + body + struct.pack("<H", len(tags)) + rows + b"\0" * 4
+    )
 
 
 @given(preprocesses())

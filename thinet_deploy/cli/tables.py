@@ -40,6 +40,7 @@ def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
     """The layers that were pruned, what stayed whole and why, and what comes next."""
     titles = {
         "error": "error",
+        "error_share": "error / narrowest's",
         "error_scaled": "with ŵ",
         "accuracy_pruned": "pruned (%)",
         "accuracy_tuned": "fine-tuned (%)",
@@ -51,6 +52,8 @@ def show_pruned(console: Console, folder: Path, report: dict[str, Any]) -> None:
         name = _shortened(layer["producer"].split(", "))
         table.add_row(name, str(layer["before"]), str(layer["after"]), *figures)
     console.print(table)
+    if "error_share" in shown:
+        _say(console, "Error: predicted for the layer, as a share of what its narrowest width would cost.")
     _show_methods(console, report["methods"])
     for reason in dict.fromkeys(report["whole"].values()):
         names = [name for name, why in report["whole"].items() if why == reason]
@@ -92,8 +95,10 @@ def _show_methods(console: Console, methods: dict[str, Any]) -> None:
     names = list(next(iter(methods.values()))["ledger"][0]["figures"])
     table = grid("method", "step", names[0], "95 %", *names[1:], "multiply-accumulates")
     for method, report in methods.items():
-        macs = f"{report['macs']['after'] / 1e6:.2f}M"
+        last = report["ledger"][-1]
         for entry in report["ledger"]:
+            # Layer by layer, those on the way have more of them.
+            macs = f"{report['macs']['after'] / 1e6:.2f}M" if entry is last else ""
             first, *others = entry["figures"].values()
             figures = [f"{first['value']:.2f} %", f"{first['low']:.2f} to {first['high']:.2f}"]
             figures += [f"{other['value']:.2f} %" for other in others]

@@ -20,7 +20,8 @@ from ..seeds import derive, generator
 from ..tasks.base import Targets, Task
 from ..tasks.classification import CLASSIFICATION
 from .crops import Window, centre_window, cut, drawn
-from .image_files import File, check_header, copies, decode, digest_of, list_images, list_split
+from .folders import choose_test_folder, passed_over, seen_before, training_files
+from .image_files import File, check_header, decode, digest_of, list_images, list_split
 from .preprocess import Augment, Preprocess
 
 # Images whose resized pixels fit in this many bytes are decoded once, at the start; larger sets are read as needed.
@@ -233,7 +234,7 @@ def load_folder(
     unlabelled: Path | None = None,
     checked: bool = True,
 ) -> Dataset:
-    """Image folders: ROOT/train/CLASS/*.jpg and ROOT/val or ROOT/test alike.
+    """Image folders: ROOT/train/CLASS/*.jpg and ROOT/test or ROOT/val alike (see `choose_test_folder`).
 
     Every image is checked before any work starts: decoded whole where all fit in memory, else its header.
 
@@ -247,48 +248,22 @@ def load_folder(
     Raises:
         DataError: a folder is missing or empty, classes differ, or a file is no whole image (named).
     """
-    held_out = _held_out(root, needs_train=unlabelled is None)
+    held_out, notes = choose_test_folder(root, needs_train=unlabelled is None)
     classes, test_files = list_split(held_out)
-    notes: tuple[str, ...] = ()
+    learnt_from = unlabelled or root / "train"
     if unlabelled:
         stage, train_files = "Reading unlabelled images", _unlabelled(unlabelled)
         digest = hash_json([digest_of(root, test_files, preprocess), images_digest(unlabelled, preprocess)])
-        notes = _seen_before(unlabelled, train_files, test_files) if checked else ()
     else:
-        stage, train_files = "Reading training images", _training_files(root, held_out, classes)
+        stage, train_files = "Reading training images", training_files(learnt_from, held_out, classes)
         digest = digest_of(root, train_files + test_files, preprocess)
     together = len(train_files) + len(test_files)
     train = read_files(train_files, preprocess, progress, stage, together=together, checked=checked)
     test = read_files(test_files, preprocess, progress, "Reading test images", together=together, checked=checked)
+    if checked:
+        notes += seen_before(learnt_from, train_files, test_files)
+        notes += passed_over({learnt_from: train_files, held_out: test_files})
     return Dataset(root.resolve().name, classes, train, test, digest, notes)
-
-
-def _held_out(root: Path, *, needs_train: bool) -> Path:
-    """The folder of the test images, where all the folders are that there have to be."""
-    if not root.is_dir():
-        raise DataError(
-            f"There is no folder {root}.", hint="--data takes a folder with train/ and val/ or test/ in it."
-        )
-    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if held_out is None or (needs_train and not (root / "train").is_dir()):
-        found = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
-        needed = "folders train/ and val/" if needs_train else "folder val/"
-        raise DataError(
-            f"{root} needs the {needed} (or test/), but has {', '.join(found) or 'no folders'}.",
-            hint=f"Put the images in {'ROOT/train/CLASS/ and ' if needs_train else ''}ROOT/val/CLASS/.",
-        )
-    return held_out
-
-
-def _training_files(root: Path, held_out: Path, classes: tuple[str, ...]) -> list[File]:
-    """The images in ROOT/train, which has the classes of the test images."""
-    train_classes, files = list_split(root / "train")
-    if odd := sorted(set(classes) ^ set(train_classes)):
-        raise DataError(
-            f"{root}: train/ and {held_out.name}/ have different classes: {', '.join(odd[:5])}.",
-            hint="Both need one folder per class, with the same names.",
-        )
-    return files
 
 
 def load_images(root: Path, preprocess: Preprocess, progress: Progress = silent) -> ImageSet:
@@ -314,17 +289,6 @@ def images_digest(root: Path, preprocess: Preprocess) -> str:
 
 def _unlabelled(root: Path) -> list[File]:
     return [(path, UNLABELLED) for path in list_images(root)]
-
-
-def _seen_before(folder: Path, files: list[File], test_files: list[File]) -> tuple[str, ...]:
-    """What the user has to know where test images are learnt from."""
-    if not (found := copies(files, test_files)):
-        return ()
-    note = (
-        f"Test images are among those to learn from: {len(found)} of {len(files)} in {folder} (such as {found[0][0]}, "
-        f"the same as {found[0][1]}). So the accuracies are not those of unseen images: take them out of {folder}."
-    )
-    return (note,)
 
 
 def read_files(

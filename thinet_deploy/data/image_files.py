@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,10 +13,16 @@ from PIL import Image, UnidentifiedImageError
 
 from ..artifact import hash_json, sha256_of
 from ..errors import DataError, first_line
-from .preprocess import Preprocess
+from .preprocess import Preprocess, check_depth
 
 File = tuple[Path, int]  # and the index of its class
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+# What lies beside images and is none.
+_NO_IMAGES = frozenset({"thumbs.db", "desktop.ini"})
+_TEXT_SUFFIXES = frozenset(
+    {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".html", ".log", ".py"}
+)
+_MIDDLE = 4096  # bytes of a file, by which most files of the same size can be told apart
 
 
 def list_split(folder: Path) -> tuple[tuple[str, ...], list[File]]:
@@ -23,7 +31,7 @@ def list_split(folder: Path) -> tuple[tuple[str, ...], list[File]]:
     Raises:
         DataError: there are fewer than two classes, or one has no images.
     """
-    classes = tuple(sorted(p.name for p in _visible(folder) if p.is_dir()))
+    classes = class_names(folder)
     if len(classes) < 2:
         raise DataError(
             f"{folder} has {len(classes)} class folder{'s' if not classes else ''}, but at least 2 are needed.",
@@ -31,7 +39,7 @@ def list_split(folder: Path) -> tuple[tuple[str, ...], list[File]]:
         )
     files: list[File] = []
     for label, name in enumerate(classes):
-        members = sorted(p for p in _visible(folder / name) if p.suffix.lower() in IMAGE_SUFFIXES)
+        members = sorted(_images(folder / name))
         if not members:
             raise DataError(
                 f"The class folder {folder / name} has no images.",
@@ -39,6 +47,33 @@ def list_split(folder: Path) -> tuple[tuple[str, ...], list[File]]:
             )
         files += [(path, label) for path in members]
     return classes, files
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The classes in FOLDER/CLASS/, sorted."""
+    return tuple(sorted(path.name for path in _visible(folder) if path.is_dir()))
+
+
+def has_images_of(folder: Path, classes: tuple[str, ...]) -> bool:
+    """Whether FOLDER/CLASS/*.jpg are images of these classes, some of each, and of no others."""
+    return class_names(folder) == classes and all(any(_images(folder / name)) for name in classes)
+
+
+def left_out(folder: Path, files: Iterable[File]) -> list[Path]:
+    """What may be images in a folder and the folders inside it, but is not among those taken, such as a.heic."""
+    taken = {path for path, _ in files}
+    found, seen = list[Path](), set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        new = (real := os.path.realpath(place)) not in seen  # see `list_images`
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+        found += [path for name in names if new and _may_be_image(name) and (path := Path(place, name)) not in taken]
+    return sorted(found)
+
+
+def _may_be_image(name: str) -> bool:
+    ordinary = not name.startswith(".") and name.lower() not in _NO_IMAGES
+    return ordinary and Path(name).suffix.lower() not in _TEXT_SUFFIXES
 
 
 def list_images(root: Path) -> list[Path]:
@@ -68,6 +103,11 @@ def list_images(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def _images(folder: Path) -> Iterator[Path]:
+    """What is called an image right in a folder."""
+    return (path for path in _visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def _visible(folder: Path) -> Iterator[Path]:
     """What is in a folder, without .ipynb_checkpoints, .DS_Store, ._photo.jpg and the like."""
     return (path for path in folder.iterdir() if not path.name.startswith("."))
@@ -77,7 +117,7 @@ def decode(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
     """An image as the preprocessing resizes it, (height, width, channels).
 
     Raises:
-        DataError: it is no whole image.
+        DataError: it is no whole image, or has pixels of more than 16 bits.
     """
     try:
         with Image.open(path) as image:
@@ -100,15 +140,18 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def check_header(path: Path) -> None:
-    """Raise DataError where a file is no image, as far as that can be told without decoding it."""
+    """Raise DataError where a file is no image for `decode`, as far as that can be told without decoding it."""
     try:
         with Image.open(path) as image:
+            check_depth(image)
             image.verify()
     except Exception as error:  # as above
         raise _no_image(path, error) from error
 
 
 def _no_image(path: Path, error: Exception) -> DataError:
+    if isinstance(error, DataError):
+        return DataError(f"{path}: {error.what}", hint=error.hint)
     if isinstance(error, UnidentifiedImageError):
         return DataError(f"{path} is not an image.", hint="Remove or replace the file.")
     return DataError(
@@ -132,17 +175,26 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def copies(files: Iterable[File], others: Iterable[File]) -> list[tuple[Path, Path]]:
-    """Files that are, byte for byte, one of the others, with that one; only files of equal sizes are read."""
-    by_size: dict[int, list[Path]] = {}
-    for path, _ in others:
-        by_size.setdefault(path.stat().st_size, []).append(path)
-    digests: dict[int, dict[str, Path]] = {}
-    found = []
-    for path, _ in files:
-        size = path.stat().st_size
-        if size in by_size:
-            if size not in digests:
-                digests[size] = {sha256_of(other): other for other in by_size[size]}
-            if other := digests[size].get(sha256_of(path)):
-                found.append((path, other))
-    return found
+    """Files that are, byte for byte, one of the others, with that one.
+
+    Only files with the size and the middle of one of the others are read whole.
+    """
+    mine, theirs = [path for path, _ in files], [path for path, _ in others]
+    for look in (_size, _middle):
+        looks = {path: look(path) for path in {*mine, *theirs}}
+        both = {looks[path] for path in mine} & {looks[path] for path in theirs}
+        mine, theirs = ([path for path in paths if looks[path] in both] for paths in (mine, theirs))
+    known = {sha256_of(path): path for path in theirs}
+    return [(path, other) for path in mine if (other := known.get(sha256_of(path)))]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _middle(path: Path) -> bytes:
+    """Tells files apart whose beginnings and ends are alike, as those of images from one camera are."""
+    with path.open("rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        stream.seek(max(0, size - _MIDDLE) // 2)
+        return hashlib.sha256(stream.read(_MIDDLE) + size.to_bytes(8)).digest()

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import DataError, UnknownNameError
 
 _EXAMPLE = "Such as: resize = 256, crop = [224, 224]; also colour, range, mean, std, interpolation, augment."
+_WHITE = 65_535  # of 16 bits
+_TIFF_BITS = 258  # the tag of the bits of each channel
 _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -103,6 +105,9 @@ class Preprocess(BaseModel):
 
         Returns:
             uint8 of shape (height, width, channels), in the order of `colour`.
+
+        Raises:
+            DataError: its pixels have more than 16 bits, so that nobody knows which value is white.
         """
         image = _eight_bits(image).convert("L" if self.colour == "GRAY" else "RGB")
         pixels = self._placed(image, _INTERPOLATION[self.interpolation])
@@ -149,12 +154,31 @@ class Preprocess(BaseModel):
         return normal.astype(np.float32).transpose(0, 3, 1, 2).copy(order="C")
 
 
+def check_depth(image: Image.Image) -> None:
+    """Raise DataError for pixels of more than 16 bits, as far as that can be told without decoding them."""
+    if image.mode == "F":
+        raise _too_deep("are floating-point numbers", image.mode)
+    # Pillow gives some 16 bits as mode I too: from .pgm, and signed ones from .tif.
+    if image.mode == "I" and (bits := max(getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,)))) > 16:
+        raise _too_deep(f"are integers of {bits} bits", image.mode)
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Sixteen bits per pixel scaled to eight; Pillow's own conversion would cut off all above 255."""
+    check_depth(image)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     wide = np.asarray(image).astype(np.int64)
-    return Image.fromarray(np.clip((wide + 128) // 257, 0, 255).astype(np.uint8))
+    if wide.min() < 0 or wide.max() > _WHITE:
+        raise _too_deep(f"go from {wide.min()} to {wide.max()}", image.mode)
+    return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+
+
+def _too_deep(what: str, mode: str) -> DataError:
+    return DataError(
+        f"The pixels {what} (Pillow's mode {mode}), and nothing says which value is white. Expected are 8 or 16 bits.",
+        hint=f"Convert the image to 8 or 16 bits, with 0 for black and 255 or {_WHITE} for white.",
+    )
 
 
 def _less_long(size: tuple[int, int]) -> tuple[int, int, int, int]:

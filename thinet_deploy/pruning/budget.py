@@ -92,7 +92,8 @@ def softened(
 ) -> Wish:
     """A soft wish with its grid halved until the narrowest widths cost at most half of what is wished for.
 
-    So there is room to choose where widths go. Without a budget, what the keep ratio leaves is wished for.
+    So there is room to choose where widths go. Without a budget, what the keep ratio leaves is wished for. Where more
+    than half of it is taken by what cannot go at all, half of what is left beside that.
     """
     if not wish.soft:
         return wish
@@ -103,8 +104,16 @@ def softened(
     macs, size = wish.macs or math.inf, wish.size or math.inf
     if wish.macs is None and wish.size is None:
         macs = cost_at(wish.keep, 1).macs
-    grid = wish.grid
-    while grid > 1 and ((least := cost_at(0.0, grid)).macs > macs / 2 or least.size > size / 2):
+
+    def crowded(least: int, stays: int, most: float) -> bool:
+        beside = stays if stays > most / 2 else 0
+        return least - beside > (most - beside) / 2
+
+    grid, stays = wish.grid, cost_at(0.0, 1)
+    while grid > 1:
+        least = cost_at(0.0, grid)
+        if not (crowded(least.macs, stays.macs, macs) or crowded(least.size, stays.size, size)):
+            break
         grid //= 2
     return replace(wish, grid=grid)
 
@@ -167,8 +176,8 @@ def choose_widths(
 def unreachable(least: Cost, whole: Cost) -> GateError:
     """The error for a budget below the narrowest widths, given what these and the whole network cost."""
     return GateError(
-        f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.3g} M multiply-accumulates "
-        f"({whole.macs / least.macs:.2f}x fewer) and {least.size / 2**20:.3g} MB are left.",
+        f"The budget cannot be reached: with the narrowest widths {least.macs / 1e6:.3g} of {whole.macs / 1e6:.3g} M "
+        f"multiply-accumulates and {least.size / 2**20:.3g} of {whole.size / 2**20:.3g} MB are left.",
         hint="Ask for less (`thinet-deploy prune --feasibility` shows what can be had), lower --round-to, prune the "
         "shortcuts too (--prune-shortcuts), let branches vanish (--drop-branches), or ignore fewer layers.",
     )

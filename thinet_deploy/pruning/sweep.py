@@ -34,17 +34,15 @@ class Point:
     widths: Widths
 
 
-def point(
-    budget: str, costs: Costs, groups: Sequence[ChannelGroup], curves: Mapping[str, Curve], widths: Widths
-) -> Point:
-    """What widths cost, and what they lose."""
-    whole, _ = costs({group.name: len(group.channels) for group in groups})
+def point(budget: str, whole: float, costs: Costs, curves: Mapping[str, Curve], widths: Widths) -> Point:
+    """What widths cost, and what they lose; `whole`: multiply-accumulates of the original."""
     macs, size = costs(widths)
     error = predicted_error(curves, widths)
     return Point(budget, int(macs), whole / macs, int(size), error, widths)
 
 
 def sweep(
+    whole: float,
     costs: Costs,
     groups: Sequence[ChannelGroup],
     curves: Mapping[str, Curve],
@@ -54,19 +52,19 @@ def sweep(
     """The original, some budgets below it, and the least that can be reached; the most multiply-accumulates first.
 
     Args:
+        whole: multiply-accumulates of the original.
         costs: of the network.
         groups: to prune.
         curves: group's name → its curve, as shares of all of them (see `oneshot.weigh`).
         wish: the grid, and keep ratios of some layers; its budget is not looked at.
         branches: that may vanish.
     """
-    original = {group.name: len(group.channels) for group in groups}
-    whole, descent = costs(original)[0], Descent(costs, groups, curves, wish, branches)
+    descent = Descent(costs, groups, curves, wish, branches)
     most = costs(uniform(groups, 1.0, wish))[0]
     narrowest = {**uniform(groups, 0.0, wish), **{name: 0 for branch in branches for name in branch.groups}}
-    found = {"original": original}
+    found = {"original": {group.name: len(group.channels) for group in groups}}
     for factor in FACTORS:
         if costs(narrowest)[0] < whole / factor <= most:
             found[f"{factor:g}x"] = descent.reach(whole / factor)
     found["narrowest"] = narrowest
-    return [point(budget, costs, groups, curves, widths) for budget, widths in found.items()]
+    return [point(budget, whole, costs, curves, widths) for budget, widths in found.items()]

@@ -10,6 +10,7 @@ from typing import Any
 from ..artifact import hash_json, read_json, sha256_of
 from ..errors import InputError, first_line
 from ..on_device import runner_text
+from ..timing.layer_times import OTHERS
 from . import comparison, contract, html_plots, ledger, texts
 from .table import Row, Table
 
@@ -70,12 +71,12 @@ def render(pages: Sequence[Page], against: tuple[str, list[comparison.Against]] 
     from jinja2 import Environment, StrictUndefined
 
     tables, names = [page.table for page in pages], comparison.names_of([page.folder for page in pages])
-    runtimes = texts.runtimes_of(tables)
+    columns = texts.figures_of(tables), texts.runtimes_of(tables)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" · ".join(dict.fromkeys(f"{table.model} → {table.target}" for table in tables)),
         headers=texts.headers(tables),
-        runs=[_run(page, name, runtimes) for page, name in zip(pages, names, strict=True)],
+        runs=[_run(page, name, *columns) for page, name in zip(pages, names, strict=True)],
         against=_against(*against) if against else None,
     )
 
@@ -85,12 +86,12 @@ def _against(name: str, comparisons: list[comparison.Against]) -> dict[str, Any]
     return {"name": name, "header": header, "lines": lines, "note": comparison.NOTE}
 
 
-def _run(page: Page, name: str, runtimes: Sequence[str]) -> dict[str, Any]:
+def _run(page: Page, name: str, figures: Sequence[str], runtimes: Sequence[str]) -> dict[str, Any]:
+    """One run, its papers' table with the columns of all runs."""
     from markupsafe import Markup
 
     table, timing = page.table, _json(page.folder / "latency" / "latency.json") or {}
-    rows, figures = table.rows, texts.figures_of([table])
-    labels = {row.name: row.label for row in rows}
+    labels = {row.name: row.label for row in table.rows}
     engines = [engine for engine in timing.get("engines", []) if engine["model"] in labels]
     percentiles = dict.fromkeys(name for engine in engines for name in engine["samples"]["summary"]["percentiles_ms"])
     hops = (_json(page.folder / "parity" / "parity.json") or {}).get("hops", [])
@@ -99,8 +100,10 @@ def _run(page: Page, name: str, runtimes: Sequence[str]) -> dict[str, Any]:
         "table": table,
         "shipped": table.shipped,
         "cards": _cards(table),
-        "rows": [{"row": row, "cells": texts.cells(row, figures, runtimes), **_mark(table, row.name)} for row in rows],
-        "figures": figures,
+        "rows": [
+            {"row": row, "cells": texts.cells(row, figures, runtimes), **_mark(table, row.name)} for row in table.rows
+        ],
+        "figures": texts.figures_of([table]),
         "notes": texts.notes_of(table),
         "verdicts": [{**vars(v), "figures": contract.figures(v), "failed": v.failed} for v in page.verdicts],
         "accuracy": Markup(html_plots.accuracy_plot(table)),  # noqa: S704 - our own SVG, of numbers and runtimes' names
@@ -295,9 +298,18 @@ def _layers(folder: Path, table: Table) -> Iterator[dict[str, Any]]:
         dense, thin = (found.get(name, {}) for name in ("original", ship.name))
         if not (dense and thin and marks):
             continue
+        if _has_new_head(folder, ship.name):
+            thin = {name + ", new head" * name.startswith("classifier."): ms for name, ms in thin.items()}
         longest = max(*dense.values(), *thin.values())
-        rows = [_layer(name, dense.get(name), thin.get(name), longest) for name in dict.fromkeys([*dense, *thin])]
+        names = sorted(dict.fromkeys([*dense, *thin]), key=lambda name: name == OTHERS)
+        rows = [_layer(name, dense.get(name), thin.get(name), longest) for name in names]
         yield {"runtime": runtime, "rows": rows, "labels": ["Original", ship.label], "marks": marks}
+
+
+def _has_new_head(folder: Path, network: str) -> bool:
+    """Whether a network's `classifier` is not the original's (ThiNet-GAP): their layers share no more than names."""
+    stage = "thin-there" if network == "transferred" else network  # all others stand in folders of their own names
+    return bool((_json(folder / stage / "plan.json") or {}).get("head"))
 
 
 def _layer(name: str, dense: float | None, thin: float | None, longest: float) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def colour(table: Table, name: str) -> int:
 def accuracy_plot(table: Table) -> str:
     """Top-1 against milliseconds, a panel for each runtime that ran; "" where none did.
 
-    Controls have the times of the network of their architecture, and hollow marks.
+    Controls have the times of the network of their architecture, and wider, hollow marks, which go around its own.
     """
     runtimes = [r for r in table.runtimes if any(_valid(row, r) for row in table.rows)]
     if not runtimes:
@@ -79,15 +79,14 @@ def _valid(row: Row, runtime: str) -> bool:
 
 
 def _point(axes: Axes, table: Table, row: Row, runtime: str) -> None:
-    from matplotlib.transforms import ScaledTranslation
-
     time, share = row.engines[runtime], row.main
     known = time.low is not None and time.high is not None
     across = [[time.ms - time.low], [time.high - time.ms]] if known else None  # type: ignore[operator]  # known
     ink = f"#ab00c{colour(table, row.name)}"
-    # Networks of one architecture have the same time: their marks stand side by side.
-    alike = [each.name for each in table.rows if each.engines == row.engines].index(row.name)
-    aside = ScaledTranslation(-7 * alike / 72, 0, axes.figure.dpi_scale_trans)
+    # A control has the time of another network, and may have its accuracy: a ring and bands behind that one's mark.
+    wide: dict[str, Any] = {"markersize": 14, "markeredgewidth": 1.8, "markerfacecolor": "none"}
+    wide |= {"ecolor": (ink, 0.3), "elinewidth": 7}
+    fine: dict[str, Any] = {"markersize": 8, "elinewidth": 1.2, "capsize": 3, "zorder": 3}
     axes.errorbar(
         [time.ms],
         [share.value],
@@ -95,11 +94,7 @@ def _point(axes: Axes, table: Table, row: Row, runtime: str) -> None:
         yerr=[[share.value - share.low], [share.high - share.value]],
         fmt="o",
         color=ink,
-        markerfacecolor="none" if row.note else ink,
-        markersize=8,
-        elinewidth=1.2,
-        capsize=3,
-        transform=axes.transData + aside,
+        **(wide if row.note else fine),
     )
 
 

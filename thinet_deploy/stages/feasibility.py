@@ -14,10 +14,10 @@ from ..options import Options
 from ..pruning.allocation import Costs, Curve, allocate, with_budget
 from ..pruning.oneshot import Method, weigh
 from ..pruning.sweep import FACTORS, point, sweep
-from ..pruning.trace import named_tensors
 from ..reports.plots import feasibility_plot
-from .prune import branches_of, calibration, graph_of, groups_of, wish_of
+from .prune import calibration, graph_of, groups_of
 from .tools import Tools
+from .wish import branches_of, counted, macs_of, wish_of
 
 CURVES, POINTS, PLOT = "curves.json", "feasibility.json", "feasibility.svg"
 # Options that the curves depend on, beside the network, the images and the seed; a budget is not among them.
@@ -67,14 +67,14 @@ def solved(tools: Tools, dense_folder: Path, curves_folder: Path, folder: Path) 
     graph = graph_of(tools, original)
     groups = groups_of(tools, graph)
     wish = wish_of(tools, original, graph, groups)
-    costs, stored = Costs(dict(named_tensors(original)), graph, groups), read_json(curves_folder / CURVES)
+    costs, stored = Costs(*counted(job, original, graph), groups), read_json(curves_folder / CURVES)
     curves = {name: Curve(np.array(each["widths"]), np.array(each["error"])) for name, each in stored["groups"].items()}
-    asked, branches = None, branches_of(tools, graph, groups, wish)
+    asked, branches, whole = None, branches_of(tools, graph, groups, wish), macs_of(original, graph)
     if asks(options):
         widths = allocate(costs, groups, curves, with_budget(costs, groups, wish), branches)
-        asked = point(options.widths, costs, groups, curves, widths)
+        asked = point(options.widths, whole, costs, curves, widths)
     # Each budget would get a grid of its own, as coarse as it allows: the sweep shows what a fine one gives.
-    points = sweep(costs, groups, curves, replace(wish, grid=1) if wish.soft else wish, branches)
+    points = sweep(whole, costs, groups, curves, replace(wish, grid=1) if wish.soft else wish, branches)
     # The narrowest widths are often so far off that the rest of a picture would be squashed.
     drawn = len(points) - (points[-1].fewer > FACTORS[-1] and len(points) > 3)
     feasibility_plot(folder / PLOT, points[:drawn], asked, job.model_name)

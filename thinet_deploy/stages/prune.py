@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..artifact import write_json
 from ..counting import count
 from ..data.dataset import ImageSet
-from ..errors import InputError, ModelError, UnknownNameError
+from ..errors import ModelError
 from ..export import check_exportable
 from ..norms import reestimate_norms
 from ..options import Options
 from ..pruning.allocation import Costs, Curve, allocate, with_budget
-from ..pruning.budget import Widths, Wish, choose_widths, cost, may_vanish, softened
+from ..pruning.budget import Widths, choose_widths
 from ..pruning.calibration import Sample
 from ..pruning.discovery import channel_graph
-from ..pruning.graph import Branch, ChannelGraph, ChannelGroup
+from ..pruning.graph import ChannelGraph, ChannelGroup
 from ..pruning.layerwise import Layer, Schedule, prunable, prune_layerwise
 from ..pruning.oneshot import Method, Pruned, prune_once
 from ..pruning.plan import Plan, weights_fingerprint
 from ..pruning.proof import prove
 from ..pruning.retrace import RetraceError, settled_plan
 from ..pruning.surgery import apply
-from ..pruning.trace import example_inputs, named_tensors
+from ..pruning.trace import example_inputs
 from ..pruning.wide import within_reach
 from ..reports.ledger import Entry, epochs_in_words
 from ..store import Checkpoint
@@ -41,6 +40,7 @@ from ..timing.budget import Found
 from ..training import evaluate
 from .latency import bench_of, fitting, told
 from .tools import REPORT, Tools, json_ready, labelled_by, write_network
+from .wish import branches_of, counted, wish_of
 
 _PROOF_IMAGES = 3
 
@@ -50,7 +50,7 @@ def check_way(tools: Tools, model: nn.Module) -> None:
     graph = graph_of(tools, model)
     groups = groups_of(tools, graph)
     wish = wish_of(tools, model, graph, groups)
-    choose_widths(dict(named_tensors(model)), graph, groups, wish, branches_of(tools, graph, groups, wish))
+    choose_widths(*counted(tools.job, model, graph), groups, wish, branches_of(tools, graph, groups, wish))
     target = tools.job.target
     check_exportable(model, tools.job.input_shape, opset=target.opset)
 
@@ -99,56 +99,17 @@ def _candidates(tools: Tools, graph: ChannelGraph) -> tuple[ChannelGroup, ...]:
     if widths:
         return tuple(group for group in graph.groups if widths.keys() & set(group.producers))
     if options.layerwise or tools.job.replaces_head:
-        return prunable(graph, shortcuts=options.prune_shortcuts)
+        # Which layers are the last ones does not depend on which are ignored.
+        everything = _unignored(tools) if options.ignore else graph
+        inner = prunable(everything, shortcuts=options.prune_shortcuts)
+        names = {producer for group in inner for producer in group.producers}
+        return tuple(group for group in graph.groups if names.issuperset(group.producers))
     return tuple(group for group in graph.groups if options.prune_shortcuts or not group.shortcut)
 
 
-def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> Wish:
-    """What the options ask of widths, in numbers for this network.
-
-    Raises:
-        UnknownNameError: a pattern of --keep-layer is of no layer that is pruned.
-        InputError: the budget is no less than what the network has.
-    """
-    options, tensors = tools.job.options, dict(named_tensors(model))
-    names = {producer for group in groups for producer in group.producers}
-    for pattern in options.keep_layer:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise UnknownNameError("layer that is pruned, for --keep-layer,", pattern, names)
-    dense = cost(tensors, graph, np.ones(graph.channels, dtype=bool))
-    for name, most, now in (
-        ("macs", options.most_macs(dense.macs), dense.macs),
-        ("size", options.most_bytes, dense.size),
-    ):
-        if most == 0:
-            raise InputError(
-                f"--{name} {getattr(options, name)} would leave nothing of the network.",
-                hint="Ask for less: --macs 2x halves the multiply-accumulates.",
-            )
-        if most is not None and most >= now:
-            raise InputError(
-                f"--{name} {getattr(options, name)} asks for no less than the original has ({dense.macs / 1e6:.4g} M "
-                f"multiply-accumulates, {dense.size / 2**20:.4g} MB), so nothing would be pruned.",
-                hint="Ask for less: --macs 2x halves the multiply-accumulates.",
-            )
-    sizes = {producer: len(group.channels) for group in groups for producer in group.producers}
-    fixed = {producer: width / sizes[producer] for producer, width in tools.job.widths.items()}
-    wish = Wish(
-        keep=options.keep,
-        macs=options.most_macs(dense.macs),
-        size=options.most_bytes,
-        grid=tools.job.grid,
-        soft=options.round_to is None,
-        layers={**options.keep_layer, **fixed},
-    )
-    return softened(tensors, graph, groups, wish)
-
-
-def branches_of(tools: Tools, graph: ChannelGraph, groups: Sequence[ChannelGroup], wish: Wish) -> tuple[Branch, ...]:
-    """The residual branches that may vanish."""
-    options = tools.job.options
-    able = options.drop_branches and not options.layerwise and options.selection == "elimination"
-    return may_vanish(graph, groups, wish) if able else ()
+def _unignored(tools: Tools) -> ChannelGraph:
+    model = tools.job.fresh()
+    return channel_graph(model, example_inputs(model, tools.job.input_shape))
 
 
 def calibration(tools: Tools) -> tuple[Sample, ImageSet]:
@@ -222,7 +183,7 @@ def _layerwise(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoin
 
     groups = groups_of(tools, graph)
     wish = wish_of(tools, original, graph, groups)
-    widths = choose_widths(dict(named_tensors(original)), graph, groups, wish)
+    widths = choose_widths(*counted(tools.job, original, graph), groups, wish)
     trainings = _between(options, graph, [each for each in groups if widths[each.name] < len(each.channels)])
 
     def tune(model: nn.Module, group: ChannelGroup) -> int:
@@ -292,11 +253,11 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     """All layers at once, reconstructed without any training; nothing is saved on the way, it takes a few passes."""
     del checkpoint
     job, options = tools.job, tools.job.options
-    groups, tensors = groups_of(tools, graph), dict(named_tensors(original))
+    groups, all_of_it = groups_of(tools, graph), counted(job, original, graph)
     wish = wish_of(tools, original, graph, groups)
     branches = branches_of(tools, graph, groups, wish)
-    uniform = choose_widths(tensors, graph, groups, wish, branches)
-    costs = Costs(tensors, graph, groups)
+    uniform = choose_widths(*all_of_it, groups, wish, branches)
+    costs = Costs(*all_of_it, groups)
     found: list[Found] = []  # by the process that measures
 
     def widths(curves: Mapping[str, Curve]) -> Widths:
@@ -374,7 +335,7 @@ def _row(group: ChannelGroup, done: Pruned) -> dict[str, Any]:
     }
     if curve := done.curves.get(group.name):  # of what the narrowest width would have cost
         narrowest = int(curve.widths[curve.widths > 0].min())
-        row["error"] = curve.at(after) / max(curve.at(narrowest), 1e-30)
+        row["error_share"] = curve.at(after) / max(curve.at(narrowest), 1e-30)
     return row
 
 

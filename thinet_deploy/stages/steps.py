@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..artifact import read_json, write_json
+from ..counting import count
 from ..export import export_program
 from ..models.weights import load_weights
 from ..pruning.head import fit_head
@@ -124,8 +125,10 @@ def unfinished(tools: Tools, dense_folder: Path, prunings: Mapping[str, Path], h
         write_network(folder, tools.load(pruned_folder), load_plan(pruned_folder / PLAN))
     reports = {method: read_json(each / REPORT) for method, each in prunings.items()}
     compared = {method: {key: each[key] for key in ("accuracy", "ledger", "macs")} for method, each in reports.items()}
-    write_json(folder / REPORT, {**read_json(pruned_folder / REPORT), "methods": compared})
-    export_program(tools.load(folder), tools.job.input_shape, folder / PROGRAM)
+    thin, report = tools.load(folder), read_json(pruned_folder / REPORT)
+    macs = {**report["macs"], "after": count(thin, tools.job.input_shape).macs}
+    write_json(folder / REPORT, {**report, "macs": macs, "methods": compared})
+    export_program(thin, tools.job.input_shape, folder / PROGRAM)
 
 
 def own(tools: Tools, thin_folder: Path, weights: Path, folder: Path) -> None:
