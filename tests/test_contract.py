@@ -206,7 +206,7 @@ def test_ci_systems_are_told_in_their_own_form(tmp_path: Path) -> None:
     assert [case[0].tag for case in suite] == ["system-out", "failure", "skipped", "failure"]
     summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("**Contract: 2 of 4 requirements broken**")
-    assert "| `size<=1MB` | ❌ not met | 4 MB | Thin, its ONNX file |" in summary
+    assert "| `size<=1MB` | ❌ not met | 4 MB | Thin, its ONNX file in fp32 |" in summary
     assert len(json.loads((tmp_path / "contract.json").read_text())["verdicts"]) == 4
 
 

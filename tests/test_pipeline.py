@@ -201,6 +201,20 @@ def test_a_build_that_fails_at_a_gate_leaves_nothing_that_says_it_was_met(
     assert [name for name in ("bundle", "report", "contract") if (copy / name).exists()] == []
 
 
+def test_a_new_bundle_has_no_report_of_the_old_one_beside_it(
+    copy: Path, tiny_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tiny_options(copy, target="cpu", require=("size<=4MB",)))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("thinet_deploy.stages.deploy.drops", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_options(copy, target="cpu", keep=0.8, require=("size<=4MB",)))
+    assert [name for name in ("bundle", "report", "contract") if (copy / name).exists()] == ["bundle"]
+
+
 def test_the_same_seed_gives_the_same_plan_and_another_seed_other_samples(
     tiny_options: MakeOptions, tmp_path: Path
 ) -> None:

@@ -268,6 +268,18 @@ def test_a_thor_gets_a_bf16_file_and_how_to_build_from_it(copy: Path, tiny_optio
     assert verify_bundle(done.bundle)["exit_code"] == 0
 
 
+def test_what_a_device_builds_is_judged_by_the_file_that_it_is_built_from(
+    copy: Path, tiny_options: MakeOptions
+) -> None:
+    asked = {"precision": "int8", "max_drop": 100, "require": ("top1>=1", "top1-drop<=99", "size<=1MB")}
+    done = build(again(tiny_options, copy, target="jetson", **asked))
+    typed = read_json(copy / "typed" / precision_stage.TYPED)["gap"]["int8"]
+    assert (done.table.precision, done.table.ships) == ("int8", "gap")
+    assert done.table.shipped.main.value == typed["accuracy"]["figures"]["top-1"]["value"]
+    assert done.table.shipped.size_bytes == (copy / "typed" / typed["path"]).stat().st_size
+    assert all(" in int8" in verdict.detail for verdict in done.verdicts)
+
+
 def test_a_dla_gets_what_it_computes_in(copy: Path, tiny_options: MakeOptions) -> None:
     done = build(again(tiny_options, copy, target="jetson-agx-orin", precision=None, dla=1))
     assert [each.precision for each in read_manifest(done.bundle).typed] == ["fp16"]

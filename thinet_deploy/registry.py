@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Iterable
 from importlib import metadata, util
 from pathlib import Path
 from typing import cast
@@ -68,8 +69,17 @@ def installed(runtime: str) -> bool:
 
 def made_by(runtime: str) -> str:
     """Toolchain and version, such as "openvino 2026.4.1"."""
-    name = converter(runtime).CONTRACT.modules[0]
-    return f"{name} {_version(name)}"
+    return versions(converter(runtime).CONTRACT.modules[:1])[0]
+
+
+def toolchain(runtime: str) -> list[str]:
+    """All that makes and checks a runtime's engines, the toolchain itself first, with versions."""
+    return versions(converter(runtime).CONTRACT.modules)
+
+
+def versions(modules: Iterable[str]) -> list[str]:
+    """Installed modules with their versions."""
+    return [f"{name} {_version(name)}" for name in modules]
 
 
 def _version(module: str) -> str:

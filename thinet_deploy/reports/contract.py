@@ -169,9 +169,9 @@ def _measured(figure: str, table: Table) -> tuple[_Figure | None, str]:
         return _timed(figure, table)
     if figure == "size":
         size = row.size_bytes / 2**20
-        return _Figure(size, size, size), f"{row.label}, its ONNX file"
+        return _Figure(size, size, size), f"{row.label}, its ONNX file in {table.precision}"
     name = next(iter(row.figures))  # what --require calls "accuracy" is the figure of the task that decides
-    images = f"{row.label}, {name} on {table.images} test images"
+    images = f"{row.label} in {table.precision}, {name} on {table.images} test images"
     if figure.startswith("top1") and name != "top-1":
         return None, f"{row.label} is judged by {name}: require accuracy or accuracy-drop"
     if not figure.endswith("-drop"):

@@ -95,7 +95,10 @@ def notes_of(table: Table) -> list[str]:
         f"Measured on {table.processor} ({table.machine}).",
     ]
     if table.precision == "int8":
-        notes.append("Accuracy and size are of the INT8 files, the original's too; losses are told from it in fp32.")
+        notes.append(
+            "Accuracy and size are of the INT8 files, the original's too unless a device builds the engines; losses "
+            "are told from it in fp32."
+        )
     if any(within_noise(time) for row in table.rows for time in row.engines.values()):
         notes.append("≈: within the noise, no difference from the original is proven.")
     timed = [(row.label, where, time) for row in table.rows if not row.note for where, time in _times(row)]

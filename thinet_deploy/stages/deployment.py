@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def deploy(
     notes = build.notes(onnx)
     bundle = build.bundle(onnx, engines, parity, notes)
     there = build.on_device(machine, bundle) if machine else None
-    table = build_table(tools.job, made, onnx.files, measured, build.drops(onnx))
+    judged = build.judged(onnx)
+    table = build_table(tools.job, made, judged.files, measured, build.drops(judged))
     page = html_report.Page(run.root, table, build.verdicts(table, there), there)
     build.report(page, parity, measured)
     said = plan.notes if there else notes  # what is left to do on the device has been done
@@ -124,6 +125,13 @@ class _Deployment:
         files = deploy_stage.Files(onnx.folder, typed.folder if typed else onnx.folder, report, engines)
         return _Onnx(files, {"onnx": onnx.digest, "typed": typed.digest if typed else "", "precision": engines})
 
+    def judged(self, onnx: _Onnx) -> _Onnx:
+        """What accuracy and size are of: where the device builds the engines, files of the type that was asked for."""
+        asked = self.job.options.precision
+        if asked not in self.plan.files:
+            return onnx
+        return _Onnx(replace(onnx.files, engines=asked), {**onnx.digests, "precision": asked})
+
     def _exported(self) -> Stage:
         inputs = {
             **self.digests,
@@ -131,6 +139,7 @@ class _Deployment:
             "ir": self.target.ir_version,
             "shape": list(self.job.input_shape),
             "sources": sorted(registry.sources(self.target)),
+            "made by": registry.versions(("thinet_deploy", "torch", "onnx", "onnxscript")),
         }
         return self.run.alone("onnx", inputs, lambda f, _: deploy_stage.exported(self.tools, self.folders, f))
 
@@ -151,8 +160,7 @@ class _Deployment:
             try:
                 precision_stage.typed(self.tools, self.plan, onnx.folder, names, folder)
             except GateError:
-                for stale in ("bundle", "report"):  # of an earlier build, lest they be taken for this one's
-                    Run.discard(self.run, stale)  # this process alone is here
+                self._discard("bundle", "report")
                 raise
 
         return self.run.alone("typed", inputs, make)
@@ -160,7 +168,7 @@ class _Deployment:
     def engines(self, onnx: _Onnx) -> _Engines:
         """An engine per network and runtime."""
         runtimes, names = self.plan.runtimes, list(self.folders)
-        inputs = {**onnx.digests, "tools": [registry.made_by(runtime) for runtime in runtimes]}
+        inputs = {**onnx.digests, "tools": {each: registry.toolchain(each) for each in runtimes}}
         made = self.run.alone(
             "engines", inputs, lambda f, _: deploy_stage.engines(self.tools, onnx.files, names, runtimes, f)
         )
@@ -246,11 +254,17 @@ class _Deployment:
             "notes": list(notes),
         }
         ship = bundle_stage.Shipped(name, self.made.labels[name], self.folders[name])
-        return self.run.alone(
-            "bundle",
-            inputs,
-            lambda f, _: bundle_stage.bundled(self.tools, ship, onnx.files, engines.paths, parity.folder, notes, f),
-        )
+
+        def make(folder: Path, _: Checkpoint) -> None:
+            self._discard("report", "contract")
+            bundle_stage.bundled(self.tools, ship, onnx.files, engines.paths, parity.folder, notes, folder)
+
+        return self.run.alone("bundle", inputs, make)
+
+    def _discard(self, *stale: str) -> None:
+        """What is of an earlier build, lest it be taken for this one's; called where one process works alone."""
+        for name in stale:
+            Run.discard(self.run, name)
 
     def on_device(self, machine: Machine | Phone, bundle: Stage) -> dict[str, Any]:
         """What the device makes of the bundle."""
