@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from thinet_deploy.errors import InputError, ModelError, TargetError, UnknownNameError, WeightsError
-from thinet_deploy.options import Options, make_options
+from thinet_deploy.options import Options, make_options, read_config, spelled_out
 from thinet_deploy.pipeline import prune
 from thinet_deploy.stages import job as jobs
 from thinet_deploy.stages.job import load_job
@@ -49,6 +49,8 @@ def test_a_network_that_cannot_train_on_one_image_needs_larger_batches(
         ({"drop_branches": True, "reconstruction": "none"}, InputError, "which --reconstruction none does not find"),
         ({"macs": "0.5x"}, InputError, "--macs 0.5x asks for no less than the original has"),
         ({"size": "9MB"}, InputError, "--size 9MB asks for no less than the original has"),
+        ({"device": "ssh://nowhere.invalid"}, InputError, "a budget of time is met, but `prune` was given none"),
+        ({"device_python": "python3.9"}, InputError, "--device-python is of a device, but there is none"),
     ],
 )
 def test_what_asks_for_nothing_is_refused_before_the_training(
@@ -58,6 +60,18 @@ def test_what_asks_for_nothing_is_refused_before_the_training(
         prune(tiny_options(tmp_path / "run", "plain", **changes))
     assert words in refused.value.what
     assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_a_config_file_may_spell_options_as_the_command_line_does(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(
+        'ignore = "features.1*"\nkeep-layer = ["a=0.7", "b=1"]\ntrain = "ema=0.9"\ninput-shape = "3x32x32"\n'
+        "gcos-layer = { c = 4 }\n"
+    )
+    found = make_options(spelled_out(read_config(tmp_path / "c.toml")))
+    assert (found.ignore, found.keep_layer, found.gcos_layer) == (("features.1*",), {"a": 0.7, "b": 1.0}, {"c": 4})
+    assert (found.train, found.input_shape) == ({"ema": "0.9"}, (3, 32, 32))
+    with pytest.raises(InputError, match="PATTERN=R was expected"):
+        spelled_out({"keep_layer": ["a"]})
 
 
 @pytest.mark.parametrize("budget", ["macs", "size", "latency", "speedup"])

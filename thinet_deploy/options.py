@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -374,3 +374,22 @@ def parse_groups(text: str) -> tuple[str, int]:
     if not pattern or not groups.isdigit():
         raise InputError(f"--gcos-layer is {text!r}, but PATTERN=GROUPS was expected.", hint='Such as "features.2*=4".')
     return pattern, int(groups)
+
+
+_PARSED: dict[str, Callable[[str], tuple[str, Any]]] = {
+    "keep_layer": parse_layer,
+    "gcos_layer": parse_groups,
+    "train": parse_setting,
+}
+
+
+def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as `Options` takes them, from what people write: "3x224x224", one pattern, a list of "PATTERN=R"."""
+    found = dict(values)
+    for name in (*_PARSED, "ignore", "require"):
+        each = [found[name]] if isinstance(found.get(name), str) else found.get(name)
+        if isinstance(each, list | tuple) and all(isinstance(one, str) for one in each):
+            found[name] = dict(map(_PARSED[name], each)) if name in _PARSED else tuple(each)
+    if isinstance(found.get("input_shape"), str):
+        found["input_shape"] = parse_shape(found["input_shape"])
+    return found

@@ -43,6 +43,11 @@ def prune(options: Options, progress: Progress = silent) -> Path:
         The folder with the thin network.
     """
     progress = join().speaking(progress)
+    if options.device and not options.timed:
+        raise InputError(
+            "--device is where a budget of time is met, but `prune` was given none.",
+            hint="Give --latency or --speedup, or leave it out: `build --device` takes the bundle there.",
+        )
     machine, target = _device(options) if options.timed else (None, None)
     job = _placed(load_job(options, progress), machine, target)
     run = SharedRun(options.out, progress)

@@ -272,23 +272,11 @@ def _options(given: dict[str, Any], config: Path | None) -> Any:
     from ..options import (
         check_one_budget,
         make_options,
-        parse_groups,
-        parse_layer,
-        parse_setting,
-        parse_shape,
         read_config,
+        spelled_out,
     )
 
-    given = dict(given)
-    if settings := given.pop("train", None):
-        given["train"] = dict(parse_setting(each) for each in settings)
-    if layers := given.pop("keep_layer", None):
-        given["keep_layer"] = dict(parse_layer(each) for each in layers)
-    if groups := given.pop("gcos_layer", None):
-        given["gcos_layer"] = dict(parse_groups(each) for each in groups)
-    values = {**(read_config(config) if config else {}), **given}
-    if isinstance(values.get("input_shape"), str):
-        values["input_shape"] = parse_shape(values["input_shape"])
+    values = spelled_out({**(read_config(config) if config else {}), **given})
     check_one_budget(values)
     return make_options(values)
 

@@ -181,6 +181,8 @@ def _check_unused(options: Options) -> None:
             "layers at once.",
             hint="Give --finetune-epochs, or --recipe iccv2017 or tpami2019, which go layer by layer.",
         )
+    if options.device_python != Options.model_fields["device_python"].default and not options.device:
+        raise InputError("--device-python is of a device, but there is none.", hint="Name it with --device.")
     if options.transfer_epochs is not None and options.transfer_to is None:
         raise InputError(
             "--transfer-epochs says how long to fine-tune to other images, but there are none.",
