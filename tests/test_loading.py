@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from thinet_deploy.errors import ModelError, UnknownNameError
-from thinet_deploy.models.loading import build_model, input_shape_of, load_function, sources
+from thinet_deploy.models.loading import build_model, input_shape_of, load_function
+from thinet_deploy.models.sources import sources
 
 BODY = """
 import torch
@@ -140,6 +141,28 @@ def test_what_a_file_imports_from_beside_it_is_part_of_it(tmp_path: Path) -> Non
     (tmp_path / "package" / "parts.py").write_text("Block = 2\n")
     second = sources(tmp_path / "net.py")
     assert {name for name in first if first[name] != second[name]} == {"package/parts.py"}
+
+
+def test_the_users_modules_elsewhere_on_the_import_path_are_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "real/net.py": "import json\nimport torch\nimport thinet_deploy, helper\nfrom shared.parts import Block\n",
+        "work/helper.py": "",
+        "lib/shared/__init__.py": "",
+        "lib/shared/parts.py": "from . import more\nBlock = 1\n",
+        "lib/shared/more.py": "",
+        "lib/shared/other.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "work" / "net.py").symlink_to(tmp_path / "real" / "net.py")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    first = sources(tmp_path / "work" / "net.py")
+    assert first.keys() == {"net.py", "helper.py", "shared/__init__.py", "shared/parts.py", "shared/more.py"}
+    (tmp_path / "lib" / "shared" / "more.py").write_text("changed = 1\n")
+    second = sources(tmp_path / "work" / "net.py")
+    assert {name for name in first if first[name] != second[name]} == {"shared/more.py"}
 
 
 def test_a_changed_file_is_read_again(net: Callable[[str], str]) -> None:

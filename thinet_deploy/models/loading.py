@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -16,7 +15,6 @@ from types import CodeType
 import torch
 from torch import nn
 
-from ..artifact import sha256_of
 from ..errors import ModelError, ThinetDeployError, UnknownNameError
 from ..seeds import derive
 from .alexnet import alexnet, alexnet_owt
@@ -149,42 +147,6 @@ def _spec_of(name: str, path: Path | str) -> ModuleSpec:
     spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert spec is not None
     return spec
-
-
-def sources(file: Path) -> dict[str, str]:
-    """SHA-256 of a user's file and of what it imports from beside it, at whatever depth, by path from its folder."""
-    folder, found = file.resolve().parent, dict[str, str]()
-    left = [file.resolve()]
-    while left:
-        path = left.pop()
-        name = path.relative_to(folder).as_posix()
-        if name not in found:
-            found[name] = sha256_of(path)
-            left += [beside for module in _imported(path, folder) for beside in _files_of(folder, module)]
-    return found
-
-
-def _imported(path: Path, folder: Path) -> Iterator[tuple[str, ...]]:
-    """The modules that a file's import statements name, as parts; names that are imported from them too."""
-    package = path.relative_to(folder).parent.parts
-    try:
-        tree = ast.parse(path.read_bytes())
-    except SyntaxError:  # loading it says so
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (tuple(alias.name.split(".")) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = (*above, *(node.module or "").split(".")) if node.module else above
-            yield from ((*base, alias.name) for alias in node.names)
-
-
-def _files_of(folder: Path, module: tuple[str, ...]) -> Iterator[Path]:
-    """The files in a folder that importing a module runs: its packages' and its own."""
-    for end in range(1, len(module) + 1):
-        place = folder.joinpath(*module[:end])
-        yield from (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
 
 
 class UsersFiles(MetaPathFinder):

@@ -19,9 +19,10 @@ from ..data.voc import is_voc, load_voc, tasks_of
 from ..devices.site import Machine
 from ..errors import InputError, ModelError, first_line
 from ..interfaces import Progress, silent
-from ..models.loading import InputShape, build_model, input_shape_of, load_function, sources
+from ..models.loading import InputShape, build_model, input_shape_of, load_function
 from ..models.presets import preset_widths
 from ..models.pretrained import default_weights
+from ..models.sources import sources
 from ..models.weights import load_weights, no_weights
 from ..options import BUDGETS, DEFAULT, HEAD_REPLACED, Options, check_one_budget
 from ..pruning.surgery import gap_head

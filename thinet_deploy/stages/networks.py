@@ -10,7 +10,7 @@ from typing import Any
 from .. import verify
 from ..artifact import sha256_of
 from ..errors import GateError
-from ..models.loading import sources
+from ..models.sources import sources
 from ..options import Options
 from ..pruning.proof import Proof
 from ..reports.ledger import Entry, epochs_in_words
