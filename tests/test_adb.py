@@ -367,6 +367,11 @@ def test_the_command_line(phone: Fake, made: Path, cli: Callable[..., Any], tmp_
     assert done.code == 0, done.err
     assert "Fairphone FP5 QCM6490, arm64-v8a, Android 15" in done.out
     assert len(read_json(tmp_path / "times.json")["engines"][0]["rounds_ms"]) == 7
+    done = cli("latency", made, "--device", "adb:", "--seconds", "1", "--fps", "30", "--out", tmp_path / "times.json")
+    assert done.code == 0, done.err
+    assert [row["fps"] for row in read_json(tmp_path / "times.json")["engines"]] == [0, 30]
+    assert read_json(tmp_path / "times.json")["fps"] == 30
+    assert done.out.count("onnxruntime fp32: median") == done.out.count("onnxruntime fp32, 30 a second: median") == 1
     done = cli("latency", made, "--device", "adb:FP5", "--batch", "4")
     assert (done.code, "one image per run" in done.err) == (2, True)
     phone.set(devices={"FP5": "unauthorized"})

@@ -87,6 +87,12 @@ def test_sixteen_bits_in_python_are_those_of_training(classify: Callable[..., np
         assert np.array_equal(classify(image, how.model_dump(mode="json")), expected)
 
 
+@pytest.mark.parametrize("pixels", [np.full((20, 20), 0.5, "float32"), np.full((20, 20), 70_000, "int32")])
+def test_deeper_pixels_are_refused_in_python_too(classify: Callable[..., np.ndarray], pixels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="nothing says which value is white"):
+        classify(Image.fromarray(pixels), Preprocess(resize=20, crop=(12, 16)).model_dump(mode="json"))
+
+
 def test_a_bundle_classifies_in_python(tmp_path: Path, written: Callable[[Path], Path]) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     folder = written(tmp_path / "bundle")

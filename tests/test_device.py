@@ -75,6 +75,9 @@ def test_verify_and_latency_work_there_too(server: Server, make_bundle: Make, cl
     assert (done.code, "Measured on the device" in done.out) == (0, True)
     assert len(read_json(report)["engines"][0]["rounds_ms"]) == 6
     assert (read_json(report)["seconds"], read_json(report)["fps"]) == (0.5, 40.5)
+    assert [row["fps"] for row in read_json(report)["engines"]] == [0, 40.5], "also at that pace, as here"
+    shown = ("onnxruntime fp32: median", "onnxruntime fp32, 40.5 a second: median")
+    assert [done.out.count(words) for words in shown] == [1, 1]
     done = cli("latency", folder, *where, "--precision", "int8")
     assert (done.code, "a bundle, which says both itself" in " ".join(done.err.split())) == (2, True)
     assert read_json(report)["environment"]["modules"]["numpy"] == np.__version__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -130,35 +131,68 @@ def test_a_job_is_done_once_and_its_output_is_there_for_everyone_who_asks(tmp_pa
     place, marker = tmp_path / "jobs" / "one", tmp_path / "marker"
     command = ["sh", "-c", f"echo started >> {marker}; sleep 0.5; echo ready"]
     first, second = (
-        subprocess.Popen([sys.executable, agent.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
+        subprocess.Popen([sys.executable, agent.__file__, "job", str(place), "", *command], stdout=subprocess.PIPE)
         for _ in range(2)
     )
     said = [process.communicate()[0].decode().split("\n")[0] for process in (first, second)]
     assert said == ["ready", "ready"]
-    assert ask("job", place, *command)[0] == ["ready"]
+    assert ask("job", place, "", *command)[0] == ["ready"]
     assert marker.read_text() == "started\n"
     ask("forget", place)
-    ask("job", place, *command)
+    ask("job", place, "", *command)
     assert marker.read_text() == "started\n" * 2
+
+
+@pytest.mark.parametrize("damage", ["emptied", "removed", "log of sums lost"])
+def test_a_job_whose_work_was_damaged_is_done_again(tmp_path: Path, damage: str) -> None:
+    place, made, marker = tmp_path / "jobs" / "one", tmp_path / "made", tmp_path / "marker"
+    command = ["sh", "-c", f"echo started >> {marker}; mkdir -p {made}; echo engine > {made}/engine"]
+    ask("job", place, made, *command)
+    ask("job", place, made, *command)
+    assert marker.read_text() == "started\n", "what is whole is kept"
+    if damage == "emptied":
+        (made / "engine").write_bytes(b"")
+    elif damage == "removed":
+        shutil.rmtree(made)
+    else:
+        (place / "made").write_bytes(b"")
+    assert ask("job", place, made, *command)[1]["code"] == 0
+    assert marker.read_text() == "started\n" * 2
+    assert (made / "engine").read_text() == "engine\n"
+
+
+def test_only_a_job_that_has_ended_is_forgotten(tmp_path: Path) -> None:
+    place, end = tmp_path / "jobs" / "long", tmp_path / "end"
+    command = ["sh", "-c", f"echo $$; until [ -e {end} ]; do sleep 0.05; done"]
+    first = subprocess.Popen([sys.executable, agent.__file__, "job", str(place), "", *command], stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    number = first.stdout.readline().decode().strip()
+    ask("forget", place)
+    end.touch()
+    assert ask("job", place, "", *command)[0] == [number]
+    first.communicate()
+    ask("forget", place)
+    assert ask("job", place, "", *command)[0] != [number]
+    ask("forget", tmp_path / "jobs" / "none")
 
 
 def test_a_job_that_failed_is_tried_again(tmp_path: Path) -> None:
     command = ["sh", "-c", f"echo no >&2; test -e {tmp_path}/there"]
-    _, answer = ask("job", tmp_path / "jobs" / "a", *command)
+    _, answer = ask("job", tmp_path / "jobs" / "a", "", *command)
     assert (answer["code"], answer["err"]) == (1, "no")
     (tmp_path / "there").touch()
-    assert ask("job", tmp_path / "jobs" / "a", *command)[1]["code"] == 0
+    assert ask("job", tmp_path / "jobs" / "a", "", *command)[1]["code"] == 0
 
 
 def test_a_job_outlives_who_started_it(tmp_path: Path) -> None:
     place = tmp_path / "jobs" / "long"
     command = ["sh", "-c", "echo begun; sleep 1; echo ended"]
-    first = subprocess.Popen([sys.executable, agent.__file__, "job", str(place), *command], stdout=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, agent.__file__, "job", str(place), "", *command], stdout=subprocess.PIPE)
     assert first.stdout is not None
     assert first.stdout.readline() == b"begun\n"
     first.kill()
     first.communicate()
-    assert ask("job", place, *command)[0] == ["begun", "ended"]
+    assert ask("job", place, "", *command)[0] == ["begun", "ended"]
 
 
 def test_sums_leave_out_what_came_in_part(tmp_path: Path) -> None:

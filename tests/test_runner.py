@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_onnx import scored_spec
 
+from thinet_deploy.bundle import write_bundle
 from thinet_deploy.on_device import engines, runner, self_test, serving
 from thinet_deploy.on_device.engine import MissingRuntimeError, RunnerError, in_steps, to_batch
 
@@ -109,6 +111,23 @@ def test_the_first_run_waits_too() -> None:
     start = time.perf_counter()
     serving.time_run(lambda: None, 1, fps=20)
     assert time.perf_counter() - start >= 0.05, "what was done before belongs to a warm-up or another engine"
+
+
+def test_a_bundle_is_timed_back_to_back_and_also_at_a_pace(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_bundle(folder, scored_spec(tmp_path, 2))
+    command = [sys.executable, str(folder / "run.py"), "latency", "--seconds", "0.1", "--fps", "200"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    rows = [(row["runtime"], row["fps"]) for row in report["engines"]]
+    assert rows == [(name, fps) for fps in (0, 200) for name in ("openvino", "onnxruntime")]
+    assert report["fps"] == 200
+    assert len({json.dumps(row["rounds_ms"]) for row in report["engines"]}) == 4, "each has its own"
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    first, second = text.split("runs 200 a second")
+    assert first.count("  load ") == second.count("  load ") == 2
+    assert "runs back to back" in first
 
 
 def test_time_run_and_warm_up_count_their_calls() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorrt_versions import BINDINGS, Version, version_of, with_bindings
+from tensorrt_versions import BINDINGS, Version, as_tensorrt, version_of, with_bindings
 
 from thinet_deploy import registry
 from thinet_deploy.errors import ConversionError
@@ -130,6 +130,44 @@ def test_a_dla_takes_flags_until_11_and_says_what_stays_on_the_gpu(version: Vers
     assert "cannot be asked for fp32" in pretend("FLOAT", batch=(1, 1, 1), dla_core=0)["error"]
     int8 = pretend("INT8", precision="int8", batch=(1, 1, 1), dla_core=0)
     assert ("report" in int8) == (version.major == 11)
+
+
+@pytest.fixture
+def build_alone(version: Version, tmp_path: Path) -> Build:
+    """The builder's command line, with what pretends to be TensorRT; its exit code and its last line."""
+    typed_onnx(tmp_path / "net.onnx", "fp32")
+    environment = version.environment(as_tensorrt(tmp_path / "modules"))
+
+    def run(*options: object) -> dict[str, Any]:
+        script, engine = tensorrt_builder.__file__, tmp_path / "made" / "net.engine"
+        command = [sys.executable, script, tmp_path / "net.onnx", engine, *options]
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        return {"code": done.returncode, **json.loads(done.stdout.splitlines()[-1])}
+
+    return run
+
+
+def test_the_folder_of_the_timing_cache_need_not_be_there(build_alone: Build, tmp_path: Path) -> None:
+    done = build_alone("--cache", tmp_path / "no" / "such" / "timing.cache")
+    assert (done["code"], done["report"]["timing_cache"]) == (0, "new")
+    assert (tmp_path / "no" / "such" / "timing.cache").read_bytes()
+    done = build_alone("--cache", tmp_path / "net.onnx" / "timing.cache")
+    assert (done["code"], "net.onnx" in done["error"], "progress" in done) == (1, True, False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("name", ["net.engine", "net.build.json", "net.layers.json", "timing.cache"])
+def test_a_full_disk_is_said_and_leaves_no_engine_without_its_reports(
+    build_alone: Build, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / f"{name}.partial").symlink_to("/dev/full")
+    done = build_alone("--cache", tmp_path / "made" / "timing.cache")
+    assert done["code"] == 1
+    assert f"{tmp_path}/made/{name}" in done["error"]
+    assert "No space left on device" in done["error"]
+    assert not (tmp_path / "made" / "net.engine").exists()
 
 
 def test_what_the_parser_cannot_read_is_named(version: Version, pretend: Build) -> None:

@@ -62,8 +62,12 @@ def _ask_phone(
     if command == "verify":
         report = android_stage.verify(phone, bundle, progress)
     else:
-        how = {name: value for name, value in pace.items() if name != "batch"}
+        how, fps = {name: pace[name] for name in ("threads", "seconds", "rounds")}, pace["fps"]
         report = android_stage.latency(phone, bundle, progress, **how)
+        if fps:
+            paced = android_stage.latency(phone, bundle, progress, **how, fps=fps)
+            rows = [*report["engines"], *({**row, "fps": fps} for row in paced["engines"])]
+            report = {**paced, "engines": rows, "exit_code": max(report["exit_code"], paced["exit_code"])}
     return {**report, "environment": phone.fingerprint}
 
 
@@ -155,7 +159,8 @@ def _measured(report: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[s
     yield f"  milliseconds per run, batch {report['batch']}, threads {report['threads']}, with 95 % intervals"
     for row in report["engines"]:
         words = latency_words(row) if row["verdict"] == PASSED else f"{row['verdict']}: {row['reason']}"
-        yield f"  {row['runtime']} {row['precision']}: {words}"
+        pace = f", {row['fps']:g} a second" if row.get("fps") else ""
+        yield f"  {row['runtime']} {row['precision']}{pace}: {words}"
         if row["verdict"] == PASSED:
             yield from (f"    {note}" for note in latency_notes(row))
 

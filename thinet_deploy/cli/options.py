@@ -203,8 +203,8 @@ Precision = Annotated[
 MaxDrop = Annotated[
     float | None,
     typer.Option(
-        help="Points of top-1 that INT8 may cost on held-out training images; the layers that cost most go back to "
-        "fp32 until it does.  \\[default: 1]"
+        help="Points of top-1 that INT8 may cost on training images that were not calibrated on (the table has what it "
+        "costs on test images); the layers that cost most go back to fp32 until it does.  \\[default: 1]"
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of an engine while it is timed.  \\[default: 1]")]

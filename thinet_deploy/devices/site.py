@@ -25,7 +25,7 @@ from ..interfaces import Progress
 from ..on_device import agent
 from ..on_device.engines import ENGINES
 from ..target import Stack, TargetProfile
-from .device import AGAIN, NOT_THERE, Device, Done, full_disk
+from .device import AGAIN, NOT_THERE, Device, Done, Line, full_disk
 
 SCRIPT = Path(agent.__file__)
 _CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
@@ -279,7 +279,7 @@ class Site:
         """Folder of TensorRT's timing cache there, which all bundles share."""
         return f"{self.machine.facts['root']}/tensorrt"
 
-    def tell(self, *words: str, on_line: Callable[[bytes], None] | None = None) -> tuple[dict[str, Any], Done]:
+    def tell(self, *words: str, on_line: Line | None = None) -> tuple[dict[str, Any], Done]:
         """Run agent.py there."""
         device = self.machine.device
         done = device.run([self.machine.python, f"{self.folder}/agent.py", *words], on_line=on_line)
@@ -289,15 +289,14 @@ class Site:
         """The folder of a job there; another one for another command, and when the machine has changed."""
         return f"{self.folder}/jobs/{job}-{hash_json([list(command), self.machine.identity])[:8]}"
 
-    def job(
-        self, name: str, command: Sequence[str], on_line: Callable[[bytes], None] | None = None
-    ) -> tuple[int, Done]:
+    def job(self, name: str, command: Sequence[str], on_line: Line | None = None, made: str = "") -> tuple[int, Done]:
         """Run a Python file there to its end, through any number of connections.
 
         Args:
             name: for people.
             command: the file and its arguments.
             on_line: hears what it prints.
+            made: folder of the files that it makes there: it runs again when they are not as it left them.
 
         Returns:
             Its exit code and what it said.
@@ -306,7 +305,7 @@ class Site:
             DeviceError: the connection was cut, the device died, or too little memory ended the job.
         """
         python = self.machine.facts["executable"]  # a job runs in a folder of its own: a relative path leads nowhere
-        answer, done = self.tell("job", self.place(name, command), python, *command, on_line=on_line)
+        answer, done = self.tell("job", self.place(name, command), made, python, *command, on_line=on_line)
         code, device = answer["code"], self.machine.device.name
         if (code is None or code != 0) and answer["free_bytes"] < _NO_ROOM_BYTES:
             raise full_disk(self.machine.device)

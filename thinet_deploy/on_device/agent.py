@@ -1,15 +1,16 @@
 """What thinet-deploy does on a device that it reaches by ssh: one file that needs Python 3.8 and nothing else.
 
     python3 - look REQUEST                     facts about the machine, as JSON; sent by stdin, before any file
-    python3 agent.py sums FOLDER           SHA-256 of each file below a folder
-    python3 agent.py folder FOLDER         make it
-    python3 agent.py job PLACE COMMAND…    run a command that outlives the connection, and follow its output
-    python3 agent.py forget PLACE          the job's results have been fetched
-    python3 agent.py unpack FILE FOLDER    what a .zip file holds, and no longer the file
-    python3 agent.py remove PATH…          files, and folders with all that is in them
+    python3 agent.py sums FOLDER               SHA-256 of each file below a folder
+    python3 agent.py folder FOLDER             make it
+    python3 agent.py job PLACE MADE COMMAND…   run a command that outlives the connection, and follow its output
+    python3 agent.py forget PLACE              what an ended job said is not wanted any more
+    python3 agent.py unpack FILE FOLDER        what a .zip file holds, and no longer the file
+    python3 agent.py remove PATH…              files, and folders with all that is in them
 
 A job has a session of its own and a lock, which the kernel lets go when it ends in whatever way. So the same call
 starts it, follows one that was started before the connection was cut, or shows the output of one that is finished.
+MADE is the folder of the files that it makes, "" for none: where they are no longer as it left them, it starts anew.
 """
 
 from __future__ import annotations
@@ -148,11 +149,13 @@ def remove(*paths: str) -> None:
 # ----------------------------------------------------------------------------------------------- jobs
 
 
-def job(place: Path, command: Sequence[str]) -> dict[str, Any]:
+def job(place: Path, made: str, command: Sequence[str]) -> dict[str, Any]:
     """Start a command unless it runs or is done, and print its output until it ends.
 
     Args:
-        place: folder that takes `out`, `err` and, once it has ended, `code`; the command runs in the one above it.
+        place: folder that takes `out`, `err` and, once it has ended, `made` and `code`; the command runs in the one
+            above it.
+        made: folder of the files that it makes; "" for none.
         command: to run.
 
     Returns:
@@ -160,11 +163,12 @@ def job(place: Path, command: Sequence[str]) -> dict[str, Any]:
         free_bytes: room on the disk.
     """
     place.mkdir(parents=True, exist_ok=True)
-    with (place / "lock").open("a") as lock:
-        if take(lock, fcntl.LOCK_EX) and code_of(place) != 0:
-            forget(str(place))
+    with Path(place, "door").open("a") as door, Path(place, "lock").open("a") as lock:
+        fcntl.flock(door, fcntl.LOCK_EX)  # one at a time looks and starts: who comes next finds it running
+        if take(lock, fcntl.LOCK_EX) and not is_done(place, made):
+            clear(place)
             (place / "out").touch()
-            start([str(place), str(lock.fileno()), *command], lock.fileno())
+            start([str(place), made, str(lock.fileno()), *command], lock.fileno())
     follow(place)
     return {"code": code_of(place), "err": last_words(place / "err"), "free_bytes": free_bytes(place)}
 
@@ -184,11 +188,12 @@ def start(words: list[str], lock: int) -> None:
     subprocess.Popen(keeper, stdin=none, stdout=none, stderr=none, start_new_session=True, pass_fds=[lock])
 
 
-def keep(place: Path, lock: int, command: Sequence[str]) -> None:
+def keep(place: Path, made: str, lock: int, command: Sequence[str]) -> None:
     """Run the command; it shares the lock, so that it is not started twice even when this process is killed alone."""
     none = subprocess.DEVNULL
     with Path(place, "out").open("wb") as out, Path(place, "err").open("wb") as err:
         code = subprocess.call(command, stdin=none, stdout=out, stderr=err, cwd=str(place.parent), pass_fds=[lock])
+    (place / "made").write_text(seal_of(made))
     partial = place / "code.partial"
     partial.write_text(str(code))
     partial.replace(place / "code")
@@ -200,11 +205,31 @@ def code_of(place: Path) -> int | None:
     return int(text) if text else None
 
 
+def seal_of(made: str) -> str:
+    """Changes with any file of a folder; "" for none."""
+    return hashlib.sha256(json.dumps(sums(made)).encode()).hexdigest() if made else ""
+
+
+def is_done(place: Path, made: str) -> bool:
+    """Whether a job ended well and its files are as it left them: a power cut empties some, people remove some."""
+    return code_of(place) == 0 and (not made or read(str(place / "made")) == seal_of(made))
+
+
 def forget(place: str) -> None:
+    """Remove what an ended job left; one that runs is left alone."""
+    if not Path(place).is_dir():
+        return
+    with Path(place, "door").open("a") as door, Path(place, "lock").open("a") as lock:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        if take(lock, fcntl.LOCK_EX):
+            clear(Path(place))
+
+
+def clear(place: Path) -> None:
     """Remove what a job left."""
-    for name in ("code", "out", "err"):
+    for name in ("code", "made", "out", "err"):
         with contextlib.suppress(FileNotFoundError):
-            Path(place, name).unlink()
+            (place / name).unlink()
 
 
 def follow(place: Path) -> None:
@@ -223,12 +248,12 @@ def main(arguments: Sequence[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         if name == "keep":
-            keep(Path(rest[0]), int(rest[1]), rest[2:])
+            keep(Path(rest[0]), rest[1], int(rest[2]), rest[3:])
             return 0
         if name == "look":
             answer = look(json.loads(rest[0]))
         elif name == "job":
-            answer = job(Path(rest[0]), rest[1:])
+            answer = job(Path(rest[0]), rest[1], rest[2:])
         else:
             work: dict[str, Any] = {"sums": sums, "folder": make_folder, "unpack": unpack}
             answer = {**work, "forget": forget, "remove": remove}[name](*rest) or {}

@@ -65,12 +65,11 @@ def build(trt: Any, source: Path, engine: Path, settings: Settings, on_progress:
         on_progress: told (steps done, all steps, phase); may come from another thread.
 
     Raises:
-        BuildError: it cannot be built; the message has TensorRT's own words.
+        BuildError: it cannot be built or written; the message has the words of TensorRT, or of the system.
     """
     start, logger = time.time(), _logger(trt)
     _check_dla(trt, settings)
-    builder = trt.Builder(logger)
-    typed = is_typed(trt, settings)
+    builder, typed = trt.Builder(logger), is_typed(trt, settings)
     network = builder.create_network(_creation_flags(trt, typed))
     parser = _parse(trt, network, logger, source, settings)
     _fix_batch(network, settings)
@@ -86,11 +85,11 @@ def build(trt: Any, source: Path, engine: Path, settings: Settings, on_progress:
     monitor = _watch(trt, config, on_progress)
     blob = _build(builder, network, config, monitor, logger)
     del parser  # kept until now: the network refers to its weights
-    _write(engine, bytes(blob))
     report["timing_cache"] = _save_cache(config, cache, settings.cache)
     report.update(tensorrt=trt.__version__, warnings=list(logger.lines), seconds=round(time.time() - start, 1))
     report["inspected"] = _inspect(trt, logger, blob, engine.with_suffix(".layers.json"))
     _write(engine.with_suffix(".build.json"), json.dumps(report, indent=1).encode())
+    _write(engine, bytes(blob))  # last: where it is, its reports are
     return report
 
 
@@ -142,8 +141,7 @@ def _parse(trt: Any, network: Any, logger: Any, source: Path, settings: Settings
     if settings.dla_core is not None and hasattr(getattr(trt, "OnnxParserFlag", None), "ADJUST_FOR_DLA"):
         parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
     if not parser.parse_from_file(str(source)):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        words = "; ".join(map(_parser_words, errors)) or _said(logger)
+        words = "; ".join(_parser_words(parser.get_error(i)) for i in range(parser.num_errors)) or _said(logger)
         raise BuildError(f"TensorRT {trt.__version__} cannot read {source.name}: {words}")
     return parser
 
@@ -184,8 +182,7 @@ def check_types(trt: Any, network: Any, precision: str) -> None:
 
 
 def _configure(trt: Any, config: Any, settings: Settings, typed: bool) -> Report:
-    workspace = workspace_mb(settings.workspace_mb, settings.guard_mb, available_mb())
-    if workspace:
+    if workspace := workspace_mb(settings.workspace_mb, settings.guard_mb, available_mb()):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace << 20)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the inspector tells types and tactics
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is to be fp32
@@ -234,12 +231,10 @@ def workspace_mb(asked: Optional[int], guard: int, available: Optional[int]) -> 
 
 
 def _add_profile(builder: Any, network: Any, config: Any, settings: Settings) -> None:
-    profile, dynamic = builder.create_optimization_profile(), False
-    for tensor in _inputs(network):
-        shape = tuple(tensor.shape)
-        if shape[0] == -1:
-            profile.set_shape(tensor.name, *((batch, *shape[1:]) for batch in settings.batch))
-            dynamic = True
+    profile, shapes = builder.create_optimization_profile(), {each.name: tuple(each.shape) for each in _inputs(network)}
+    dynamic = {name: shape[1:] for name, shape in shapes.items() if shape[0] == -1}
+    for name, shape in dynamic.items():
+        profile.set_shape(name, *((batch, *shape) for batch in settings.batch))
     if dynamic:
         config.add_optimization_profile(profile)
 
@@ -267,6 +262,7 @@ def _load_cache(config: Any, path: Optional[Path]) -> str:
     """Attach a timing cache; one of another TensorRT or GPU is not used."""
     if path is None:
         return "none"
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after hours of building
     if path.exists() and config.set_timing_cache(config.create_timing_cache(path.read_bytes()), False):
         return "reused"
     config.set_timing_cache(config.create_timing_cache(b""), False)
@@ -351,10 +347,17 @@ def types_of(information: Any) -> Dict[str, int]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, also where the power fails."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(str(partial), str(path))
+    try:
+        partial.write_bytes(data)
+        with partial.open("r+b") as stream:
+            os.fsync(stream.fileno())
+        os.replace(str(partial), str(path))
+    except OSError as error:
+        raise BuildError(
+            f"{path} cannot be written: {error.strerror}. Free some space, or name another place."
+        ) from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -383,7 +386,7 @@ def main(arguments: Sequence[str]) -> int:
     except ImportError as error:
         say(error=f"{name} cannot be imported: {error}")
         return 3
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         say(error=str(error))
         return 1
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """INT8 within an accuracy budget: the layers that cost most go back to float32, one by one, until it is kept.
 
-Judged on images that neither training's statistics nor the calibration has seen, never on test images.
+Judged on training images that neither the pruning's statistics nor the calibration has seen, never on test images. The
+fine-tuning has seen them, so that what INT8 costs on new images, which the table shows, may be more.
 """
 
 from __future__ import annotations

@@ -170,12 +170,13 @@ def _gate_types(machine: Machine | Phone, executed: dict[str, Any], folder: Path
 
 
 def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str, Any]:
-    """Run run.py there; its JSON, which stays there until `forget`.
+    """Run run.py there, or follow it where it still runs; its JSON. What an earlier call found is not taken for it.
 
     Raises:
         DeviceError: it ended without.
     """
     progress({"verify": "Verifying", "latency": "Measuring"}[command] + " on the device", 0, 1)
+    forget(site, command, *options)
     code, done = site.job(command, _words(site, command, options))
     try:
         report: dict[str, Any] = json.loads(done.out.strip().rpartition(b"\n")[2])
@@ -191,7 +192,7 @@ def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str
 
 
 def forget(site: Site, command: str, *options: str) -> None:
-    """What `ask` brought has been written down: the next one is to run anew."""
+    """Remove what run.py said there, unless it still runs."""
     site.tell("forget", site.place(command, _words(site, command, options)))
 
 
@@ -239,14 +240,15 @@ def _precision_of(name: str) -> Precision:
 def _build(
     site: Site, source: str, precision: Precision, options: Sequence[str], folder: Path, progress: Progress
 ) -> None:
-    """Build one engine there within the target's memory; one that is finished is kept."""
+    """Build one engine there within the target's memory; one that is finished, and whole, is kept."""
     engine = f"{site.bundle}/{built_path(precision)}"
     command = [f"{site.bundle}/{BUILDER.name}", f"{site.bundle}/{source}", engine]
     command += ["--precision", precision, "--cache", f"{site.cache}/{_TIMINGS}", *options]
-    for needed in (site.cache, engine.rpartition("/")[0]):
+    made = engine.rpartition("/")[0]
+    for needed in (site.cache, made):
         site.tell("folder", needed)
     job = f"build-{precision}"
-    code, done = site.job(job, command, on_line=_shown(precision, progress))
+    code, done = site.job(job, command, _shown(precision, progress), made)
     if code:
         _refused(site, job, code, done, folder)
 

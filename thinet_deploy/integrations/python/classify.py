@@ -64,12 +64,13 @@ def preprocess(image: Image.Image, how: dict[str, Any]) -> Any:
     """From an image to the network's input, float32 (channels, height, width), as in training.
 
     Args:
-        image: in any of Pillow's modes.
+        image: in any of Pillow's modes with 8 or 16 bits.
         how: the content of preprocess.json.
+
+    Raises:
+        ValueError: nothing says which value of its pixels is white.
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would cut off all above 255
-        image = Image.fromarray(np.clip((np.asarray(image).astype(np.int64) + 128) // 257, 0, 255).astype(np.uint8))
-    image = image.convert("L" if how["colour"] == "GRAY" else "RGB")
+    image = _eight_bits(image).convert("L" if how["colour"] == "GRAY" else "RGB")
     shorter = how["resize"] if isinstance(how["resize"], int) else 0
     height, width = (shorter, shorter) if shorter else how["resize"]
     size = (width, height)
@@ -91,6 +92,17 @@ def _less_long(image: Image.Image) -> Image.Image:
     limit = 8 * min(image.size)
     left, top = max(0, image.width - limit) // 2, max(0, image.height - limit) // 2
     return image.crop((left, top, image.width - left, image.height - top))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Sixteen bits per pixel scaled to eight; Pillow's own conversion would cut off all above 255."""
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        return image
+    wide = np.asarray(image).astype(np.int64)
+    bits = max(getattr(image, "tag_v2", {}).get(258, (16,)))  # BitsPerSample of TIFF
+    if image.mode == "F" or bits > 16 or wide.min() < 0 or wide.max() > 65535:
+        raise ValueError("its pixels are of more than 16 bits, and nothing says which value is white")
+    return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
 
 
 def _middle(pixels: Any, height: int, width: int) -> Any:
@@ -130,7 +142,7 @@ def main(arguments: list[str]) -> int:
     try:
         with Image.open(arguments[0]) as image:
             found = classifier.classify(image)[:3]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments[0]} cannot be read as an image: {error}") from error
     for label, share in found:
         print(f"{100 * share:6.2f} %  {label}")
