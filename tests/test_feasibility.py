@@ -19,7 +19,7 @@ from thinet_deploy.cli.scatter import scatter
 from thinet_deploy.errors import GateError, InputError
 from thinet_deploy.options import Options
 from thinet_deploy.pruning.allocation import Costs, Curve, allocate
-from thinet_deploy.pruning.budget import Wish, possible
+from thinet_deploy.pruning.budget import Cost, Wish, possible
 from thinet_deploy.pruning.discovery import channel_graph
 from thinet_deploy.pruning.sweep import sweep
 from thinet_deploy.pruning.trace import named_tensors
@@ -50,8 +50,8 @@ def test_each_point_is_what_its_budget_alone_would_get(wish: Wish) -> None:
         widths = np.array(sorted(possible(group, 1), reverse=True))
         curves[group.name] = Curve(widths, np.concatenate([[0.0], random.random(len(widths) - 1).cumsum()]))
     costs = Costs(dict(named_tensors(model)), graph, groups)
-    macs, _ = costs({group.name: len(group.channels) for group in groups})
-    points = sweep(macs, costs, groups, curves, wish)
+    full = costs({group.name: len(group.channels) for group in groups})
+    points = sweep(Cost(*map(int, full)), costs, groups, curves, wish)
     whole = points[0]
     assert (whole.budget, whole.error, whole.fewer) == ("original", 0, 1)
     assert len(points) > 5

@@ -10,7 +10,7 @@ import torch
 
 from thinet_deploy.artifact import sha256_of
 from thinet_deploy.bundle import verify_bundle
-from thinet_deploy.errors import InputError, OutputError
+from thinet_deploy.errors import InputError
 from thinet_deploy.models.loading import load_function
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build, build_from, prune
@@ -66,9 +66,18 @@ def test_the_users_training_is_of_the_network_that_prune_left(options: Callable[
     assert "net.py:plain has changed since `prune`" in " ".join(second.notes)
     assert "has changed" not in " ".join(first.notes)
     assert sha256_of(thin) == left
-    with pytest.raises(OutputError, match=r"thin is to be made anew, but has files that are not ours: mine\.safe"):
-        prune(options(keep=0.3))
-    assert sha256_of(thin) == left
+    prune(options(keep=0.3))
+    assert sha256_of(tmp_path / "run" / "thin.old1") == left
+    assert not (thin / "mine.safetensors").exists()
+
+
+def test_the_last_prune_says_where_things_are(options: Callable[..., Options], tmp_path: Path) -> None:
+    """What it was asked counts, also where it had nothing to make."""
+    prune(options())
+    moved = (tmp_path / "w.pth").rename(tmp_path / "moved.pth")
+    thin = prune(options(weights=moved, target="ios"))
+    done = build_from(tmp_path / "run", thin / "model.safetensors")
+    assert done.table.target == "ios"
 
 
 def test_another_original_is_refused(options: Callable[..., Options], tmp_path: Path) -> None:

@@ -147,19 +147,25 @@ def test_the_users_modules_elsewhere_on_the_import_path_are_part_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in {
-        "real/net.py": "import json\nimport torch\nimport thinet_deploy, helper\nfrom shared.parts import Block\n",
+        "real/net.py": "import json, torch, thinet_deploy, helper, linked, shared.parts\nfrom split import a, b\n",
         "work/helper.py": "",
         "lib/shared/__init__.py": "",
         "lib/shared/parts.py": "from . import more\nBlock = 1\n",
         "lib/shared/more.py": "",
         "lib/shared/other.py": "",
+        "one/split/a.py": "",
+        "two/split/b.py": "",
+        "hidden/real/__init__.py": "",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "work" / "net.py").symlink_to(tmp_path / "real" / "net.py")
-    monkeypatch.syspath_prepend(tmp_path / "lib")
+    (tmp_path / "lib" / "linked").symlink_to(tmp_path / "hidden" / "real")
+    for name in ("lib", "one", "two"):
+        monkeypatch.syspath_prepend(tmp_path / name)
     first = sources(tmp_path / "work" / "net.py")
-    assert first.keys() == {"net.py", "helper.py", "shared/__init__.py", "shared/parts.py", "shared/more.py"}
+    shared = {"shared/__init__.py", "shared/parts.py", "shared/more.py"}
+    assert first.keys() == {"net.py", "helper.py", "linked/__init__.py", "split/a.py", "split/b.py", *shared}
     (tmp_path / "lib" / "shared" / "more.py").write_text("changed = 1\n")
     second = sources(tmp_path / "work" / "net.py")
     assert {name for name in first if first[name] != second[name]} == {"shared/more.py"}

@@ -157,17 +157,14 @@ def test_prune_own_training_build(
     monkeypatch.chdir(tiny)
     assert pipeline.prune(tiny_options(run, data=Path("data"), model="net.py:plain")) == run / "thin"
     monkeypatch.chdir(tmp_path)  # the paths given to prune were relative to another folder
-    assert {p.name for p in (run / "thin").iterdir()} == {
-        *("plan.json", "model.safetensors", "model.pt2", "report.json"),
-        "options.json",
-    }
+    assert {p.name for p in (run / "thin").iterdir()} == {"plan.json", "model.safetensors", "model.pt2", "report.json"}
     torch.save(nn.Linear(3, 3).state_dict(), file)
     before = sorted(p for p in run.rglob("*") if p.is_file())
     wrong = cli("build", "--from", run, "--weights", file)
     assert wrong.code == 2
     assert "another architecture" in wrong.err
     assert sorted(p for p in run.rglob("*") if p.is_file()) == before, "nothing was broken"
-    stored = run / "thin" / "options.json"
+    stored = run / ".records" / "thin-options.json"
     options = stored.read_text()
     for damage in (options[:40], "[]", '{"keep": 7}', '{"kep": 0.5}'):
         stored.write_text(damage)

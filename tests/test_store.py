@@ -118,12 +118,20 @@ def test_files_of_others_stay(run: Run) -> None:
     (stage.folder / "sub").mkdir()
     (stage.folder / "sub" / "mine.pt").write_text("days of training")
     assert run.stage("one", {"a": 1}, never).digest == stage.digest
-    with pytest.raises(
-        OutputError, match=r"is to be made anew, but has files that are not ours: sub/mine\.pt"
-    ) as raised:
-        run.stage("one", {"a": 2}, never)
-    assert raised.value.hint.startswith("Move them elsewhere")
-    assert visible(stage.folder) == {"x", "sub/mine.pt"}
+    cached = stage.folder / "__pycache__" / "x.pyc"
+    cached.parent.mkdir()
+    cached.write_text("bytecode")
+    other = run.stage("one", {"a": 2}, writes(x="y"))
+    assert visible(other.folder) == {"x"}
+    assert visible(run.root / "one.old1") == {"x", "sub/mine.pt", "__pycache__/x.pyc"}
+    (other.folder / "notes").write_text("mine")
+    run.discard("one")
+    assert visible(run.root / "one.old2") == {"x", "notes"}
+    run.stage("one", {"a": 3}, writes(x="z"))
+    cached.parent.mkdir()
+    cached.write_text("bytecode")
+    run.stage("one", {"a": 4}, writes(x="z"))
+    assert not (run.root / "one.old3").exists(), "bytecode is nobody's work"
 
 
 def test_a_stage_is_kept_whatever_it_was_made_from_but_not_damaged(run: Run) -> None:

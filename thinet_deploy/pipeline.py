@@ -32,7 +32,7 @@ from .stages.job import Job, load_job, moved
 from .stages.networks import Pruning
 from .stages.tools import Tools
 from .stages.transfer_table import transfer
-from .store import Checkpoint, Run, Stage, open_run
+from .store import Run, Stage, open_run
 from .target import TargetProfile, load_profile
 
 
@@ -52,9 +52,11 @@ def prune(options: Options, progress: Progress = silent) -> Path:
     job = _placed(load_job(options, progress), machine, target)
     run = SharedRun(options.out, progress)
     with run.locked():
-        run.team.once(partial(_remember, job.options, run.root))
+        run.team.once(partial(_remember, job.options, run.root / _OPTIONS))
         tools = Tools(job, progress)
-        return _unfinished(run, tools, networks.prune(run, tools)).folder
+        thin = _unfinished(run, tools, networks.prune(run, tools))
+        run.team.once(partial(_remember, job.options, run.root / _PRUNED))
+    return thin.folder
 
 
 def feasibility(options: Options, progress: Progress = silent) -> Path:
@@ -113,7 +115,7 @@ def build(options: Options, progress: Progress = silent) -> Build:
     _check_runtimes(plan)
     run = SharedRun(options.out, progress)
     with run.locked():
-        run.team.once(partial(_remember, job.options, run.root))
+        run.team.once(partial(_remember, job.options, run.root / _OPTIONS))
         tools = Tools(job, progress)
         with _withdrawn(run, "bundle", *_VERDICTS):
             last = Tools(there, progress) if there else tools
@@ -123,7 +125,8 @@ def build(options: Options, progress: Progress = silent) -> Build:
 
 
 _VERDICTS = ("report", "contract")
-_THIN, _OPTIONS = "thin", "options.json"
+# The last options of all, and those of the thin network that is there.
+_OPTIONS, _PRUNED, _THIN = "options.json", ".records/thin-options.json", "thin"
 _PRUNE_AGAIN = "Run the same `thinet-deploy prune` again: finished stages are kept."
 
 
@@ -187,13 +190,13 @@ def _check_stack(machine: Machine | Phone, target: TargetProfile, asked: str) ->
         )
 
 
-def _remember(options: Options, folder: Path) -> None:
+def _remember(options: Options, file: Path) -> None:
     """Write the options down, with whole paths, so that `build_from` may be called from another folder."""
     kept = options.model_dump(mode="json")
     for name, value in options:
         if isinstance(value, Path) or ".py:" in str(value) or ".toml" in str(value):
             kept[name] = str(Path(value).absolute())
-    write_json(folder / _OPTIONS, kept)
+    write_json(file, kept)
 
 
 def _remembered(root: Path, changes: dict[str, Any]) -> Options:
@@ -202,7 +205,7 @@ def _remembered(root: Path, changes: dict[str, Any]) -> Options:
     Raises:
         InputError: there are none, or they cannot be read.
     """
-    stored = open_run(root) / _THIN / _OPTIONS
+    stored = open_run(root) / _PRUNED
     if not stored.exists():
         raise InputError(
             f"{root} has no thin network that `prune` left.", hint="Prune first: thinet-deploy prune --out RUN …"
@@ -268,7 +271,7 @@ def build_from(  # noqa: PLR0913 - one argument per option that may differ from 
         own = run.alone("own", inputs, lambda f, _: steps.own(tools, thin.folder, weights, f))
         said = (*_replaced(root), *_edited(job, original))
         with _withdrawn(run, *_VERDICTS):
-            done = deploy(run, tools, plan, networks.own(original, thin, own, job), machine)
+            done = deploy(run, tools, plan, networks.own(original, thin, own, job, options), machine)
     return replace(done, notes=(*done.notes, *said)) if said else done
 
 
@@ -307,11 +310,6 @@ def _replaced(root: Path) -> tuple[str, ...]:
 
 def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
     prunings = {method: stage.folder for method, stage in pruning.by_method.items()}
-
-    def make(folder: Path, _: Checkpoint) -> None:
-        steps.unfinished(tools, pruning.original.folder, prunings, pruning.head, folder)
-        _remember(tools.job.options, folder)
-
     return run.stage(
         _THIN,
         {
@@ -320,7 +318,7 @@ def _unfinished(run: SharedRun, tools: Tools, pruning: Pruning) -> Stage:
             "head": pruning.head,
             "images": tools.job.options.calibration_images,
         },
-        make,
+        lambda f, _: steps.unfinished(tools, pruning.original.folder, prunings, pruning.head, f),
     )
 
 

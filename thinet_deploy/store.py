@@ -7,11 +7,13 @@
 
 A stage is made in a temporary folder, renamed into place, then recorded. A stage whose record does not match
 its inputs or its files is made again, so that killing the process at any moment costs at most the stage in
-flight, or what it did since its last checkpoint. Files that somebody else put into a stage's folder are never removed.
+flight, or what it did since its last checkpoint. A folder that somebody else put files into is never
+removed: it becomes RUN/STAGE.old1.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -150,15 +152,11 @@ class Run:
             name: of the stage and its folder.
             inputs: JSON-ready; everything the result depends on: options, digests of earlier stages.
             make: fills an empty folder; may keep a checkpoint to resume from when it is killed.
-
-        Raises:
-            OutputError: somebody's files lie where the stage is to be made anew.
         """
         if found := self.find(name, inputs):
             return found
         key = hash_json([name, inputs])
         folder, record = self.root / name, self._record(name)
-        self._check_foreign(name)
         with explain_os_errors(self.root):
             made = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=self.root))
             made.chmod(0o755)
@@ -166,13 +164,10 @@ class Run:
                 with self._explain_failures():
                     make(made, self.checkpoint(name, inputs))
                 files = {p.relative_to(made).as_posix(): sha256_of(p) for p in sorted(made.rglob("*")) if p.is_file()}
-                record.unlink(missing_ok=True)  # from here on the folder is not what it says
-                if folder.exists():
-                    rename(folder, made.with_name(f"{made.name}-old"))
+                self.discard(name)
                 rename(made, folder)
             finally:
-                for leftover in (made, made.with_name(f"{made.name}-old")):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                shutil.rmtree(made, ignore_errors=True)
             write_json(record, {**_FORMAT, "stage": name, "key": key, "inputs": inputs, "files": files})
             self._partial(name).unlink(missing_ok=True)
         return Stage(folder, hash_json([key, files]), inputs, reused=False)
@@ -196,29 +191,31 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _check_foreign(self, name: str) -> None:
+    def _holds_others(self, name: str) -> bool:
+        """Whether somebody else put files into a stage's folder."""
         folder = self.root / name
         try:
             known = set(read_json(self._record(name))["files"])
-        except (OSError, ValueError, KeyError, TypeError):  # killed before it wrote the record
-            return
-        there = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-        if foreign := [each for each in there if each not in known and not Path(each).name.startswith(".")]:
-            raise OutputError(
-                f"{folder} is to be made anew, but has files that are not ours: {', '.join(foreign[:3])}.",
-                hint="Move them elsewhere, and run the same command again.",
-            )
+        except (OSError, ValueError, KeyError, TypeError):  # killed before it wrote the record: all of it is ours
+            return False
+        there = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        worth = (each for each in there if "__pycache__" not in each.parts and not each.name.startswith("."))
+        return any(each.as_posix() not in known for each in worth)
 
     def _partial(self, name: str) -> Path:
         return self.root / ".partial" / f"{name}.safetensors"
 
     def discard(self, name: str) -> None:
-        """Remove a stage that no longer holds, if it is there."""
+        """Remove a stage that no longer holds, if it is there; with files of others it becomes RUN/STAGE.old1."""
+        folder, gone = self.root / name, self.root / f".tmp-{name}-gone"
+        if folder.exists():
+            if self._holds_others(name):
+                places = (self.root / f"{name}.old{number}" for number in itertools.count(1))
+                rename(folder, next(place for place in places if not place.exists()))
+            else:
+                rename(folder, gone)
+                shutil.rmtree(gone)
         self._record(name).unlink(missing_ok=True)
-        if (self.root / name).exists():
-            gone = self.root / f".tmp-{name}-gone"
-            rename(self.root / name, gone)
-            shutil.rmtree(gone)
 
     @contextmanager
     def _explain_failures(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import site
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from ..artifact import sha256_of
@@ -23,6 +24,7 @@ def sources(file: Path) -> dict[str, str]:
     """
     folder = file.parent.resolve()
     left, seen, found = [(folder, folder / file.name)], set[Path](), dict[str, str]()
+    elsewhere: dict[str, list[Path]] = {}
     while left:
         root, path = left.pop()
         if path in seen:
@@ -30,8 +32,10 @@ def sources(file: Path) -> dict[str, str]:
         seen.add(path)
         name = path.relative_to(root).as_posix()
         found[name] = found.get(name, "") + sha256_of(path)  # two folders may have one of the same name
-        for module in _imported(path, root):
-            for place in dict.fromkeys(each for each in (folder, root, _elsewhere(module[0])) if each):
+        for module in dict.fromkeys(_imported(path, root)):
+            if (top := module[0]) not in elsewhere:
+                elsewhere[top] = list(_elsewhere(top))
+            for place in dict.fromkeys((folder, root, *elsewhere[top])):
                 left += [(place, each) for each in _files_of(place, module)]
     return found
 
@@ -52,23 +56,23 @@ def _imported(path: Path, folder: Path) -> Iterator[tuple[str, ...]]:
             yield from ((*base, alias.name) for alias in node.names)
 
 
-def _elsewhere(name: str) -> Path | None:
-    """The folder on the import path that has a module, unless it is an installed package or ours."""
+def _elsewhere(name: str) -> Iterator[Path]:
+    """The folders on the import path that have a module, unless it is an installed package or ours."""
     if name == _OURS:
-        return None
-    with suppress(ImportError, ValueError):
-        if (spec := importlib.util.find_spec(name)) is None:
-            return None
-        inside = next(iter(spec.submodule_search_locations or ()), None)
-        path = Path(inside or spec.origin or "").resolve()
-        if path.exists() and not any(path.is_relative_to(each) for each in _installed()):
-            return path.parent
-    return None
+        return
+    spec = None
+    with suppress(Exception):  # of whoever finds modules here
+        spec = importlib.util.find_spec(name)
+    places = [*(getattr(spec, "submodule_search_locations", None) or [getattr(spec, "origin", None)])]
+    for path in (Path(each).absolute() for each in places if isinstance(each, str)):
+        if path.exists() and not any(path.resolve().is_relative_to(each) for each in _installed()):
+            yield path.parent
 
 
-def _installed() -> list[Path]:
+@cache
+def _installed() -> tuple[Path, ...]:
     places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return [Path(each).resolve() for each in (*places, *site.getsitepackages(), site.getusersitepackages())]
+    return tuple(Path(each).resolve() for each in (*places, *site.getsitepackages(), site.getusersitepackages()))
 
 
 def _files_of(folder: Path, module: tuple[str, ...]) -> Iterator[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .allocation import Costs, Curve, Descent, predicted_error
-from .budget import Widths, Wish, uniform
+from .budget import Cost, Widths, Wish, uniform
 from .graph import Branch, ChannelGroup
 
 # Times fewer multiply-accumulates; as far as they can be reached.
@@ -34,15 +34,15 @@ class Point:
     widths: Widths
 
 
-def point(budget: str, whole: float, costs: Costs, curves: Mapping[str, Curve], widths: Widths) -> Point:
-    """What widths cost, and what they lose; `whole`: multiply-accumulates of the original."""
+def point(budget: str, whole: Cost, costs: Costs, curves: Mapping[str, Curve], widths: Widths) -> Point:
+    """What widths cost, and what they lose; `whole`: what the original costs."""
     macs, size = costs(widths)
     error = predicted_error(curves, widths)
-    return Point(budget, int(macs), whole / macs, int(size), error, widths)
+    return Point(budget, int(macs), whole.macs / macs, int(size), error, widths)
 
 
 def sweep(
-    whole: float,
+    whole: Cost,
     costs: Costs,
     groups: Sequence[ChannelGroup],
     curves: Mapping[str, Curve],
@@ -52,7 +52,7 @@ def sweep(
     """The original, some budgets below it, and the least that can be reached; the most multiply-accumulates first.
 
     Args:
-        whole: multiply-accumulates of the original.
+        whole: what the original costs, with a head that the others may not have.
         costs: of the network.
         groups: to prune.
         curves: group's name → its curve, as shares of all of them (see `oneshot.weigh`).
@@ -62,9 +62,11 @@ def sweep(
     descent = Descent(costs, groups, curves, wish, branches)
     most = costs(uniform(groups, 1.0, wish))[0]
     narrowest = {**uniform(groups, 0.0, wish), **{name: 0 for branch in branches for name in branch.groups}}
-    found = {"original": {group.name: len(group.channels) for group in groups}}
+    found = dict[str, Widths]()
     for factor in FACTORS:
-        if costs(narrowest)[0] < whole / factor <= most:
-            found[f"{factor:g}x"] = descent.reach(whole / factor)
+        if costs(narrowest)[0] < whole.macs / factor <= most:
+            found[f"{factor:g}x"] = descent.reach(whole.macs / factor)
     found["narrowest"] = narrowest
-    return [point(budget, whole, costs, curves, widths) for budget, widths in found.items()]
+    widths_of_all = {group.name: len(group.channels) for group in groups}
+    original = Point("original", whole.macs, 1.0, whole.size, 0.0, widths_of_all)
+    return [original, *(point(budget, whole, costs, curves, widths) for budget, widths in found.items())]

@@ -17,7 +17,7 @@ from ..pruning.sweep import FACTORS, point, sweep
 from ..reports.plots import feasibility_plot
 from .prune import calibration, graph_of, groups_of
 from .tools import Tools
-from .wish import branches_of, counted, macs_of, wish_of
+from .wish import branches_of, cost_of, counted, wish_of
 
 CURVES, POINTS, PLOT = "curves.json", "feasibility.json", "feasibility.svg"
 # Options that the curves depend on, beside the network, the images and the seed; a budget is not among them.
@@ -69,7 +69,7 @@ def solved(tools: Tools, dense_folder: Path, curves_folder: Path, folder: Path) 
     wish = wish_of(tools, original, graph, groups)
     costs, stored = Costs(*counted(job, original, graph), groups), read_json(curves_folder / CURVES)
     curves = {name: Curve(np.array(each["widths"]), np.array(each["error"])) for name, each in stored["groups"].items()}
-    asked, branches, whole = None, branches_of(tools, graph, groups, wish), macs_of(original, graph)
+    asked, branches, whole = None, branches_of(tools, graph, groups, wish), cost_of(original, graph)
     if asks(options):
         widths = allocate(costs, groups, curves, with_budget(costs, groups, wish), branches)
         asked = point(options.widths, whole, costs, curves, widths)

@@ -96,7 +96,7 @@ class Job:
         preset = self.options.preset
         return preset in HEAD_REPLACED or (not preset and gap_head(self.fresh(), self.input_shape) is not None)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What every stage's result depends on: network, images, seed."""
         source, _, factory = self.options.model.rpartition(":")

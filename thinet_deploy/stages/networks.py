@@ -201,9 +201,9 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> N
     return networks
 
 
-def own(original: Stage, thin: Stage, trained: Stage, job: Job) -> Networks:
-    """The original beside the thin network that the user trained."""
-    label = f"{job.options.title(head=job.replaces_head, alone=True)}, own training"
+def own(original: Stage, thin: Stage, trained: Stage, job: Job, pruned_by: Options) -> Networks:
+    """The original beside the thin network that the user trained; `pruned_by`: what `prune` was asked for."""
+    label = f"{pruned_by.title(head=job.replaces_head, alone=True)}, own training"
     before, after, report = accuracy_of(thin), accuracy_of(trained), thin.json(REPORT)
     ledger = [Entry.of("as given" if job.options.weights else "trained here", accuracy_of(original), "Original")]
     ledger += [Entry.read(entry, label) for entry in report["ledger"]]

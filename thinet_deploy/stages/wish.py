@@ -36,9 +36,9 @@ def counted(job: Job, model: nn.Module, graph: ChannelGraph) -> tuple[dict[str, 
     return tensors, replace(graph, axes=axes, work={**graph.work, _NEW_HEAD: 1})
 
 
-def macs_of(model: nn.Module, graph: ChannelGraph) -> int:
-    """Multiply-accumulates of the original, with the head that it has."""
-    return cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool)).macs
+def cost_of(model: nn.Module, graph: ChannelGraph) -> Cost:
+    """What the original costs, with the head that it has."""
+    return cost(dict(named_tensors(model)), graph, np.ones(graph.channels, dtype=bool))
 
 
 def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> Wish:
@@ -54,7 +54,7 @@ def wish_of(tools: Tools, model: nn.Module, graph: ChannelGraph, groups: Sequenc
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise UnknownNameError("layer that is pruned, for --keep-layer,", pattern, names)
     everything = np.ones(graph.channels, dtype=bool)
-    most_macs = options.most_macs(macs_of(model, graph))
+    most_macs = options.most_macs(cost_of(model, graph).macs)
     tensors, graph = counted(tools.job, model, graph)
     whole = cost(tensors, graph, everything)
     _check_budget(tools.job, "macs", most_macs, whole.macs, whole)
