@@ -164,7 +164,7 @@ class Run:
                 with self._explain_failures():
                     make(made, self.checkpoint(name, inputs))
                 files = {p.relative_to(made).as_posix(): sha256_of(p) for p in sorted(made.rglob("*")) if p.is_file()}
-                self.discard(name)
+                Run.discard(self, name)  # not a SharedRun's, which speaks to the others: they wait for this one
                 rename(made, folder)
             finally:
                 shutil.rmtree(made, ignore_errors=True)
