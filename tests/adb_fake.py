@@ -130,3 +130,31 @@ def plug_in(folder: Path) -> Fake:
     )
     fake.thermal(0)
     return fake
+
+
+# A program for a runtime: does what main.cpp does for the engine "sum", but in the shell.
+PROGRAM = """#!/bin/sh
+[ -n "$LD_LIBRARY_PATH" ] || exit 9
+[ -f "$2/app/model.properties" ] || {{ echo "error: no bundle" >&2; exit 2; }}
+echo "$@" >> "$2/../started"
+{act}
+case $1 in
+outputs)
+  cp "$2/app/golden/output.f32" "$5" || {{ echo "error: $5 cannot be written: is the storage full?" >&2; exit 2; }}
+  echo '{{"protocol": {protocol}, "version": "1", "same_preprocessing": {same}}}' ;;
+time)
+  echo '{{"protocol": {protocol}, "version": "1", "load_ms": 5, "first_ms": 3, "finite": true,' \\
+  '"peak_bytes": 4096, "samples_ms": [1.5, 1.25, 1.75]}}' ;;
+esac
+"""
+
+
+def program(act: str = "", *, protocol: int = 1, same: str = "true") -> str:
+    return PROGRAM.format(act=act, protocol=protocol, same=same)
+
+
+def install(tmp_path: Path, text: str, runtime: str = "onnxruntime") -> Path:
+    path = tmp_path / "cache" / "android" / "arm64-v8a" / f"thinet-{runtime}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path

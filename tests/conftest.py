@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from adb_fake import Fake, install, plug_in, program
 from PIL import Image
 from ssh_server import Server, serving
 
@@ -328,3 +329,15 @@ def make_bundle(device_spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(device_stage, "SECONDS", 1)
     return maker(device_spec, tmp_path)
+
+
+@pytest.fixture
+def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """A device, with adb on the PATH, and a program for onnxruntime."""
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    fake = plug_in(folder)
+    monkeypatch.setenv("PATH", f"{folder / 'host'}:{os.environ['PATH']}")
+    monkeypatch.setenv("THINET_CACHE", str(tmp_path / "cache"))
+    install(tmp_path, program())
+    return fake

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adb_fake import Fake, plug_in
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from adb_fake import Fake, install, program
 from tiny_onnx import scored_onnx
 
 from thinet_deploy import bundle
@@ -26,9 +24,8 @@ from thinet_deploy.bundle import BundleSpec, EngineFile
 from thinet_deploy.cli.device import show_device
 from thinet_deploy.data.preprocess import Preprocess
 from thinet_deploy.devices import android as android_site
-from thinet_deploy.devices.adb import Adb
 from thinet_deploy.devices.address import find_device
-from thinet_deploy.errors import DeviceError, GateError, InputError, MissingError, TargetError, ThinetDeployError
+from thinet_deploy.errors import DeviceError, GateError, MissingError, TargetError
 from thinet_deploy.interfaces import TensorSpec, silent
 from thinet_deploy.on_device.runner import ROUNDS
 from thinet_deploy.shared_run import SharedRun
@@ -38,45 +35,6 @@ from thinet_deploy.store import Stage
 from thinet_deploy.target import load_profile
 
 HOW = Preprocess(resize=14, crop=(12, 12))
-WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
-# A program for a runtime: does what main.cpp does for the engine "sum", but in the shell.
-PROGRAM = """#!/bin/sh
-[ -n "$LD_LIBRARY_PATH" ] || exit 9
-[ -f "$2/app/model.properties" ] || {{ echo "error: no bundle" >&2; exit 2; }}
-echo "$@" >> "$2/../started"
-{act}
-case $1 in
-outputs)
-  cp "$2/app/golden/output.f32" "$5" || {{ echo "error: $5 cannot be written: is the storage full?" >&2; exit 2; }}
-  echo '{{"protocol": {protocol}, "version": "1", "same_preprocessing": {same}}}' ;;
-time)
-  echo '{{"protocol": {protocol}, "version": "1", "load_ms": 5, "first_ms": 3, "finite": true,' \\
-  '"peak_bytes": 4096, "samples_ms": [1.5, 1.25, 1.75]}}' ;;
-esac
-"""
-
-
-def program(act: str = "", *, protocol: int = 1, same: str = "true") -> str:
-    return PROGRAM.format(act=act, protocol=protocol, same=same)
-
-
-@pytest.fixture
-def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """A device, with adb on the PATH, and a program for onnxruntime."""
-    folder = tmp_path / "phone"
-    folder.mkdir()
-    fake = plug_in(folder)
-    monkeypatch.setenv("PATH", f"{folder / 'host'}:{os.environ['PATH']}")
-    monkeypatch.setenv("THINET_CACHE", str(tmp_path / "cache"))
-    install(tmp_path, program())
-    return fake
-
-
-def install(tmp_path: Path, text: str, runtime: str = "onnxruntime") -> Path:
-    path = tmp_path / "cache" / "android" / "arm64-v8a" / f"thinet-{runtime}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -118,74 +76,6 @@ def reached() -> android_site.Phone:
 
 def verified(made: Path) -> dict[str, Any]:
     return android_stage.verify(reached(), made, silent)
-
-
-# ------------------------------------------------------------------------------------------ the way there
-
-
-@pytest.mark.parametrize("serial", ["", "FP5", "emulator-5554", "192.168.1.5:5555", "adb-1A2B-x._adb-tls-connect._tcp"])
-def test_addresses(serial: str) -> None:
-    device = find_device(f"adb:{serial}")
-    assert device == Adb(serial)
-    assert device.name == f"adb:{serial}"
-
-
-@pytest.mark.parametrize("serial", ["-s", "-H evil", "a b", "a;id", "$(id)", "a\nb", "`id`", "../x", "a'b"])
-def test_what_is_no_serial_is_refused_before_adb_is_called(serial: str) -> None:
-    with pytest.raises(InputError, match="adb:SERIAL was expected") as stop:
-        find_device(f"adb:{serial}")
-    assert stop.value.exit_code == 2
-
-
-@settings(deadline=None)
-@given(st.lists(WORDS, min_size=1, max_size=4))
-def test_a_devices_shell_gets_back_the_words_that_were_given(words: list[str]) -> None:
-    *_, name, serial, shell, raw, line = Adb("FP5").argv(words)
-    assert (name, serial, shell, raw) == ("-s", "FP5", "shell", "-T")
-    shown = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
-    assert shown.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1] == words
-
-
-@pytest.mark.parametrize("code", [0, 1, 2, 77])
-def test_a_command_has_its_own_code_and_words(phone: Fake, code: int) -> None:
-    done = Adb("FP5").run(["sh", "-c", f"cat; echo oh >&2; exit {code}"], b"bytes \0\r\n\xff")
-    assert (done.code, done.out, done.err) == (code, b"bytes \0\r\n\xff", "oh\n")
-
-
-def test_a_program_that_is_killed_is_known_as_such(phone: Fake) -> None:
-    assert Adb().run(["sh", "-c", "kill -9 $$"]).code == -9
-    assert Adb().run(["no-such-program"]).code == 127
-
-
-@pytest.mark.parametrize(
-    ("devices", "serial", "words"),
-    [
-        ({}, "FP5", "adb:FP5 is not connected"),
-        ({}, "", "No Android device is connected"),
-        ({"FP5": "unauthorized"}, "FP5", "adb:FP5 has not allowed this computer to debug it"),
-        ({"FP5": "offline"}, "FP5", "adb:FP5 is offline"),
-        (
-            {"FP5": "insufficient permissions for device: missing udev rules? user is in the plugdev group"},
-            "FP5",
-            "This user may not use the USB device of adb:FP5",
-        ),
-        ({"FP5": "device", "FP4": "device"}, "", "Several Android devices are connected"),
-        ({"FP5": "recovering"}, "FP5", "The connection to adb:FP5 was cut: error: device recovering"),
-    ],
-)
-def test_what_is_wrong_with_a_device_is_said(phone: Fake, devices: dict[str, str], serial: str, words: str) -> None:
-    phone.set(devices=devices)
-    with pytest.raises(ThinetDeployError, match=words) as stop:
-        android_site.reach(find_device(f"adb:{serial}"))
-    assert stop.value.exit_code == (2 if words.startswith("Several") else 3)
-    assert stop.value.hint
-
-
-def test_without_adb_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingError, match="There is no adb on this machine") as stop:
-        Adb().run(["true"])
-    assert "apt install adb" in stop.value.hint
 
 
 # ------------------------------------------------------------------------------------------ engines there

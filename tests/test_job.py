@@ -50,6 +50,7 @@ def test_a_network_that_cannot_train_on_one_image_needs_larger_batches(
         ({"macs": "0.5x"}, InputError, "--macs 0.5x asks for no less than the original has"),
         ({"size": "9MB"}, InputError, "--size 9MB asks for no less than the original has"),
         ({"device": "ssh://nowhere.invalid"}, InputError, "a budget of time is met, but `prune` was given none"),
+        ({"max_drop": 2.0, "precision": "bf16"}, InputError, "--max-drop is what INT8 may cost"),
         ({"device_python": "python3.9"}, InputError, "--device-python is of a device, but there is none"),
     ],
 )

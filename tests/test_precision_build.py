@@ -15,9 +15,9 @@ from onnx import TensorProto
 from thinet_deploy import registry
 from thinet_deploy.artifact import Artifact, read_json
 from thinet_deploy.bundle import read_manifest, verify_bundle
-from thinet_deploy.errors import DataError, GateError, MissingError, TargetError, UnknownNameError
+from thinet_deploy.errors import GateError, MissingError, TargetError
 from thinet_deploy.interfaces import Conversion, Precision
-from thinet_deploy.options import Options, make_options
+from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build, build_from, prune
 from thinet_deploy.precision import plan
 from thinet_deploy.precision.accuracy_gate import outputs
@@ -167,59 +167,6 @@ def test_int8_after_the_users_own_training(tiny_options: MakeOptions, tmp_path: 
     assert [hop.passed for hop in done.hops if hop.hop.endswith("runs int8")] == [True] * 4
     with pytest.raises(TargetError, match="cannot compute in fp16"):
         build_from(tmp_path / "run", folder / "model.safetensors", precision="fp16")
-
-
-# ---------------------------------------------------------------------------------------------- before any work
-
-
-def test_fp16_is_refused_on_cpus_before_anything_is_written(tiny_options: MakeOptions, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"cpu cannot compute in fp16: ONNX Runtime widens"):
-        build(again(tiny_options, tmp_path / "run", precision="fp16"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_bf16_is_refused_where_the_cpu_has_none(
-    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision_stage, "fingerprint", lambda: {"cpu": {"flags": ["avx2", "avx_vnni"]}})
-    with pytest.raises(TargetError, match="neither AVX512_BF16 nor AMX") as refused:
-        build(again(tiny_options, tmp_path / "run", precision="bf16"))
-    assert "--precision int8" in refused.value.hint
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_cpu_without_vnni_gets_weights_of_seven_bits() -> None:
-    old = plan.plan_precision(load_profile("cpu"), "int8", ["avx2"])
-    assert old.layout.weight_most == 63
-    assert "no VNNI" in old.notes[0]
-    assert plan.plan_precision(load_profile("cpu"), "int8", ["avx512_vnni"]).layout.weight_most == 127
-
-
-def test_without_onnxruntime_int8_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(MissingError, match="fp16, int8 needs ONNX Runtime") as missing:
-        plan.plan_precision(load_profile("jetson"), None, [])
-    assert missing.value.exit_code == 3
-    assert plan.plan_precision(load_profile("cpu"), "fp32", []).files == ()
-
-
-def test_an_unknown_precision_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UnknownNameError) as unknown:
-        make_options({"precision": "int6"})
-    assert "Did you mean 'int8'?" in unknown.value.hint
-
-
-@pytest.mark.usefixtures("quick")
-def test_too_few_images_are_refused_or_told(cli: Callable[..., Any], workplace: Path) -> None:
-    """Twelve training images, of which two are held out."""
-    arguments = ["build", "--data", "data", "--model", "net.py:headless", "--epochs", 1, "--finetune-epochs", 0]
-    asked = cli(*arguments, "--precision", "int8", "--out", "a")
-    assert asked.code == DataError.exit_code == 2
-    assert "--precision int8: there are 10 calibration images, and at least 16 are needed" in asked.err
-    assert not Path("a").exists()
-    told = cli(*arguments, "--target", "jetson", "--controls", "none", "--out", "b")
-    assert told.code == 0, told.err
-    assert "No fp16 or int8 file: there are 10 calibration images" in told.out
 
 
 # ---------------------------------------------------------------------------------------------- for a device

@@ -164,7 +164,7 @@ class Run:
                 with self._explain_failures():
                     make(made, self.checkpoint(name, inputs))
                 files = {p.relative_to(made).as_posix(): sha256_of(p) for p in sorted(made.rglob("*")) if p.is_file()}
-                Run.discard(self, name)  # not a SharedRun's, which speaks to the others: they wait for this one
+                self._put_away(name)
                 rename(made, folder)
             finally:
                 shutil.rmtree(made, ignore_errors=True)
@@ -207,6 +207,9 @@ class Run:
 
     def discard(self, name: str) -> None:
         """Remove a stage that no longer holds, if it is there; with files of others it becomes RUN/STAGE.old1."""
+        self._put_away(name)
+
+    def _put_away(self, name: str) -> None:
         folder, gone = self.root / name, self.root / f".tmp-{name}-gone"
         if folder.exists():
             if self._holds_others(name):

@@ -269,12 +269,7 @@ def _built_from(run: Path, given: dict[str, Any], config: Path | None, progress:
 
 
 def _options(given: dict[str, Any], config: Path | None) -> Any:
-    from ..options import (
-        check_one_budget,
-        make_options,
-        read_config,
-        spelled_out,
-    )
+    from ..options import check_one_budget, make_options, read_config, spelled_out
 
     values = spelled_out({**(read_config(config) if config else {}), **given})
     check_one_budget(values)

@@ -24,12 +24,14 @@ from ..models.presets import preset_widths
 from ..models.pretrained import default_weights
 from ..models.sources import sources
 from ..models.weights import load_weights, no_weights
-from ..options import BUDGETS, DEFAULT, HEAD_REPLACED, Options, check_one_budget
+from ..options import DEFAULT, HEAD_REPLACED, Options
+from ..pruning.plan import GapHead
 from ..pruning.surgery import gap_head
 from ..target import TargetProfile, load_profile
 from ..tasks.base import Task
 from ..tasks.choice import task_of
 from ..training import Recipe, changed
+from .conflicts import check_together
 
 OFFERED = ("epochs", "lr", "stage", "teacher", "seed", "batch_size")
 """What a --trainer is given beside the network and the images, as far as it asks for it."""
@@ -91,10 +93,15 @@ class Job:
         return self.target.channel_grid if rounding == "target" else rounding
 
     @cached_property
-    def replaces_head(self) -> bool:
-        """Whether the fully connected head becomes global average pooling (ThiNet-GAP)."""
+    def new_head(self) -> GapHead | None:
+        """Global average pooling in place of the fully connected head (ThiNet-GAP); None where that stays."""
         preset = self.options.preset
-        return preset in HEAD_REPLACED or (not preset and gap_head(self.fresh(), self.input_shape) is not None)
+        return gap_head(self.fresh(), self.input_shape) if not preset or preset in HEAD_REPLACED else None
+
+    @property
+    def replaces_head(self) -> bool:
+        """Whether the fully connected head goes."""
+        return self.new_head is not None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -120,28 +127,8 @@ def load_job(options: Options, progress: Progress = silent, *, checked: bool = T
         InputError: one of them is wrong; nothing has been written yet.
     """
     target = load_profile(options.target)
-    _check_timed(options)
+    check_together(options)
     options = _named_weights(_named_model(options), progress)
-    _check_preset(options)
-    if options.drop_branches and (options.layerwise or set(options.methods) != {"elimination"}):
-        raise InputError(
-            "--drop-branches asks the error curves of the elimination which branches may go, and here there are none.",
-            hint="Leave out --recipe and --method, or --drop-branches.",
-        )
-    if options.drop_branches and options.rebuilding != "full":
-        raise InputError(
-            f"--drop-branches lets a branch say its mean, which --reconstruction {options.rebuilding} does not find.",
-            hint="Leave one of them out.",
-        )
-    if options.layerwise and ("elimination" in options.methods or options.rebuilding == "full"):
-        raise InputError(
-            f"--recipe {options.recipe} goes layer by layer, where there is neither --method elimination nor "
-            "--reconstruction full.",
-            hint="Both belong to --recipe best.",
-        )
-    if options.unlabelled:
-        _check_unlabelled(options)
-    _check_unused(options)
     if options.precision:
         target.require_precision(options.precision)
     if isinstance(options.weights, Path) and not options.weights.is_file():
@@ -168,69 +155,6 @@ def _check_trainer(name: str) -> None:
         ) from error
 
 
-def _check_unused(options: Options) -> None:
-    """Raise InputError for an option that another one leaves without a meaning."""
-    if options.keep != Options.model_fields["keep"].default:
-        check_one_budget(options.model_dump(include={"keep", *BUDGETS}))
-    if options.trainer and options.train:
-        raise InputError(
-            "--train changes our own training, but --trainer brings another one.", hint="Leave one of them out."
-        )
-    if options.layer_epochs is not None and not options.layerwise:
-        raise InputError(
-            f"--layer-epochs says how long to fine-tune after each layer, but --recipe {options.recipe} prunes all "
-            "layers at once.",
-            hint="Give --finetune-epochs, or --recipe iccv2017 or tpami2019, which go layer by layer.",
-        )
-    if options.device_python != Options.model_fields["device_python"].default and not options.device:
-        raise InputError("--device-python is of a device, but there is none.", hint="Name it with --device.")
-    if options.transfer_epochs is not None and options.transfer_to is None:
-        raise InputError(
-            "--transfer-epochs says how long to fine-tune to other images, but there are none.",
-            hint="Name their folder with --transfer-to, or give --finetune-epochs.",
-        )
-
-
-def _check_timed(options: Options) -> None:
-    """Raise InputError for a budget of time beside another, or where widths are not chosen by error curves."""
-    if not options.timed:
-        return
-    asked = "--latency" if options.latency else "--speedup"
-    budgets = [name for name in BUDGETS if getattr(options, name)]
-    if len(budgets) > 1:
-        raise InputError(
-            f"{' and '.join(f'--{name}' for name in budgets)} are {len(budgets)} budgets, but one was expected.",
-            hint="Leave the others out; --require holds a build to further figures.",
-        )
-    if options.layerwise or options.methods != ("elimination",):
-        how = f"--recipe {options.recipe}" if options.layerwise else f"--method {','.join(options.methods)}"
-        raise InputError(
-            f"{asked} puts widths where they cost least by the error curves of the elimination, and with {how} there "
-            "are none.",
-            hint="Leave out --recipe and --method, or give --keep, --macs or --size instead.",
-        )
-    if (options.times_faster is not None and options.times_faster <= 1) or options.most_ms == 0:
-        raise InputError(
-            f"{asked} is {options.speedup or options.latency}, but something faster than the original was expected.",
-            hint="Such as --speedup 2x, or --latency 8ms.",
-        )
-
-
-def _check_preset(options: Options) -> None:
-    """Raise InputError for widths that are asked for beside those of the preset."""
-    names = ("keep", *BUDGETS, "round_to", "keep_layer", "ignore", "prune_shortcuts", "drop_branches")
-    given = [
-        name
-        for name in names
-        if getattr(options, name) != Options.model_fields[name].get_default(call_default_factory=True)
-    ]
-    if options.fixed and given:
-        raise InputError(
-            f"--preset {options.preset} says the width of every layer, so there is no --{given[0].replace('_', '-')}.",
-            hint="Leave one of them out.",
-        )
-
-
 def moved(job: Job, folder: Path, progress: Progress = silent) -> Job:
     """The same job with other images, which may be of other classes.
 
@@ -241,22 +165,6 @@ def moved(job: Job, folder: Path, progress: Progress = silent) -> Job:
     _ = there.split
     _check_scores(there, there.fresh().eval(), "an image", 1, "--transfer-to takes a factory with num_classes.")
     return there
-
-
-def _check_unlabelled(options: Options) -> None:
-    """Raise InputError for what cannot be done without labels."""
-    needs = {
-        "--weights: no network can be trained without labels": options.weights is None,
-        "--data: a folder with val/CLASS/*.jpg (or test/), to measure the accuracy on": options.data is None,
-        f"--recipe best: {options.recipe} trains on labels after each layer": options.layerwise,
-        "--controls unpruned or none: labels are what a network from scratch learns from": options.controls == "all",
-        "another --method: taylor looks at the loss, which takes labels": "taylor" in options.methods,
-    }
-    if missing := [need for need, lacks in needs.items() if lacks]:
-        raise InputError(
-            f"--unlabelled needs {missing[0]}.",
-            hint="For example: thinet-deploy build --unlabelled photos --data labelled --weights FILE …",
-        )
 
 
 def _data(options: Options, preprocess: Preprocess, progress: Progress, *, checked: bool) -> Dataset:
@@ -357,7 +265,7 @@ def _check_model(job: Job) -> nn.Module:
     if job.options.weights:
         load_weights(model, job.options.weights)
     _check_scores(job, model.eval(), "an image", 1, "Check --input-shape or --preprocess: channels x height x width.")
-    if job.options.preset in HEAD_REPLACED and gap_head(model, job.input_shape) is None:
+    if job.options.preset in HEAD_REPLACED and not job.replaces_head:
         raise ModelError(
             f"{job.options.model} has no fully connected head that ThiNet-GAP could replace: it needs the parts "
             "`features` and `classifier`, with a hidden layer in the classifier, and a forward() that hands what "

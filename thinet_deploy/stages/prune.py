@@ -253,11 +253,11 @@ def _one_shot(tools: Tools, original: nn.Module, graph: ChannelGraph, checkpoint
     """All layers at once, reconstructed without any training; nothing is saved on the way, it takes a few passes."""
     del checkpoint
     job, options = tools.job, tools.job.options
-    groups, all_of_it = groups_of(tools, graph), counted(job, original, graph)
+    groups, budgeted = groups_of(tools, graph), counted(job, original, graph)
     wish = wish_of(tools, original, graph, groups)
     branches = branches_of(tools, graph, groups, wish)
-    uniform = choose_widths(*all_of_it, groups, wish, branches)
-    costs = Costs(*all_of_it, groups)
+    uniform = choose_widths(*budgeted, groups, wish, branches)
+    costs = Costs(*budgeted, groups)
     found: list[Found] = []  # by the process that measures
 
     def widths(curves: Mapping[str, Curve]) -> Widths:

@@ -13,7 +13,6 @@ from torch import nn
 from ..errors import InputError, UnknownNameError
 from ..pruning.budget import Cost, Wish, cost, may_vanish, softened
 from ..pruning.graph import Branch, ChannelGraph, ChannelGroup
-from ..pruning.surgery import gap_head
 from ..pruning.trace import named_tensors
 from .job import Job
 from .tools import Tools
@@ -27,8 +26,7 @@ def counted(job: Job, model: nn.Module, graph: ChannelGraph) -> tuple[dict[str, 
     Where the head is going to be replaced (ThiNet-GAP), the new one in its place: it is what ships.
     """
     tensors = dict(named_tensors(model))
-    head = gap_head(model, job.input_shape) if job.replaces_head else None
-    if head is None:
+    if (head := job.new_head) is None:
         return tensors, graph
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
     axes = tuple(axis for axis in graph.axes if axis.site.parameter in tensors)
