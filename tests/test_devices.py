@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ssh_bundles import wait_for
 
 from thinet_deploy.devices import site
 from thinet_deploy.devices.address import find_device
@@ -119,6 +121,12 @@ def test_what_cannot_be_written_or_read_is_said(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ on the device
 
 
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of other tests are those of another machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def ask(*words: object) -> tuple[list[str], dict[str, object]]:
     done = subprocess.run(
         [sys.executable, agent.__file__, *map(str, words)], capture_output=True, text=True, check=True
@@ -174,6 +182,44 @@ def test_only_a_job_that_has_ended_is_forgotten(tmp_path: Path) -> None:
     ask("forget", place)
     assert ask("job", place, "", *command)[0] != [number]
     ask("forget", tmp_path / "jobs" / "none")
+
+
+def test_what_an_ended_job_said_is_forgotten_once_all_who_follow_it_have_read_it(tmp_path: Path) -> None:
+    place, end = tmp_path / "jobs" / "read", tmp_path / "end"
+    command = ["sh", "-c", f"echo $$; until [ -e {end} ]; do sleep 0.05; done"]
+    words = [sys.executable, agent.__file__]
+    reader = subprocess.Popen([*words, "job", str(place), "", *command], stdout=subprocess.PIPE)
+    assert reader.stdout is not None
+    number = reader.stdout.readline()
+    os.kill(reader.pid, signal.SIGSTOP)
+    end.touch()
+    wait_for((place / "code").exists)
+    other = subprocess.Popen([*words, "forget", str(place)], stdout=subprocess.DEVNULL)
+    time.sleep(0.5)
+    assert other.poll() is None, "it waits"
+    os.kill(reader.pid, signal.SIGCONT)
+    assert json.loads(reader.communicate()[0].splitlines()[-1])["code"] == 0
+    assert other.wait() == 0
+    assert ask("job", place, "", *command)[0] != [number.decode().strip()]
+
+
+def test_jobs_run_one_at_a_time_and_say_for_whom_they_wait(tmp_path: Path) -> None:
+    end, marker = tmp_path / "end", tmp_path / "marker"
+    long = f"echo first >> {marker}; until [ -e {end} ]; do sleep 0.05; done; echo ended >> {marker}; echo $$"
+    words = [sys.executable, agent.__file__, "job"]
+    first = subprocess.Popen([*words, str(tmp_path / "a" / "latency-1"), "", "sh", "-c", long], stdout=subprocess.PIPE)
+    wait_for(marker.exists)
+    place, command = str(tmp_path / "b" / "verify-2"), ["sh", "-c", f"echo second >> {marker}; echo done"]
+    second = subprocess.Popen([*words, place, "", *command], stdout=subprocess.PIPE)
+    assert second.stdout is not None
+    (told,) = json_lines(second.stdout.readline())
+    end.touch()
+    number = first.communicate()[0].split()[0].decode()
+    assert told == {"progress": [0, 1, f"waits for latency-1, process {number} there"]}
+    assert second.communicate()[0].startswith(b"done\n")
+    assert marker.read_text().split() == ["first", "ended", "second"]
+    with Path(place, "out").open("rb") as out:
+        assert out.readlines()[-1] == b"done\n"
 
 
 def test_a_job_that_failed_is_tried_again(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..errors import DeviceError
+from ..interfaces import Progress
 
 Line = Callable[[bytes], None]
 
@@ -176,3 +177,14 @@ def json_lines(text: bytes) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+def heard(stage: str, progress: Progress) -> Line:
+    """Reports what a job says of its progress, {"progress": [done, total, note]}, as that of a stage."""
+
+    def hear(line: bytes) -> None:
+        for told in json_lines(line):
+            if "progress" in told:
+                progress(stage, *told["progress"])
+
+    return hear

@@ -3,15 +3,18 @@
 ~/.cache/thinet-deploy/trials/ID/bundle/…   run.py, and the networks that it times
 ~/.cache/thinet-deploy/trials/ID/jobs/…     of its commands, see devices/site.py
 
-ID comes from the networks. A command goes on when the connection is cut: who asks for the same again follows it.
+ID comes from the networks and from who asks. A command goes on when the connection is cut: who asks for the same again
+follows it.
 """
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from ..errors import GateError, MissingError, ThinetDeployError
 from ..interfaces import Array, Progress
 from ..timing.latency import COOL_IT, EngineLatency, EngineRef, latencies
 from ..timing.timers import LAYERS
-from .device import json_lines
+from .device import heard, json_lines
 from .site import SCRIPT, Machine, Site
 
 _REQUEST, _INPUTS, _ARCHIVE = "request.json", "inputs.npz", "files.zip"
@@ -100,7 +103,9 @@ class DeviceTimer:
         site.tell("remove", site.folder)
 
     def _site(self, called: str) -> Site:
-        return Site(self.found, f"{self.found.facts['root']}/trials/{called}")
+        # The same command goes on with what it began, and removes it in the end; others have a folder of their own.
+        who = [platform.node(), str(Path.cwd()), *sys.argv]
+        return Site(self.found, f"{self.found.facts['root']}/trials/{hash_json([called, who])[:16]}")
 
 
 def _parts(ref: EngineRef) -> list[Path]:
@@ -141,7 +146,7 @@ def _ask(site: Site, request: str, stage: str, progress: Progress) -> Any:
         DeviceError: the connection was cut.
     """
     command = [f"{site.bundle}/run.py", "trial", f"{site.bundle}/{request}"]
-    code, done = site.job("trial", command, on_line=_heard(stage, progress))
+    code, done = site.job("trial", command, heard(f"{stage} on the device", progress))
     report = [{}, *json_lines(done.out)][-1]
     if "found" in report:
         return report["found"]
@@ -155,13 +160,3 @@ def _ask(site: Site, request: str, stage: str, progress: Progress) -> Any:
         f"Networks cannot be timed on {device}: {words}",
         hint="A runtime there that is older than the one here may not know an operator: update it there.",
     )
-
-
-def _heard(stage: str, progress: Progress) -> Callable[[bytes], None]:
-    def hear(line: bytes) -> None:
-        for told in json_lines(line):
-            if "progress" in told:
-                done, total, what = told["progress"]
-                progress(f"{stage} on the device", done, total, what)
-
-    return hear

@@ -11,6 +11,7 @@
 A job has a session of its own and a lock, which the kernel lets go when it ends in whatever way. So the same call
 starts it, follows one that was started before the connection was cut, or shows the output of one that is finished.
 MADE is the folder of the files that it makes, "" for none: where they are no longer as it left them, it starts anew.
+Jobs run one at a time, whoever asks for them: two at once would falsify each other's times.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import subprocess
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Sequence
+from typing import IO, Any, Iterator, Sequence
 
 PAUSE_S = 0.2
 PATIENCE_S = 10
@@ -163,14 +164,16 @@ def job(place: Path, made: str, command: Sequence[str]) -> dict[str, Any]:
         free_bytes: room on the disk.
     """
     place.mkdir(parents=True, exist_ok=True)
-    with Path(place, "door").open("a") as door, Path(place, "lock").open("a") as lock:
-        fcntl.flock(door, fcntl.LOCK_EX)  # one at a time looks and starts: who comes next finds it running
-        if take(lock, fcntl.LOCK_EX) and not is_done(place, made):
-            clear(place)
-            (place / "out").touch()
-            start([str(place), made, str(lock.fileno()), *command], lock.fileno())
-    follow(place)
-    return {"code": code_of(place), "err": last_words(place / "err"), "free_bytes": free_bytes(place)}
+    with Path(place, "readers").open("a") as readers:
+        with Path(place, "door").open("a") as door, Path(place, "lock").open("a") as lock:
+            fcntl.flock(door, fcntl.LOCK_EX)  # one at a time looks and starts: who comes next finds it running
+            fcntl.flock(readers, fcntl.LOCK_SH)  # until it is read nobody forgets it
+            if take(lock, fcntl.LOCK_EX) and not is_done(place, made):
+                clear(place)
+                (place / "out").touch()
+                start([str(place), made, str(lock.fileno()), *command], lock.fileno())
+        follow(place)
+        return {"code": code_of(place), "err": last_words(place / "err"), "free_bytes": free_bytes(place)}
 
 
 def take(lock: Any, kind: int) -> bool:
@@ -191,12 +194,33 @@ def start(words: list[str], lock: int) -> None:
 def keep(place: Path, made: str, lock: int, command: Sequence[str]) -> None:
     """Run the command; it shares the lock, so that it is not started twice even when this process is killed alone."""
     none = subprocess.DEVNULL
-    with Path(place, "out").open("wb") as out, Path(place, "err").open("wb") as err:
-        code = subprocess.call(command, stdin=none, stdout=out, stderr=err, cwd=str(place.parent), pass_fds=[lock])
+    with Path(place, "out").open("wb") as out, Path(place, "err").open("wb") as err, turn(place, out) as mine:
+        locks = [lock, mine.fileno()]
+        process = subprocess.Popen(command, stdin=none, stdout=out, stderr=err, cwd=str(place.parent), pass_fds=locks)
+        mine.write(", process {0}".format(process.pid))
+        mine.flush()
+        code = process.wait()
     (place / "made").write_text(seal_of(made))
     partial = place / "code.partial"
     partial.write_text(str(code))
     partial.replace(place / "code")
+
+
+@contextlib.contextmanager
+def turn(place: Path, out: IO[bytes]) -> Iterator[IO[str]]:
+    """The machine's lock, which has the name of the job that runs; `out` is told for whom this one waits."""
+    root().mkdir(parents=True, exist_ok=True)
+    with Path(root(), "turn").open("a+") as lock:
+        if not take(lock, fcntl.LOCK_EX):
+            lock.seek(0)
+            words = "waits for {0} there".format(lock.read() or "another job")
+            out.write(b"%s\n" % json.dumps({"progress": [0, 1, words]}).encode())
+            out.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(place.name)
+        lock.flush()
+        yield lock
 
 
 def code_of(place: Path) -> int | None:
@@ -216,12 +240,15 @@ def is_done(place: Path, made: str) -> bool:
 
 
 def forget(place: str) -> None:
-    """Remove what an ended job left; one that runs is left alone."""
+    """Remove what an ended job left, once it is read by all who follow it; one that runs is left alone."""
     if not Path(place).is_dir():
         return
-    with Path(place, "door").open("a") as door, Path(place, "lock").open("a") as lock:
+    doors = [Path(place, name) for name in ("door", "lock", "readers")]
+    with doors[0].open("a") as door, doors[1].open("a") as lock, doors[2].open("a") as readers:
         fcntl.flock(door, fcntl.LOCK_EX)
         if take(lock, fcntl.LOCK_EX):
+            fcntl.flock(lock, fcntl.LOCK_UN)  # which readers wait for
+            fcntl.flock(readers, fcntl.LOCK_EX)
             clear(Path(place))
 
 

@@ -6,8 +6,7 @@ finds both again.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..devices import site as device_site
 from ..devices.adb import PREFIX, Adb
 from ..devices.address import find_device
 from ..devices.android import Phone
-from ..devices.device import Done, json_lines
+from ..devices.device import Done, heard, json_lines
 from ..devices.site import Machine, Site
 from ..errors import ConversionError, DeviceError, GateError, InputError, MissingError
 from ..interfaces import Precision, Progress
@@ -175,17 +174,17 @@ def ask(site: Site, command: str, progress: Progress, *options: str) -> dict[str
     Raises:
         DeviceError: it ended without.
     """
-    progress({"verify": "Verifying", "latency": "Measuring"}[command] + " on the device", 0, 1)
+    stage = {"verify": "Verifying", "latency": "Measuring"}[command] + " on the device"
+    progress(stage, 0, 1)
     forget(site, command, *options)
-    code, done = site.job(command, _words(site, command, options))
-    try:
-        report: dict[str, Any] = json.loads(done.out.strip().rpartition(b"\n")[2])
-    except ValueError:
+    code, done = site.job(command, _words(site, command, options), heard(stage, progress))
+    report = [{}, *(told for told in json_lines(done.out) if "progress" not in told)][-1]
+    if not report:
         last = (done.err.splitlines() or ["it said nothing"])[-1]
         raise DeviceError(
             f"run.py {command} on {site.machine.device.name} ended with code {code}: {last}",
             hint="Run the same command again; `thinet-deploy verify` shows here whether the bundle is whole.",
-        ) from None
+        )
     if "error" in report:
         raise DeviceError(f"{site.machine.device.name}: {report['error']}", hint="Build the bundle again.")
     return report
@@ -248,21 +247,9 @@ def _build(
     for needed in (site.cache, made):
         site.tell("folder", needed)
     job = f"build-{precision}"
-    code, done = site.job(job, command, _shown(precision, progress), made)
+    code, done = site.job(job, command, heard(f"Building {precision} on the device", progress), made)
     if code:
         _refused(site, job, code, done, folder)
-
-
-def _shown(precision: str, progress: Progress) -> Callable[[bytes], None]:
-    """The builder's progress, from its JSON lines."""
-
-    def hear(line: bytes) -> None:
-        for told in json_lines(line):
-            if "progress" in told:
-                done, total, phase = told["progress"]
-                progress(f"Building {precision} on the device", done, total, phase)
-
-    return hear
 
 
 def _refused(site: Site, job: str, code: int, done: Done, folder: Path) -> None:
