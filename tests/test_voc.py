@@ -84,6 +84,23 @@ def test_masks_are_those_of_the_files(original: Path) -> None:
     assert set(data.train.labels) <= {1, 2}, "an image goes by the class that it has most of"
 
 
+@pytest.mark.parametrize("task", [DETECTION, SEGMENTATION], ids=lambda task: task.name)
+def test_of_two_lists_accuracy_is_on_the_test_images_if_they_are_annotated(task: Task, root: Path) -> None:
+    lists = root / "ImageSets" / {"detection": "Main", "segmentation": "Segmentation"}[task.name]
+    assert load_voc(root, task, WHOLE).notes == ()
+    ids = (lists / "train.txt").read_text().split()
+    (lists / "train.txt").write_text("\n".join(ids[:-2]))
+    (lists / "test.txt").write_text("\n".join(ids[-2:]))
+    data = load_voc(root, task, WHOLE)
+    assert (len(data.train), len(data.test)) == (4, 2)
+    assert "val.txt was not looked at" in data.notes[0]
+    for path in (*root.glob(f"Annotations/{ids[-1]}.xml"), *root.glob(f"SegmentationClass/{ids[-1]}.png")):
+        path.unlink()
+    data = load_voc(root, task, WHOLE)
+    assert (len(data.train), len(data.test)) == (4, 3)
+    assert "test.txt were not looked at" in data.notes[0]
+
+
 def test_names_may_be_given(root: Path) -> None:
     (root / "classes.txt").write_text("background\nsquare\ndisc\nring\n")
     assert load_voc(root, SEGMENTATION, WHOLE).classes == ("background", "square", "disc", "ring")

@@ -64,7 +64,9 @@ def load_voc(root: Path, task: Task, preprocess: Preprocess, progress: Progress 
     Raises:
         DataError: a list, an image, an annotation or a mask is missing or damaged, or does not fit (named).
     """
-    train, test = _split(root, task.name, "train"), _split(root, task.name, "val", "test")
+    train = _split(root, task.name, "train")
+    chosen, notes = _choose_test_list(root, task.name)
+    test = _split(root, task.name, chosen)
     if both := set(train.ids) & set(test.ids):
         raise DataError(
             f"{min(both)} is in {train.listed.name} and in {test.listed.name} of {train.listed.parent}, and "
@@ -82,7 +84,7 @@ def load_voc(root: Path, task: Task, preprocess: Preprocess, progress: Progress 
         images = read_files(listed, preprocess, progress, stage, together=together)
         parts.append(replace(images, task=task, targets=targets))
     digest = hash_json([task.name, known.classes, digest_of(root, files, preprocess)])
-    return Dataset(root.resolve().name, known.classes, train=parts[0], test=parts[1], digest=digest)
+    return Dataset(root.resolve().name, known.classes, train=parts[0], test=parts[1], digest=digest, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,49 @@ class Split:
     known: tuple[Path, ...]
 
 
-def _split(root: Path, task: str, *names: str) -> Split:
+def _choose_test_list(root: Path, task: str) -> tuple[str, tuple[str, ...]]:
+    """The list of the test images, and a note where two could be it.
+
+    Of test.txt and val.txt it is test.txt, for by val.txt choices may have been made, unless what is known of its
+    images is not there: VOC's own of some years were never published.
+    """
     folder = root / "ImageSets" / _LISTS[task]
-    listed = next((folder / f"{name}.txt" for name in names if (folder / f"{name}.txt").is_file()), None)
-    if listed is None:
-        wanted = " or ".join(f"{name}.txt" for name in names)
-        raise DataError(f"{folder} has no {wanted}.", hint="It lists the IDs of the images, one a line.")
-    lines = _lines(listed)
-    ids = tuple(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+    there = [name for name in ("val", "test") if (folder / f"{name}.txt").is_file()]
+    if not there:
+        raise DataError(f"{folder} has no val.txt or test.txt.", hint="It lists the IDs of the images, one a line.")
+    if len(there) == 1:
+        return there[0], ()
+    ids = _ids(folder / "test.txt")
+    if all(path.is_file() for path in _known(root, task, ids)):
+        return "test", (f"Accuracy is that of the images in {folder / 'test.txt'}; val.txt was not looked at.",)
+    place, _ = _KNOWN[task]
+    note = (
+        f"Accuracy is that of the images in {folder / 'val.txt'}; those in test.txt were not looked at, for {place} "
+        "has not all of them."
+    )
+    return "val", (note,)
+
+
+def _ids(listed: Path) -> tuple[str, ...]:
+    """What a list names, in its order."""
+    ids = tuple(dict.fromkeys(line.split()[0] for line in _lines(listed) if line.strip()))
     if not ids:
         raise DataError(f"{listed} is empty.", hint="It lists the IDs of the images, one a line.")
+    return ids
+
+
+def _known(root: Path, task: str, ids: tuple[str, ...]) -> tuple[Path, ...]:
+    """The annotation or mask of each image."""
     place, suffix = _KNOWN[task]
-    known = tuple(root / place / f"{each}{suffix}" for each in ids)
+    return tuple(root / place / f"{each}{suffix}" for each in ids)
+
+
+def _split(root: Path, task: str, name: str) -> Split:
+    listed = root / "ImageSets" / _LISTS[task] / f"{name}.txt"
+    if not listed.is_file():
+        raise DataError(f"{listed.parent} has no {listed.name}.", hint="It lists the IDs of the images, one a line.")
+    ids = _ids(listed)
+    known = _known(root, task, ids)
     if missing := [path for path in known if not path.is_file()]:
         raise DataError(
             f"{listed} names {missing[0].stem}, but there is no {missing[0]} ({len(missing)} are missing).",
