@@ -87,6 +87,23 @@ def test_a_frozen_batch_size_is_refused(name: str, tmp_path: Path) -> None:
         check_exportable(Net(FROZEN[name]), SHAPE, opset=20)
 
 
+@pytest.mark.parametrize("small", [1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("opset", [17, 20])
+def test_what_keeps_a_division_finite_stays_however_small_it_is(small: float, opset: int, tmp_path: Path) -> None:
+    """Nothing but zeros comes out of the network, as of a dark image: without the small number it is 0 / 0."""
+
+    def normalised(net: Net, x: torch.Tensor) -> torch.Tensor:
+        found = torch.relu(net.norm(net.conv(x))).mean((2, 3)) * 0
+        apart = found - found.mean(1, keepdim=True)
+        spread = torch.sqrt((apart * apart).mean(1, keepdim=True) + small)
+        return net.small(found / (found.abs().sum(1, keepdim=True) + small) + apart / spread)
+
+    net, path = export(normalised, tmp_path / "net.onnx", opset, 8 if opset == 17 else 9)
+    x = torch.zeros(3, *SHAPE)
+    with torch.inference_mode():
+        np.testing.assert_allclose(run_onnx(path, x.numpy())[OUTPUT], net(x), atol=1e-6)
+
+
 def test_what_cannot_be_exported_is_explained_in_one_line(tmp_path: Path) -> None:
     def impossible(net: Net, x: torch.Tensor) -> torch.Tensor:
         return mean(net, torch.from_numpy(np.sort(x.numpy())))
@@ -95,6 +112,15 @@ def test_what_cannot_be_exported_is_explained_in_one_line(tmp_path: Path) -> Non
         export(impossible, tmp_path / "net.onnx")
     assert "\n" not in failure.value.what
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exporters_first_reason_is_given_and_not_how_far_it_got(tmp_path: Path) -> None:
+    def attending(net: Net, x: torch.Tensor) -> torch.Tensor:
+        rows = net.conv(x).flatten(2)
+        return net.small(F.scaled_dot_product_attention(rows, rows, rows).mean(2))
+
+    with pytest.raises(ModelError, match="exported to ONNX: only 4D query, key, and value are supported"):
+        export(attending, tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize(("opset", "ir_version"), [(17, 8), (18, 8), (19, 9), (20, 9), (20, 10), (21, 10)])
@@ -131,6 +157,20 @@ def test_nothing_in_the_file_tells_of_this_machine(tmp_path: Path) -> None:
     proto = onnx.load(path)
     parts = [proto, proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, *proto.functions]
     assert all(not part.doc_string and not part.metadata_props for part in parts)
+
+
+def test_nothing_in_the_branches_of_a_file_tells_of_this_machine(tmp_path: Path) -> None:
+    def branching(net: Net, x: torch.Tensor) -> torch.Tensor:
+        return net.small(torch.cond(x.mean() > 0, torch.relu, torch.tanh, (net.conv(x),)).mean((2, 3)))
+
+    net, path = export(branching, tmp_path / "net.onnx")
+    data = path.read_bytes()
+    assert b"If" in data
+    for word in (b"stack_trace", b".py", b"tests/"):
+        assert word not in data
+    x = torch.randn(2, *SHAPE)
+    with torch.inference_mode():
+        np.testing.assert_allclose(run_onnx(path, x.numpy())[OUTPUT], net(x), atol=1e-5)
 
 
 def test_the_same_network_gives_the_same_file(tmp_path: Path) -> None:

@@ -64,6 +64,40 @@ def test_operators_that_lose_too_much_stay(mixed_values: dict[str, Values]) -> N
     assert [node.op_type for node in half.graph.node] == ["Cast", "Softmax", "Cast", "Identity"]
 
 
+def test_small_numbers_that_guard_a_division_stay_with_what_leads_there() -> None:
+    """In FP16 they are zero, and 0 / 0 is what a dark image gives."""
+    nodes = [
+        make_node("Add", ["x", "small"], ["sum"], name="add"),
+        make_node("Sqrt", ["sum"], ["root"], name="root"),
+        make_node("Div", ["x", "root"], ["share"], name="divide"),
+        make_node("Mul", ["share", "half"], ["y"], name="after"),
+    ]
+    stored = {"small": np.float32(1e-8), "half": np.float32(0.5)}
+    net = small(nodes, stored, {"x": ["n", 3], "y": ["n", 3]})
+    why = overflowing(net, {})
+    assert list(why) == ["add", "root", "divide"]
+    assert "smaller than those of FP16" in why["add"]
+    zeros = np.zeros((2, 3), np.float32)
+    assert np.isfinite(outputs(to_half(net, "fp16", keep=why), zeros)).all()
+    assert not np.isfinite(outputs(to_half(net, "fp16"), zeros)).all()
+    stored["small"] = np.float32(0.01)
+    assert overflowing(small(nodes, stored, {"x": ["n", 3], "y": ["n", 3]}), {}) == {}
+
+
+def test_what_is_masked_with_minus_infinity_stays(mixed_values: dict[str, Values]) -> None:
+    nodes = [
+        make_node("Where", ["seen", "x", "never"], ["masked"], name="mask"),
+        make_node("ReduceMax", ["masked", "axes"], ["y"], name="most", keepdims=1),
+    ]
+    stored = {"seen": np.array([True, False, True]), "never": np.float32(-np.inf), "axes": np.array([1])}
+    net = small(nodes, stored, {"x": ["n", 3], "y": ["n", 1]})
+    images = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    values = observe(net, lambda: [images])
+    assert not values["masked"].finite
+    assert values["y"].finite
+    assert list(overflowing(net, values)) == ["mask", "most"]
+
+
 def test_control_flow_is_refused() -> None:
     body = make_graph(
         [make_node("Identity", ["x"], ["z"])], "b", [], [make_tensor_value_info("z", TensorProto.FLOAT, None)]

@@ -10,8 +10,8 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 
 from thinet_deploy.errors import ThinetDeployError
 from thinet_deploy.precision import held as holding
-from thinet_deploy.precision.executed import prove_precision
-from thinet_deploy.precision.held import READERS, held
+from thinet_deploy.precision.executed import Executed, Proof, prove_precision
+from thinet_deploy.precision.held import READERS, Kernel, held
 
 FLAGS = {"fp32": 0, "fp16": 0x01306B47, "int8": 0x000D4B38}
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -67,8 +67,14 @@ def test_a_cut_or_a_strange_file_is_no_proof(tmp_path: Path) -> None:
     path.with_suffix(".bin").write_bytes(whole[:40])
     with pytest.raises(ThinetDeployError, match="cannot be read back"):
         held("ncnn", path, ["a", "b", "c"])
-    with pytest.raises(ThinetDeployError, match=r"Whether relu \(Novel\) has weights in net\.param is not known"):
-        held("ncnn", ncnn(tmp_path, ("fp16",) * 3, PARAM.replace("ReLU ", "Novel")), ["a", "b", "c"])
+
+
+def test_an_operator_that_is_not_known_is_no_proof_and_no_failure(tmp_path: Path) -> None:
+    path = ncnn(tmp_path, ("fp16",) * 3, PARAM.replace("ReLU ", "Novel"))
+    assert held("ncnn", path, ["a", "b", "c"]) == [Kernel((), holding.UNREAD)]
+    layers = tuple(Executed(each, 1, "fp16", holding.UNREAD) for each in "abc")
+    assert Proof("ncnn", layers).wrong == ()
+    assert Proof("ncnn", layers).describe() == "not read back 100.0 % of the MACs"
 
 
 @pytest.mark.parametrize(

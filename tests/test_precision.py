@@ -214,6 +214,35 @@ def test_the_worst_layer_goes_back_and_is_named(mixed_images: Floats) -> None:
     assert failure.value.exit_code == 1
 
 
+def test_layers_whose_values_are_not_finite_stay_in_float32_and_are_named(mixed_images: Floats) -> None:
+    rng = np.random.default_rng(0)
+    nodes = [
+        make_node("Conv", ["x", "first.weight"], ["a"]),
+        make_node("Greater", ["a", "zero"], ["seen"]),
+        make_node("Where", ["seen", "a", "never"], ["masked"]),
+        make_node("Conv", ["masked", "second.weight"], ["b"]),
+        make_node("Greater", ["b", "far"], ["there"]),
+        make_node("Where", ["there", "b", "zero"], ["finite"]),
+        make_node("GlobalAveragePool", ["finite"], ["c"]),
+        make_node("Flatten", ["c"], ["y"]),
+    ]
+    stored = {
+        "first.weight": rng.normal(size=(6, 3, 1, 1)).astype(np.float32),
+        "second.weight": np.abs(rng.normal(size=(4, 6, 1, 1))).astype(np.float32),
+        "zero": np.float32(0),
+        "never": np.float32(-np.inf),
+        "far": np.float32(-1e30),
+    }
+    net = small(nodes, stored, {"x": ["n", *SHAPE], "y": ["n", 4]}, 17)
+    done = quantise_within(
+        net, observe(net, lambda: [mixed_images]), S8S8, Judge(mixed_images), 100, lambda: [mixed_images]
+    )
+    assert list(done.unbounded.values()) == ["second"]
+    kinds = {each.op_type for each in done.model.graph.node}
+    assert "QuantizeLinear" in kinds, "the first one is in INT8"
+    assert sum(each.data_type == TensorProto.INT8 and len(each.dims) > 1 for each in done.model.graph.initializer) == 1
+
+
 def test_what_int8_leaves_out_is_named() -> None:
     nodes = [
         make_node("ConvTranspose", ["x", "up.weight"], ["a"], name="up"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import nn
 
 from . import interfaces
 from .artifact import write_bytes
-from .errors import ModelError, TargetError
+from .errors import ModelError, TargetError, first_line
 from .interfaces import TensorSpec
 from .precision.downgrade import to_opset_17
 from .tasks.base import said
@@ -30,6 +31,7 @@ INPUT, OUTPUT, OUTPUTS = interfaces.INPUT, interfaces.OUTPUT, interfaces.OUTPUTS
 # torch's exporter writes opset 18 or later (and 18 where less is asked for, without a word); 17 is a pass of our own.
 MIN_OPSET = 17
 _WRITTEN = 18
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _MAX_BYTES = (2 << 30) - 1
 
 
@@ -137,8 +139,8 @@ def export_program(model: nn.Module, input_shape: tuple[int, int, int], path: Pa
 
 def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> onnx.ModelProto:
     example = torch.zeros(2, *input_shape)  # batch 2: batch 1 would be taken for a constant
-    hint = "forward() must take one image batch, whose size may vary."
-    with _explained("The network cannot be exported to ONNX", hint), _quiet():
+    hint = "forward() must take one image batch, whose size may vary, with operations that torch exports."
+    with _explained("The network cannot be exported to ONNX", hint), _quiet(), _exact():
         with torch.inference_mode():
             ends = len(said(model, example))
         program = torch.onnx.export(
@@ -157,6 +159,21 @@ def _export(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> 
 
 
 @contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Without onnxscript's rules for x + 0 and the like: they take 1e-8 for 0, and an empty image is divided by it."""
+    from onnxscript import rewriter
+    from onnxscript.rewriter.rules.common import _no_op
+
+    rules = rewriter._DEFAULT_REWRITE_RULES  # noqa: SLF001 - the exporter takes no other ones
+    exact = tuple(rule for rule in rules if not any(rule is each for each in _no_op.rules))
+    rewriter._DEFAULT_REWRITE_RULES = exact  # noqa: SLF001
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules  # noqa: SLF001
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints, warns and logs; what matters of it ends up in an exception."""
     logger = logging.getLogger("torch.onnx")
@@ -172,14 +189,21 @@ def _quiet() -> Iterator[None]:
 
 def _strip(proto: onnx.ModelProto) -> None:
     """Remove what tells about the machine it was written on: stack traces with local paths, doc strings."""
-    graph = proto.graph
-    for item in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+    for item in _noted(proto):
         item.doc_string = ""
         del item.metadata_props[:]
-    for function in proto.functions:
-        for part in (function, *function.node):
-            part.doc_string = ""
-            del part.metadata_props[:]
+
+
+def _noted(proto: onnx.ModelProto) -> Iterator[Any]:
+    """All parts of a file that can hold notes, those of loops' and branches' own graphs too."""
+    yield proto
+    parts = [proto.graph, *proto.functions]
+    for part in parts:  # grows as it goes
+        yield from (part, *part.node, *part.value_info)
+        if isinstance(part, onnx.GraphProto):
+            yield from (*part.initializer, *part.input, *part.output)
+        for each in (each for node in part.node for each in node.attribute):
+            parts += [*([each.g] if each.HasField("g") else []), *each.graphs]
 
 
 def inspect(path: Path) -> Exported:
@@ -195,7 +219,7 @@ def inspect(path: Path) -> Exported:
         raise ModelError(f"{path.name} keeps weights in another file, but one self-contained file was expected.")
     with _explained(f"{path.name} is no sound ONNX file"):
         onnx.checker.check_model(proto, full_check=True)
-    if any(node.metadata_props or node.doc_string for node in graph.node):
+    if any(each.metadata_props or each.doc_string for each in _noted(proto)):
         raise ModelError(f"{path.name} holds notes of the exporter, which may have local paths in them.")
     operators: dict[str, int] = {}
     for node in graph.node:
@@ -211,8 +235,10 @@ def _explained(what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{what}: {reason}", hint=hint) from error
+        first: BaseException = error
+        while first.__cause__ is not None:  # the exporter's own words around it say how far it got
+            first = first.__cause__
+        raise ModelError(f"{what}: {_COLOURS.sub('', first_line(first))}", hint=hint) from error
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

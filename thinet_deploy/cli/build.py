@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import typer
@@ -46,7 +47,7 @@ def _show(console: Console, done: Build) -> None:
     console.print(render([done.table], console.width))
     console.print(render_ledger(done.table.ledger))
     console.print(render_hops(done.hops, done.table))
-    typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {done.bundle}/run.py)")
+    typer.echo(f"\nBundle: {done.bundle}   (check it anywhere: python {quote(f'{done.bundle}/run.py')})")
     typer.echo(f"Report: {done.run / 'report' / 'report.html'}")
     if done.device:
         show_device(done.device)

@@ -87,7 +87,7 @@ def build(trt: Any, source: Path, engine: Path, settings: Settings, on_progress:
     del parser  # kept until now: the network refers to its weights
     report["timing_cache"] = _save_cache(config, cache, settings.cache)
     report.update(tensorrt=trt.__version__, warnings=list(logger.lines), seconds=round(time.time() - start, 1))
-    report["inspected"] = _inspect(trt, logger, blob, engine.with_suffix(".layers.json"))
+    report["inspected"] = _inspect(trt, logger, blob, engine.with_suffix(".layers.json"), settings.dla_core)
     _write(engine.with_suffix(".build.json"), json.dumps(report, indent=1).encode())
     _write(engine, bytes(blob))  # last: where it is, its reports are
     return report
@@ -117,7 +117,6 @@ def _logger(trt: Any) -> Any:
             self.lines: List[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            """Called by TensorRT, from any thread."""
             kinds = trt.ILogger.Severity
             if severity in (kinds.INTERNAL_ERROR, kinds.ERROR, kinds.WARNING):
                 self.lines.append(message)
@@ -166,11 +165,7 @@ def _fix_batch(network: Any, settings: Settings) -> None:
 
 
 def check_types(trt: Any, network: Any, precision: str) -> None:
-    """Refuse a strongly typed network that holds nothing of the precision asked for: it would silently run in another.
-
-    Raises:
-        BuildError: it does.
-    """
+    """Raise BuildError where a strongly typed network holds nothing of the precision asked for: it runs in another."""
     found = {layer.get_output(i).dtype for layer in _layers(network) for i in range(layer.num_outputs)}
     kinds = {"fp16": trt.DataType.HALF, "bf16": getattr(trt.DataType, "BF16", None), "int8": trt.DataType.INT8}
     if precision in kinds and kinds[precision] not in found:
@@ -263,7 +258,8 @@ def _load_cache(config: Any, path: Optional[Path]) -> str:
     if path is None:
         return "none"
     path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after hours of building
-    if path.exists() and config.set_timing_cache(config.create_timing_cache(path.read_bytes()), False):
+    kept = config.create_timing_cache(path.read_bytes()) if path.exists() else None
+    if kept is not None and config.set_timing_cache(kept, False):  # there is none of a damaged file
         return "reused"
     config.set_timing_cache(config.create_timing_cache(b""), False)
     return "new"
@@ -290,7 +286,6 @@ def _watch(trt: Any, config: Any, on_progress: OnProgress) -> Any:
             self.root, self.done, self.total = "", 0, 1
 
         def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
-            """Called by TensorRT."""
             if not parent_phase:
                 self.root, self.total = phase_name, max(num_steps, 1)
             on_progress(self.done, self.total, phase_name)
@@ -324,10 +319,13 @@ def _build(builder: Any, network: Any, config: Any, stop: threading.Event, logge
     return made[0]
 
 
-def _inspect(trt: Any, logger: Any, blob: Any, path: Path) -> Any:
+def _inspect(trt: Any, logger: Any, blob: Any, path: Path, dla_core: Optional[int]) -> Any:
     """Write the inspector's output; how many layers compute in which type, or why that cannot be known here."""
     try:
-        engine = trt.Runtime(logger).deserialize_cuda_engine(blob)
+        runtime = trt.Runtime(logger)
+        if dla_core is not None:
+            runtime.DLA_core = dla_core
+        engine = runtime.deserialize_cuda_engine(blob)
         inspector = engine.create_engine_inspector() if engine else None
     except Exception as error:  # noqa: BLE001 - the bindings raise types of their own, where there is no driver
         return f"not inspected: {type(error).__name__}: {error}"
@@ -388,6 +386,9 @@ def main(arguments: Sequence[str]) -> int:
         return 3
     except (BuildError, OSError) as error:
         say(error=str(error))
+        return 1
+    except (RuntimeError, TypeError, ValueError) as error:  # how the bindings refuse
+        say(error=f"{name} refuses: {error}. Is there a GPU with a driver for it, and may this container use it?")
         return 1
     except KeyboardInterrupt:
         return 130

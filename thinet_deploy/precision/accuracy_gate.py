@@ -18,7 +18,7 @@ from ..errors import GateError
 from ..interfaces import Progress, silent
 from .calibration import METHODS, Batches, Floats, Method, Values, limits, session
 from .graph import names_of
-from .int8 import quantisable, quantise
+from .int8 import quantisable, quantise, unbounded
 from .refit import refit
 from .rounded import in_float32
 from .weights import Layout
@@ -50,6 +50,7 @@ class Quantised:
         model: with Q/DQ pairs.
         method: of calibration, the best on the held-out images.
         kept: nodes that stay in float32 → what they are called, in the order in which they went back.
+        unbounded: nodes that stay in float32 because values there are not finite → what they are called.
         refitted: layers whose weights were refitted → share of their outputs' error that this left.
         before: top-1 of the float32 network on the held-out images, in percent.
         after: of this one.
@@ -59,6 +60,7 @@ class Quantised:
     model: ModelProto
     method: Method
     kept: dict[str, str]
+    unbounded: dict[str, str]
     refitted: dict[str, float]
     before: float
     after: float
@@ -105,7 +107,9 @@ class _Search:
 
     Attributes:
         names: node → what it is called.
-        method: of calibration: the one whose limits leave the outputs nearest, with all layers in INT8.
+        finite: tensor → its values, where there are limits of them.
+        always: nodes that cannot be in INT8, for want of limits.
+        method: of calibration: the one whose limits leave the outputs nearest, with all other layers in INT8.
     """
 
     def __init__(
@@ -122,11 +126,14 @@ class _Search:
         self.labels = self.exact.argmax(1) if judge.labels is None else judge.labels
         # Folders have one class after another.
         self.few = np.linspace(0, len(self.exact) - 1, min(_FEW, len(self.exact))).astype(np.int64)
-        self.method, self.limits = self._calibrated(values)
+        self.finite = {name: each for name, each in values.items() if each.finite}
+        self.always = unbounded(model, {name: (each.low, each.high) for name, each in self.finite.items()})
+        self.method, self.limits = self._calibrated()
 
-    def _calibrated(self, values: Mapping[str, Values]) -> tuple[Method, Limits]:
-        tried = {method: {name: limits(each, method) for name, each in values.items()} for method in METHODS}
-        costs = {method: self._cost(quantise(self.model, tried[method], self.layout)) for method in METHODS}
+    def _calibrated(self) -> tuple[Method, Limits]:
+        tried = {method: {name: limits(each, method) for name, each in self.finite.items()} for method in METHODS}
+        made = {method: quantise(self.model, tried[method], self.layout, keep=self.always) for method in METHODS}
+        costs = {method: self._cost(made[method]) for method in METHODS}
         best = min(METHODS, key=lambda each: costs[each])
         return best, tried[best]
 
@@ -136,16 +143,18 @@ class _Search:
     @cached_property
     def worst_first(self) -> list[str]:
         """The nodes by what each alone in INT8 changes of the outputs, most first."""
-        nodes, images = quantisable(self.model), self.judge.images[self.few]
+        nodes = [node for node in quantisable(self.model) if node not in self.always]
+        images = self.judge.images[self.few]
         exact = outputs(self.model, images)
         alone = {node: _distance(outputs(self._plain(set(nodes) - {node}), images), exact) for node in nodes}
         return sorted(nodes, key=lambda node: -alone[node])
 
     def quantised(self, kept: Collection[str]) -> Quantised:
         """The network with some nodes in float32; its weights refitted, if the outputs are nearer then."""
-        better = refit(self.model, self.limits, self.layout, self.batches, keep=kept, progress=self.progress)
+        single = {*kept, *self.always}
+        better = refit(self.model, self.limits, self.layout, self.batches, keep=single, progress=self.progress)
         made = {
-            True: quantise(self.model, self.limits, self.layout, keep=kept, weights=better.weights),
+            True: quantise(self.model, self.limits, self.layout, keep=single, weights=better.weights),
             False: self._plain(kept),
         }
         refitted = min(made, key=lambda each: self._cost(made[each]))
@@ -153,6 +162,7 @@ class _Search:
             model=made[refitted],
             method=self.method,
             kept={node: self.names[node] for node in kept},
+            unbounded={node: self.names[node] for node in self.always},
             refitted={self.names[node]: better.error[node] for node in better.weights} if refitted else {},
             before=_top1(self.exact, self.labels),
             after=_top1(outputs(made[refitted], self.judge.images), self.labels),
@@ -160,7 +170,7 @@ class _Search:
         )
 
     def _plain(self, kept: Collection[str]) -> ModelProto:
-        return quantise(self.model, self.limits, self.layout, keep=kept)
+        return quantise(self.model, self.limits, self.layout, keep={*kept, *self.always})
 
 
 def outputs(model: ModelProto, images: Floats) -> Floats:

@@ -35,7 +35,7 @@ class Values:
     """The values of one tensor.
 
     Attributes:
-        low, high: the smallest and the largest.
+        low, high: the smallest and the largest; infinite, or NaN, where a network masks with minus infinity.
         counts: how many fell into each of `BINS` equal parts between them; none were counted of tensors that only
             an activation function reads, for runtimes fuse it into what stands in front of it.
     """
@@ -43,6 +43,11 @@ class Values:
     low: float
     high: float
     counts: NDArray[np.float64]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all are finite, so that there are limits for INT8."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 def session(model: ModelProto, *, literal: bool = False) -> Any:
@@ -88,7 +93,7 @@ def observe(model: ModelProto, batches: Batches) -> dict[str, Values]:
 
     Raises:
         DataError: there are fewer than `MIN_IMAGES` images.
-        ModelError: a value is not finite.
+        ModelError: what the network says is not finite.
     """
     run = _exposed(model)
     extremes: dict[str, tuple[float, float]] = {}
@@ -98,13 +103,13 @@ def observe(model: ModelProto, batches: Batches) -> dict[str, Values]:
         for name, array in run(batch).items():
             low, high = extremes.get(name, (math.inf, -math.inf))
             extremes[name] = min(low, float(array.min())), max(high, float(array.max()))
-    _check(images, extremes)
+    _check(images, {each.name: extremes[each.name] for each in model.graph.output if each.name in extremes})
     counts = {name: np.zeros(BINS) for name in extremes}
     counted = set(extremes) - {n for n, users in readers(model).items() if {u.op_type for u in users} <= ACTIVATIONS}
     for batch in batches():
         for name, array in run(batch).items():
             low, high = extremes[name]
-            if high > low and name in counted:
+            if math.inf > high > low > -math.inf and name in counted:
                 counts[name] += torch.histc(torch.from_numpy(array).flatten(), BINS, low, high).double().numpy()
     return {name: Values(low, high, counts[name]) for name, (low, high) in extremes.items()}
 
@@ -124,17 +129,17 @@ def _exposed(model: ModelProto) -> Callable[[Floats], dict[str, Floats]]:
     return run
 
 
-def _check(images: int, extremes: dict[str, tuple[float, float]]) -> None:
+def _check(images: int, said: dict[str, tuple[float, float]]) -> None:
     if images < MIN_IMAGES:
         raise DataError(
             f"There are {images} calibration images, but at least {MIN_IMAGES} are needed for the limits of INT8.",
             hint="Give more training images (some hundred are usual), or --precision fp32.",
         )
-    for name, values in extremes.items():
+    for name, values in said.items():
         if not all(map(math.isfinite, values)):
             raise ModelError(
-                f"{name} is not finite on the calibration images, so it has no limits.",
-                hint="Look at the network's output on these images: weights or preprocessing are wrong.",
+                f"The network's {name} is not finite on the calibration images.",
+                hint="Weights or preprocessing are wrong.",
             )
 
 
@@ -142,7 +147,7 @@ def limits(values: Values, method: Method) -> tuple[float, float]:
     """Between which values a tensor is quantised; zero, which padding needs, always lies between.
 
     Args:
-        values: of the tensor.
+        values: of the tensor, finite.
         method: "min-max": all of them; "percentile": all but one in ten thousand; "entropy": where quantising changes
             their distribution least, by Kullback and Leibler's divergence (TensorRT's calibration, GTC 2017).
 

@@ -21,7 +21,7 @@ from ..interfaces import Precision
 from ..on_device.engine import MissingRuntimeError
 from ..on_device.engines import import_runtime, open_engine
 from .graph import COMPUTING, layers, readers
-from .held import READERS, Kernel, held
+from .held import READERS, UNREAD, Kernel, held
 
 FOLDED = "folded"
 _OF_OPENVINO = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8"}
@@ -70,8 +70,8 @@ class Proof:
 
     @property
     def wrong(self) -> tuple[Executed, ...]:
-        """Layers that run in another type than was asked for."""
-        return tuple(each for each in self.layers if each.got not in (each.asked, FOLDED))
+        """Layers that run in another type than was asked for, as far as that can be told."""
+        return tuple(each for each in self.layers if each.got not in (each.asked, FOLDED, UNREAD))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""

@@ -6,24 +6,26 @@ calibration images decide which nodes would overflow; they stay in float32 and a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_node
 
 from ..errors import ModelError
 from .calibration import Values
-from .graph import constants, copy_of, element_types, names_of, opset_of, put_nodes
+from .graph import constants, copy_of, element_types, names_of, opset_of, put_nodes, readers
 from .upgrade import NEW as BF16_OPSET
 from .upgrade import to_opset_22
 
 Half = Literal["fp16", "bf16"]
 _ELEMENT: dict[Half, int] = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _LARGEST_FP16 = 65504.0
+_LEAST_FP16 = 2.0**-14  # below it FP16 has ever fewer digits, and below 6e-8 zero
 # Other images than those of the calibration go further.
 _MARGIN = 4.0
 # Sums over many elements, powers and exponentials: they overflow, or lose what is small, between input and output.
@@ -42,6 +44,10 @@ PRONE = frozenset(
         ),
     }
 )
+# What reads a small number to keep a division finite, and how its result gets there: an empty image shows it first.
+_GUARDS = frozenset({"Add", "Clip", "Div", "Max", "Mul", "Sub", "Where"})
+_TOWARDS = frozenset({"Cast", "Expand", "Identity", "Log", "Reciprocal", "Reshape", "Sqrt", "Squeeze", "Unsqueeze"})
+_DIVIDES = frozenset({"Div", "Mul", "Pow"})
 # Inputs that are float32 whatever the data is: Resize's regions and scales.
 _ALWAYS_SINGLE = {"Resize": (1, 2)}
 
@@ -54,7 +60,8 @@ def overflowing(model: ModelProto, values: Mapping[str, Values]) -> dict[str, st
         values: of all its tensors on the calibration images.
 
     Returns:
-        Node → why: values too large for FP16, or an operator of `PRONE`.
+        Node → why: values too large for FP16, or so small that a division by them would be one by zero, or an operator
+        of `PRONE`.
     """
     stored, most = constants(model), _LARGEST_FP16 / _MARGIN
     reasons = {}
@@ -62,12 +69,30 @@ def overflowing(model: ModelProto, values: Mapping[str, Values]) -> dict[str, st
         tensors = [name for name in (*node.input, *node.output) if name]
         seen = [max(-values[name].low, values[name].high) for name in tensors if name in values]
         inside = [stored[name] for name in tensors if name in stored and stored[name].dtype == np.float32]
-        largest = max([0.0, *seen, *(float(np.abs(each).max(initial=0)) for each in inside)])
-        if largest > most:
+        largest = float(np.max([0.0, *seen, *(float(np.abs(each).max(initial=0)) for each in inside)]))
+        if not largest <= most:  # NaN neither
             reasons[node.name] = f"values up to {largest:.3g}, where FP16 ends at {_LARGEST_FP16:.0f}"
         elif node.op_type in PRONE:
             reasons[node.name] = f"{node.op_type} loses too much in FP16"
-    return reasons
+    return dict.fromkeys(_guarded(model, stored), "a number there is smaller than those of FP16") | reasons
+
+
+def _guarded(model: ModelProto, stored: Mapping[str, NDArray[Any]]) -> Iterator[str]:
+    """Nodes that read a stored number too small for FP16, and those behind them up to the division that it guards."""
+    users = readers(model)
+
+    def small(name: str) -> bool:
+        sizes = np.abs(stored[name]) if name in stored and stored[name].dtype == np.float32 else np.zeros(0)
+        return bool(sizes.any() and sizes.max() < _LEAST_FP16)
+
+    ahead = [node for node in model.graph.node if node.op_type in _GUARDS and any(map(small, node.input))]
+    for node in ahead:  # grows as it goes
+        yield node.name
+        ahead += [
+            user
+            for user in users.get(node.output[0], [])
+            if user.op_type in _TOWARDS or (user.op_type in _DIVIDES and node.op_type not in _DIVIDES)
+        ]
 
 
 def to_half(model: ModelProto, kind: Half, *, keep: Collection[str] = (), keep_io: bool = True) -> ModelProto:

@@ -20,15 +20,19 @@ from typing import Any
 from ..errors import ThinetDeployError
 
 UNKNOWN = "unknown"
+UNREAD = "not read back"  # the file holds what we cannot read, and may be right
 _OF_XNNPACK = {"fp32": "fp32", "fp16": "fp16", "qint8": "int8", "qcint8": "int8"}
 # What stands in front of a layer's weights in an ncnn .bin (ncnn's modelbin.cpp).
 _OF_NCNN = {0: "fp32", 0x01306B47: "fp16", 0x000D4B38: "int8"}
-_NCNN_LAYERS = ("Convolution", "ConvolutionDepthWise", "Deconvolution", "DeconvolutionDepthWise", "InnerProduct")
+_NCNN_LAYERS = {
+    *("Convolution", "ConvolutionDepthWise", "Deconvolution", "DeconvolutionDepthWise", "InnerProduct"),
+    *("Convolution1D", "ConvolutionDepthWise1D", "Deconvolution1D", "DeconvolutionDepthWise1D"),
+}
 _NCNN_WEIGHTLESS = {
     *("Input", "Split", "ReLU", "Pooling", "BinaryOp", "Reshape", "Permute", "Concat", "ShuffleChannel", "Flatten"),
     *("Reduction", "Clip", "Crop", "Padding", "Sigmoid", "HardSwish", "HardSigmoid", "Softmax", "Slice", "Interp"),
     *("UnaryOp", "Dropout", "Noop", "ExpandDims", "Squeeze", "Swish", "TanH", "ELU", "GELU", "LRN", "PixelShuffle"),
-    *("Mish", "SELU", "CELU", "MatMul", "Tile", "Softplus"),
+    *("Mish", "SELU", "CELU", "MatMul", "Tile", "Softplus", "SDPA"),
 }
 # Layers whose numbers stand in the .bin as float32, without a flag → how many.
 _NCNN_PLAIN: dict[str, Callable[[Mapping[str, str]], int]] = {
@@ -62,10 +66,11 @@ def held(runtime: str, path: Path, layers: list[str]) -> list[Kernel]:
         layers: names of the network's layers, in its order.
 
     Returns:
-        One for each layer; for all of them together where the file has another number of them.
+        One for each layer; for all of them together where the file has another number of them, or an operator that is
+        not known (`UNREAD`).
 
     Raises:
-        ThinetDeployError: the file is damaged, or holds what we do not know.
+        ThinetDeployError: the file is damaged.
     """
     try:
         kinds = list(READERS[runtime](path))
@@ -74,6 +79,8 @@ def held(runtime: str, path: Path, layers: list[str]) -> list[Kernel]:
     except Exception as error:  # each format has errors of its own for damaged files
         hint = "Convert it again; the file may be damaged."
         raise ThinetDeployError(f"What {path} holds cannot be read back: {error}", hint=hint) from error
+    if UNREAD in kinds:
+        return [Kernel((), UNREAD)]
     if len(kinds) == len(layers):
         return [Kernel((layer,), kind) for layer, kind in zip(layers, kinds, strict=True)]
     missing = [UNKNOWN] if len(kinds) < len(layers) else []
@@ -89,7 +96,7 @@ def _ncnn(path: Path) -> Iterator[str]:
     """The flags in the .bin, found by walking along the layers of the .param."""
     data, at = path.with_suffix(".bin").read_bytes(), 0
     for line in path.read_text(encoding="utf-8").splitlines()[2:]:
-        op, name, inputs, outputs, *rest = line.split()
+        op, _, inputs, outputs, *rest = line.split()
         values = dict(each.split("=", 1) for each in rest[int(inputs) + int(outputs) :])
         if op in _NCNN_PLAIN:
             at += 4 * _NCNN_PLAIN[op](values)
@@ -97,9 +104,8 @@ def _ncnn(path: Path) -> Iterator[str]:
         if op not in _NCNN_LAYERS:
             if op in _NCNN_WEIGHTLESS:
                 continue
-            raise ThinetDeployError(
-                f"Whether {name} ({op}) has weights in {path.name} is not known, so their types are not."
-            )
+            yield UNREAD  # whether it has weights is not known, so where those of others begin is not
+            return
         flag = struct.unpack_from("<I", data, at)[0]
         kind = _OF_NCNN.get(flag, f"{UNKNOWN} ({flag:#x})")
         linear = op == "InnerProduct"

@@ -38,6 +38,18 @@ def quantisable(model: ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in QUANTISED and fits(node)]
 
 
+def unbounded(model: ModelProto, limits: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Of `quantisable` those that read or give a tensor without limits, as where values are infinite."""
+    chosen, stored, users = set(quantisable(model)), constants(model), readers(model)
+
+    def tensors(node: NodeProto) -> Iterator[str]:
+        yield from (name for name in node.input[:2] if name not in stored)
+        yield from node.output
+        yield from (user.output[0] for user in users.get(node.output[0], []) if user.op_type in ACTIVATIONS)
+
+    return [each.name for each in model.graph.node if each.name in chosen and not limits.keys() >= set(tensors(each))]
+
+
 def left_out(model: ModelProto) -> dict[str, str]:
     """Nodes that multiply and accumulate and are not brought to INT8 → why."""
     taken = set(quantisable(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ import numpy as np
 
 from ..artifact import write_json
 from ..counting import count
-from ..errors import ThinetDeployError
+from ..errors import ConversionError, ThinetDeployError
 from ..export import INPUT, export_onnx, export_program
 from ..interfaces import Array, Conversion, Precision
 from ..on_device.runner import ROUNDS
@@ -27,7 +28,8 @@ from ..training import judge
 from .precision import CALIBRATION, quantises, typed_judgement
 from .tools import Tools
 
-EXPORTED, ENGINES, LATENCY, LAYERS, DROPS = "export.json", "engines.json", "latency.json", "layers.json", "drops.json"
+EXPORTED, LATENCY, LAYERS, DROPS = "export.json", "latency.json", "layers.json", "drops.json"
+ENGINES, REFUSED = "engines.json", "refused.json"
 ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = ROUNDS
 TORCH_BATCH = 32
@@ -77,9 +79,16 @@ class Files:
 
 
 def engines(tools: Tools, files: Files, names: list[str], runtimes: Sequence[str], folder: Path) -> None:
-    """An engine per network and runtime."""
-    made, jobs = {}, [(name, runtime) for name in names for runtime in runtimes]
+    """An engine per network and runtime; none of a runtime that refuses one of them, as long as another takes them all.
+
+    Raises:
+        ConversionError: no runtime takes all networks.
+    """
+    made, refused = dict[str, Any](), dict[str, ConversionError]()
+    jobs = [(name, runtime) for name in names for runtime in runtimes]
     for index, (name, runtime) in enumerate(jobs):
+        if runtime in refused:
+            continue
         tools.progress("Converting", index, len(jobs), f"{name} to {runtime}")
         place = folder / runtime / name
         place.mkdir(parents=True)
@@ -88,10 +97,17 @@ def engines(tools: Tools, files: Files, names: list[str], runtimes: Sequence[str
         images = files.typed / CALIBRATION if own and files.engines == "int8" else None
         job = Conversion(source, place, files.engines, target=tools.job.options.target, calibration=images)
         log = tools.job.options.out / "logs" / f"{name}-{runtime}.log"
-        artifact = convert(runtime, job, folder, log=log, progress=tools.progress)
-        made[f"{name}/{runtime}"] = artifact.to_json()
-    tools.progress("Converting", len(jobs), len(jobs), f"{len(jobs)} engines")
+        try:
+            made[f"{name}/{runtime}"] = convert(runtime, job, folder, log=log, progress=tools.progress).to_json()
+        except ConversionError as error:
+            refused[runtime] = error
+            shutil.rmtree(folder / runtime)
+    made = {key: entry for key, entry in made.items() if key.split("/")[1] not in refused}
+    if refused and not made:
+        raise next(iter(refused.values()))
+    tools.progress("Converting", len(jobs), len(jobs), f"{len(made)} engines")
     write_json(folder / ENGINES, made)
+    write_json(folder / REFUSED, {runtime: error.what for runtime, error in refused.items()})
 
 
 def drops(tools: Tools, folders: Mapping[str, Path], files: Files, folder: Path) -> None:

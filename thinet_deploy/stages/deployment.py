@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..bundle import BUILDER, KIT
 from ..devices.android import Phone
 from ..devices.site import Machine
 from ..environment import fingerprint, machine_id
-from ..errors import GateError
+from ..errors import ConversionError, GateError, ModelError
 from ..precision.held import READERS
 from ..precision.plan import PrecisionPlan
 from ..registry import device_notes, runs_here
@@ -68,14 +69,15 @@ def deploy(
     engines = build.engines(onnx)
     parity = build.parity(onnx, engines)
     measured = build.measured(onnx, engines)
-    notes = build.notes(onnx)
+    notes = build.notes(onnx, engines)
     bundle = build.bundle(onnx, engines, parity, notes)
     there = build.on_device(machine, bundle) if machine else None
     judged = build.judged(onnx)
     table = build_table(tools.job, made, judged.files, measured, build.drops(judged))
     page = html_report.Page(run.root, table, build.verdicts(table, there), there)
     build.report(page, parity, measured)
-    said = plan.notes if there else notes  # what is left to do on the device has been done
+    # What is left to do on the device has been done.
+    said = (*plan.notes, *engines.notes) if there else notes
     notes = (*tools.job.data.notes, *said, *_slower(tools.job, table, there))
     return Build(run.root, table, _hops(parity), bundle.folder, notes, page.verdicts, there)
 
@@ -102,10 +104,16 @@ class _Onnx:
 
 @dataclass(frozen=True)
 class _Engines:
-    """The engines: digest of their stage, and (network, runtime) → file."""
+    """The engines: digest of their stage, (network, runtime) → file, and runtime → why there are none for it."""
 
     digest: str
     paths: dict[tuple[str, str], Path]
+    refused: dict[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user has to know of them."""
+        return tuple(f"No engine for {runtime}: {why}" for runtime, why in self.refused.items())
 
 
 class _Deployment:
@@ -140,8 +148,9 @@ class _Deployment:
             "shape": list(self.job.input_shape),
             "sources": sorted(registry.sources(self.target)),
             "made by": registry.versions(("thinet_deploy", "torch", "onnx", "onnxscript")),
+            "rules": 1,  # of the exporter's that are used, see export.py
         }
-        return self.run.alone("onnx", inputs, lambda f, _: deploy_stage.exported(self.tools, self.folders, f))
+        return self._made("onnx", inputs, lambda f: deploy_stage.exported(self.tools, self.folders, f))
 
     def _typed(self, onnx: Stage) -> Stage:
         options = self.job.options
@@ -156,27 +165,43 @@ class _Deployment:
             "asked": [options.precision, options.max_drop, options.calibration_images, options.seed],
         }
 
-        def make(folder: Path, _: Checkpoint) -> None:
+        return self._made(
+            "typed", inputs, lambda f: precision_stage.typed(self.tools, self.plan, onnx.folder, names, f)
+        )
+
+    def _made(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        make: Callable[[Path], None],
+        holds: Callable[[Stage], bool] = lambda _: True,
+    ) -> Stage:
+        """A stage on the way to the bundle. Where it cannot be made, an earlier build's bundle goes, lest it ship."""
+
+        def guarded(folder: Path, _: Checkpoint) -> None:
             try:
-                precision_stage.typed(self.tools, self.plan, onnx.folder, names, folder)
-            except GateError:
-                self._discard("bundle", "report")
+                make(folder)
+            except (ConversionError, GateError, ModelError):
+                self._discard("bundle", "report", "contract")
                 raise
 
-        return self.run.alone("typed", inputs, make)
+        return self.run.alone(name, inputs, guarded, holds)
 
     def engines(self, onnx: _Onnx) -> _Engines:
-        """An engine per network and runtime."""
+        """An engine per network and runtime; what a runtime refused is tried again by the next call."""
         runtimes, names = self.plan.runtimes, list(self.folders)
         inputs = {**onnx.digests, "tools": {each: registry.toolchain(each) for each in runtimes}}
-        made = self.run.alone(
-            "engines", inputs, lambda f, _: deploy_stage.engines(self.tools, onnx.files, names, runtimes, f)
+        made = self._made(
+            "engines",
+            inputs,
+            lambda f: deploy_stage.engines(self.tools, onnx.files, names, runtimes, f),
+            lambda stage: not stage.json(deploy_stage.REFUSED),
         )
         paths = dict[tuple[str, str], Path]()
         for key, entry in made.json(deploy_stage.ENGINES).items():
             name, runtime = key.split("/")
             paths[name, runtime] = made.folder / entry["path"]
-        return _Engines(made.digest, paths)
+        return _Engines(made.digest, paths, made.json(deploy_stage.REFUSED))
 
     def parity(self, onnx: _Onnx, engines: _Engines) -> Stage:
         """The verdicts; a failed one ends the build."""
@@ -188,10 +213,10 @@ class _Deployment:
             "hops": hash_json(str([self.made.hops, executed])),
         }
         known = self.made.hops, executed
-        stage = self.run.alone(
+        stage = self._made(
             "parity",
             inputs,
-            lambda f, _: parity_stage.parity(self.tools, self.folders, onnx.files, engines.paths, known, f),
+            lambda f: parity_stage.parity(self.tools, self.folders, onnx.files, engines.paths, known, f),
         )
         gate(_hops(stage), self.run, stage)
         return stage
@@ -203,10 +228,10 @@ class _Deployment:
         if not paths:
             return []
         inputs = {"engines": engines.digest, "machine": _this_machine(), "precision": files.engines}
-        stage = self.run.alone(
+        stage = self._made(
             "precision",
             inputs,
-            lambda f, _: precision_stage.executed(self.tools, self.plan, files.onnx, files.report, paths, f),
+            lambda f: precision_stage.executed(self.tools, self.plan, files.onnx, files.report, paths, f),
         )
         return [verify.Hop(**proof["hop"]) for proof in stage.json(precision_stage.EXECUTED).values()]
 
@@ -231,11 +256,11 @@ class _Deployment:
             deploy_stage.undisturbed,
         )
 
-    def notes(self, onnx: _Onnx) -> tuple[str, ...]:
+    def notes(self, onnx: _Onnx, engines: _Engines) -> tuple[str, ...]:
         """What the user has to know, or to do on the device."""
         dla = self.job.options.dla
         typed = precision_stage.file_notes(onnx.files.report, self.made.labels, self.target, self.plan, dla)
-        return (*device_notes(self.target, dla), *self.plan.notes, *typed)
+        return (*device_notes(self.target, dla), *self.plan.notes, *engines.notes, *typed)
 
     def bundle(self, onnx: _Onnx, engines: _Engines, parity: Stage, notes: tuple[str, ...]) -> Stage:
         """What ships."""

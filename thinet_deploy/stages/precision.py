@@ -37,6 +37,10 @@ from .tools import Tools
 # What is usual; more changes limits by less than a step.
 CALIBRATION_IMAGES = 300
 JUDGING_IMAGES = 500
+_FREE = (
+    "TensorRT 8, and DLAs before TensorRT 11, may choose FP16 for them all the same, where that is faster: `run.py` "
+    "there compares the outputs."
+)
 TYPED, EXECUTED, CALIBRATION = "typed.json", "precision.json", "calibration.npy"
 
 
@@ -164,9 +168,10 @@ def _made(
 def _told(done: Quantised, model: ModelProto) -> dict[str, Any]:
     names, left = names_of(model), left_out(model)
     costly = dict.fromkeys(done.kept.values(), "in INT8 too much top-1 is lost for --max-drop")
+    endless = dict.fromkeys(done.unbounded.values(), "values there are not finite")
     return {
-        "kept": costly | {names[node]: why for node, why in left.items()},
-        "kept_nodes": [*done.kept, *left],
+        "kept": costly | endless | {names[node]: why for node, why in left.items()},
+        "kept_nodes": [*done.kept, *done.unbounded, *left],
         "method": done.method,
         "refitted": done.refitted,
         "top1_fp32": done.before,
@@ -217,7 +222,9 @@ def executed(
         keep = () if quantises(runtime) else report.get(name, {}).get(plan.engines, {}).get("kept_nodes", ())
         proof = prove_precision(runtime, path, source, plan.engines, keep=keep)
         does = "holds" if runtime in READERS else "runs"
-        hop = verify.Hop(name, f"{runtime} {does} {plan.engines}", not proof.wrong, detail=proof.describe())
+        own = plan.engines == "int8" and quantises(runtime)  # as far as its makers' tools go
+        passed = "int8" in proof.shares if own else not proof.wrong
+        hop = verify.Hop(name, f"{runtime} {does} {plan.engines}", passed, detail=proof.describe())
         found[f"{name}/{runtime}"] = {**proof.to_json(), "hop": asdict(hop)}
     tools.progress("Reading precisions back", len(engines), len(engines), f"{len(engines)} engines")
     write_json(folder / EXECUTED, found)
@@ -250,7 +257,8 @@ def file_notes(
     """What people have to know about typed files: layers in fp32, files that could not be had, their use."""
     if own := [each for each in plan.runtimes if plan.engines == "int8" and quantises(each)]:
         yield (
-            f"{' and '.join(own)}: quantised by the runtime's own tools, every layer, not from our INT8 ONNX file. "
+            f"{' and '.join(own)}: quantised by the runtime's own tools, as far as these go (the report says of which "
+            "layers), not from our INT8 ONNX file. "
             "Accuracy, size and layers in fp32 given here are that file's; judge such an engine on the device too."
         )
     for name, files in report.items():
@@ -259,9 +267,16 @@ def file_notes(
                 yield f"{labels[name]}: no {precision} file. {how['refused']}"
             elif how["kept"]:
                 listed = "; ".join(f"{layer} ({why})" for layer, why in how["kept"].items())
-                yield f"{labels[name]} in {precision}: these layers stay in fp32: {listed}."
+                wish = f" {_FREE}" if precision == "fp16" and _chooses(target, dla) else ""
+                yield f"{labels[name]} in {precision}: these layers stay in fp32: {listed}.{wish}"
             if "path" in how and precision != plan.engines:
                 yield f"The bundle has the network in {precision}, for the device: {_use(target, precision, dla)}"
+
+
+def _chooses(target: TargetProfile, dla: int | None) -> bool:
+    """Whether the target's TensorRT takes the types of an FP16 file for a wish."""
+    weak = target.stack is not None and target.stack.strong_typing == "none"
+    return "tensorrt" in target.runtimes and (weak or dla is not None)
 
 
 def _use(target: TargetProfile, precision: Precision, dla: int | None) -> str:

@@ -1,0 +1,50 @@
+"""A runtime that does not take a network: the others are built, and nothing of an earlier build passes for this one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thinet_deploy.artifact import Artifact
+from thinet_deploy.bundle import read_manifest
+from thinet_deploy.errors import ConversionError
+from thinet_deploy.interfaces import Conversion
+from thinet_deploy.options import Options
+from thinet_deploy.pipeline import build
+from thinet_deploy.stages import deploy as deploy_stage
+
+MakeOptions = Callable[..., Options]
+WHY = "openvino failed: no rule for Frobnicate."
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_runtime_that_refuses_a_network_is_left_out_named_and_tried_again(
+    tiny_options: MakeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    refusing, convert = {"openvino"}, deploy_stage.convert
+
+    def picky(runtime: str, job: Conversion, *args: Any, **options: Any) -> Artifact:
+        if runtime in refusing and job.source.stem != "original":
+            raise ConversionError(WHY, hint="See the log.")
+        return convert(runtime, job, *args, **options)
+
+    monkeypatch.setattr(deploy_stage, "convert", picky)
+    options = tiny_options(tmp_path / "run", "plain", controls="none")
+    done = build(options)
+    assert {each.runtime for each in read_manifest(done.bundle).engines} == {"onnxruntime"}
+    assert f"No engine for openvino: {WHY}" in done.notes
+    assert f"No engine for openvino: {WHY}" in read_manifest(done.bundle).notes
+    assert not (tmp_path / "run" / "engines" / "openvino").exists()
+    refusing.clear()
+    done = build(options)
+    assert {each.runtime for each in read_manifest(done.bundle).engines} == {"openvino", "onnxruntime"}
+    assert not any(note.startswith("No engine") for note in done.notes)
+    refusing.update({"openvino", "onnxruntime"})
+    with pytest.raises(ConversionError, match="no rule for Frobnicate"):
+        build(options.model_copy(update={"keep": 0.8}))
+    assert (tmp_path / "run" / "conv").exists(), "results are kept"
+    assert not (tmp_path / "run" / "bundle").exists(), "the earlier build's would pass for this one's"
+    assert not (tmp_path / "run" / "report").exists()
