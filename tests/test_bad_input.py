@@ -155,6 +155,11 @@ WEIGHTS = {
     "attack in zip": (attack_in_zip, "--weights w.pth", ("w.pth is refused", "execute code", "safetensors")),
     "attack in pickle": (attack_in_pickle, "--weights w.pth", ("w.pth is refused", "execute code")),
     "whole module": (whole_module, "--weights w.pth", ("w.pth is refused", "model.state_dict()")),
+    "nested": (
+        lambda: torch.save({"epoch": 3, "net": {"w": torch.ones(2)}}, "w.pth"),
+        "--weights w.pth",
+        ("holds no state_dict of tensors, but has one in net", 'torch.load("w.pth")["net"]'),
+    ),
     "no tensors": (lambda: torch.save({"epoch": 3}, "w.pth"), "--weights w.pth", ("holds no state_dict",)),
 }
 VALUES: dict[str, tuple[Prepare, str, tuple[str, ...]]] = {

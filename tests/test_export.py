@@ -96,7 +96,8 @@ def test_what_keeps_a_division_finite_stays_however_small_it_is(small: float, op
         found = torch.relu(net.norm(net.conv(x))).mean((2, 3)) * 0
         apart = found - found.mean(1, keepdim=True)
         spread = torch.sqrt((apart * apart).mean(1, keepdim=True) + small)
-        return net.small(found / (found.abs().sum(1, keepdim=True) + small) + apart / spread)
+        said: torch.Tensor = net.small(found / (found.abs().sum(1, keepdim=True) + small) + apart / spread)
+        return said
 
     net, path = export(normalised, tmp_path / "net.onnx", opset, 8 if opset == 17 else 9)
     x = torch.zeros(3, *SHAPE)
@@ -117,7 +118,8 @@ def test_what_cannot_be_exported_is_explained_in_one_line(tmp_path: Path) -> Non
 def test_the_exporters_first_reason_is_given_and_not_how_far_it_got(tmp_path: Path) -> None:
     def attending(net: Net, x: torch.Tensor) -> torch.Tensor:
         rows = net.conv(x).flatten(2)
-        return net.small(F.scaled_dot_product_attention(rows, rows, rows).mean(2))
+        said: torch.Tensor = net.small(F.scaled_dot_product_attention(rows, rows, rows).mean(2))
+        return said
 
     with pytest.raises(ModelError, match="exported to ONNX: only 4D query, key, and value are supported"):
         export(attending, tmp_path / "net.onnx")
@@ -161,7 +163,9 @@ def test_nothing_in_the_file_tells_of_this_machine(tmp_path: Path) -> None:
 
 def test_nothing_in_the_branches_of_a_file_tells_of_this_machine(tmp_path: Path) -> None:
     def branching(net: Net, x: torch.Tensor) -> torch.Tensor:
-        return net.small(torch.cond(x.mean() > 0, torch.relu, torch.tanh, (net.conv(x),)).mean((2, 3)))
+        either = torch.cond(x.mean() > 0, torch.relu, torch.tanh, (net.conv(x),))
+        said: torch.Tensor = net.small(either.mean((2, 3)))
+        return said
 
     net, path = export(branching, tmp_path / "net.onnx")
     data = path.read_bytes()

@@ -1,17 +1,35 @@
 """What a build starts from: the identity of its stages, and what is found out before any work begins."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import InputError, ModelError, TargetError, UnknownNameError, WeightsError
+from thinet_deploy.intervals import Interval
 from thinet_deploy.options import Options, make_options, read_config, spelled_out
 from thinet_deploy.pipeline import prune
 from thinet_deploy.stages import job as jobs
 from thinet_deploy.stages.job import load_job
+from thinet_deploy.stages.tools import REPORT, remarks
+from thinet_deploy.tasks.base import Accuracy
 
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.input_shape = (1, 8, 8)
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, num_classes))
+        {line}
+
+    def forward(self, x):
+        return self.net(x)
+"""
 MakeOptions = Callable[..., Options]
 
 
@@ -32,6 +50,37 @@ def test_a_network_that_cannot_train_on_one_image_needs_larger_batches(
     assert "--batch-size 2" in no.value.hint
     load_job(tiny_options(tmp_path, "norm_of_points", batch_size=2))
     load_job(tiny_options(tmp_path, "plain", batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("self.net.requires_grad_(False)", "has frozen all of its parameters"),
+        ("self.net.append(nn.Softmax(1))", "gives probabilities, but scores were expected"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_as_it_is_is_refused(
+    line: str, words: str, tiny_options: MakeOptions, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(NET.format(line=line))
+    with pytest.raises(ModelError, match=words):
+        load_job(tiny_options(tmp_path / "run").model_copy(update={"model": f"{file}:Net"}))
+
+
+def test_what_is_frozen_and_an_original_that_knows_nothing_are_told(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(NET.format(line="self.net[0].requires_grad_(False)"))
+    job = load_job(tiny_options(tmp_path / "run").model_copy(update={"model": f"{file}:Net"}))
+
+    def told(right: int) -> list[str]:
+        value = Interval(right, right - 10, right + 10)
+        write_json(tmp_path / REPORT, {"accuracy": asdict(Accuracy({"top-1": value}, 40))})
+        return list(remarks(job, tmp_path))
+
+    assert [note for note in told(95) if "frozen" not in note] == []
+    assert told(95)[-1].endswith("mine.py:Net has frozen: net.0.weight, net.0.bias.")
+    assert told(35)[0].startswith("The original has 35.00 % of 40 test images right, which guessing among 3")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,23 @@ def test_the_users_modules_elsewhere_on_the_import_path_are_part_of_it(
     assert {name for name in first if first[name] != second[name]} == {"shared/more.py"}
 
 
+def test_a_file_is_executed_once_for_what_it_registers_cannot_be_registered_twice(net: Callable[[str], str]) -> None:
+    text = """
+import torch
+from torch import nn
+LIBRARY = torch.library.Library("of_test_loading", "DEF")
+LIBRARY.define("twice(Tensor x) -> Tensor")
+def make():
+    return nn.Conv2d(1, 2, 3)
+def other():
+    return nn.Conv2d(1, 4, 3)
+"""
+    spec = net(text)
+    build_model(spec, input_shape=None, num_classes=None, seed=0)
+    build_model(spec, input_shape=None, num_classes=None, seed=0)
+    build_model(f"{spec.rpartition(':')[0]}:other", input_shape=None, num_classes=None, seed=0)
+
+
 def test_a_changed_file_is_read_again(net: Callable[[str], str]) -> None:
     for outputs in ("2", "13"):
         model = build_model(net(BODY.format(parameters="", outputs=outputs)), input_shape=None, num_classes=2, seed=0)

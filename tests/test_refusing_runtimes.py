@@ -12,6 +12,7 @@ from thinet_deploy.errors import ConversionError
 from thinet_deploy.interfaces import Conversion
 from thinet_deploy.options import Options
 from thinet_deploy.pipeline import build
+from thinet_deploy.registry import convert
 from thinet_deploy.stages import deploy as deploy_stage
 
 MakeOptions = Callable[..., Options]
@@ -24,7 +25,7 @@ def test_a_runtime_that_refuses_a_network_is_left_out_named_and_tried_again(
 ) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    refusing, convert = {"openvino"}, deploy_stage.convert
+    refusing = {"openvino"}
 
     def picky(runtime: str, job: Conversion, *args: Any, **options: Any) -> Artifact:
         if runtime in refusing and job.source.stem != "original":

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 
 import torch
 from torch import nn
@@ -122,8 +122,25 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
         )
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint=f"Expected file.py:function for the {purpose}.")
+    module = _loaded(path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UnknownNameError(f"function in {path}", name, known)
+    return function  # type: ignore[no-any-return]
+
+
+_LOADED: dict[Path, tuple[bytes, ModuleType]] = {}
+
+
+def _loaded(path: Path) -> ModuleType:
+    """The user's file as a module; executed once, for what it registers elsewhere cannot be registered twice."""
     # A name of its own, so that a model.py or random.py of the user's stands in nobody's way.
-    module_spec = _spec_of(f"{_USERS}{path.stem}", path)
+    module_spec, text = _spec_of(f"{_USERS}{path.stem}", path), path.read_bytes()
+    before, module = _LOADED.get(path.resolve(), (b"", None))
+    if module is not None and before == text:
+        sys.modules[module.__name__] = module
+        return module
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     if (folder := str(path.parent.resolve())) not in sys.path:
@@ -132,15 +149,13 @@ def load_function(spec: str, purpose: str) -> Callable[..., object]:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything, or be a program
+        del sys.modules[module.__name__]
         raise ModelError(
             f"{path} failed to load: {type(error).__name__}: {error}",
             hint='Only definitions may run on import; put the rest under `if __name__ == "__main__":`.',
         ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UnknownNameError(f"function in {path}", name, known)
-    return function  # type: ignore[no-any-return]
+    _LOADED[path.resolve()] = text, module
+    return module
 
 
 def _spec_of(name: str, path: Path | str) -> ModuleSpec:

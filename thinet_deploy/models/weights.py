@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load_file, save
@@ -47,7 +49,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is refused: it is no file of tensors alone, and loading anything else could execute code.",
+            f"{path} is refused: it is no file of tensors alone, and loading anything else could execute code"
+            f"{_named(error)}.",
             hint="Save the state_dict only: torch.save(model.state_dict(), FILE), or use safetensors.",
         ) from error
     except Exception as error:  # a damaged file makes torch raise anything
@@ -56,9 +59,26 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             hint="The file may be truncated; expected is a .safetensors or .pth file with a state_dict.",
         ) from error
     state = data.get("state_dict", data.get("model", data)) if isinstance(data, dict) else data
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise WeightsError(f"{path} holds no state_dict of tensors.", hint="Save model.state_dict().")
+    if not _is_state(state):
+        held = [str(key) for key, value in data.items() if value and _is_state(value)] if isinstance(data, dict) else []
+        where = f", but has one in {', '.join(held)}" if held else ""
+        alone = (
+            f'torch.save(torch.load("{path.name}")["{held[0]}"], FILE)'
+            if held
+            else "torch.save(model.state_dict(), FILE)"
+        )
+        raise WeightsError(f"{path} holds no state_dict of tensors{where}.", hint=f"Save it alone: {alone}.")
     return {str(name): tensor for name, tensor in state.items()}
+
+
+def _is_state(value: object) -> TypeGuard[dict[Any, torch.Tensor]]:
+    return isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values())
+
+
+def _named(error: Exception) -> str:
+    """What torch would not load, if it says so."""
+    found = re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(error))
+    return f" (it has a {found[1]})" if found else ""
 
 
 def _without_wrapper(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

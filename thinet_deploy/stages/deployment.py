@@ -34,7 +34,7 @@ from . import precision as precision_stage
 from .build_table import build_table
 from .job import Job
 from .networks import Networks, gate
-from .tools import Tools
+from .tools import Tools, remarks
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def deploy(
     build.report(page, parity, measured)
     # What is left to do on the device has been done.
     said = (*plan.notes, *engines.notes) if there else notes
-    notes = (*tools.job.data.notes, *said, *_slower(tools.job, table, there))
+    notes = (*remarks(tools.job, build.folders["original"]), *said, *_slower(tools.job, table, there))
     return Build(run.root, table, _hops(parity), bundle.folder, notes, page.verdicts, there)
 
 

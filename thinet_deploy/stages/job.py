@@ -30,6 +30,7 @@ from ..pruning.surgery import gap_head
 from ..target import TargetProfile, load_profile
 from ..tasks.base import Task
 from ..tasks.choice import task_of
+from ..tasks.classification import CLASSIFICATION
 from ..training import Recipe, changed
 from .conflicts import check_together
 
@@ -272,6 +273,11 @@ def _check_model(job: Job) -> nn.Module:
             "`features` says to it whatever its size.",
             hint="Use --preset thinet-conv, which keeps the head.",
         )
+    if not any(each.requires_grad for each in model.parameters()):
+        raise ModelError(
+            f"{job.options.model} has frozen all of its parameters, so that nothing could be trained.",
+            hint="Leave requires_grad_(False) out of it: pruning itself trains nothing, fine-tuning does.",
+        )
     if not job.options.trainer:
         batch = min(2, job.options.batch_size)
         hint = "BatchNorm needs --batch-size 2 or more; else look at what forward() does in training."
@@ -301,3 +307,15 @@ def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) 
             f"{' and '.join(shapes)} for each of the {classes} classes.",
             hint="A factory that takes num_classes is called with the number of classes in the data.",
         )
+    if job.data.task.name == CLASSIFICATION.name and _sums_to_one(given[0]):
+        raise ModelError(
+            f"{job.options.model} gives probabilities, but scores were expected: training and the bundle's programs "
+            "make probabilities of them.",
+            hint="Leave the softmax at the end of forward() out.",
+        )
+
+
+def _sums_to_one(scores: torch.Tensor) -> bool:
+    """Whether each row is what a softmax gives."""
+    sums = scores.sum(1)
+    return scores.shape[1] > 1 and bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)

@@ -269,6 +269,11 @@ def file_notes(
                 listed = "; ".join(f"{layer} ({why})" for layer, why in how["kept"].items())
                 wish = f" {_FREE}" if precision == "fp16" and _chooses(target, dla) else ""
                 yield f"{labels[name]} in {precision}: these layers stay in fp32: {listed}.{wish}"
+            if 100 / (images := how.get("images", 100)) > (most := how.get("max_drop", 100)):
+                yield (
+                    f"{labels[name]} in {precision} was judged on {images} held-out training images, where one is "
+                    f"{100 / images:.3g} points: too few for --max-drop {most:g}."
+                )
             if "path" in how and precision != plan.engines:
                 yield f"The bundle has the network in {precision}, for the device: {_use(target, precision, dla)}"
 

@@ -39,7 +39,7 @@ from ..store import Checkpoint
 from ..timing.budget import Found
 from ..training import evaluate
 from .latency import bench_of, fitting, told
-from .tools import REPORT, Tools, json_ready, labelled_by, write_network
+from .tools import REPORT, Tools, json_ready, labelled_by, remarks, write_network
 from .wish import branches_of, counted, wish_of
 
 _PROOF_IMAGES = 3
@@ -147,7 +147,7 @@ def pruned(tools: Tools, dense_folder: Path, folder: Path, checkpoint: Checkpoin
         "whole": {**graph.whole, **done.whole},
         "macs": {"before": before, "after": after},
         "proof": json_ready(proof),
-        "notes": list(job.data.notes),
+        "notes": list(remarks(job, dense_folder)),
     }
     if done.timing:
         report["timing"] = done.timing

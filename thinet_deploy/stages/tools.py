@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,23 @@ def fine_tuning(options: Options) -> Schedule:
 def read_accuracy(folder: Path) -> Accuracy:
     """The accuracy that a stage measured."""
     return Accuracy.read(read_json(folder / REPORT)["accuracy"])
+
+
+def remarks(job: Job, original: Path) -> Iterator[str]:
+    """What the user has to know of the images and of the original, whose stage's folder it is."""
+    yield from job.data.notes
+    accuracy, classes = read_accuracy(original), len(job.data.classes)
+    if accuracy.name == "top-1" and accuracy.figures["top-1"].low <= 100 / classes:
+        yield (
+            f"The original has {accuracy.main:.2f} % of {accuracy.images} test images right, which guessing among "
+            f"{classes} classes may give, so that no comparison with it means much. Check --weights, --preprocess and "
+            "the order of the classes."
+        )
+    if frozen := [name for name, each in job.fresh().named_parameters() if not each.requires_grad]:
+        yield (
+            f"No training changes what {job.model_name} has frozen: {', '.join(frozen[:3])}"
+            f"{f' and {len(frozen) - 3} more' if len(frozen) > 3 else ''}."
+        )
 
 
 def json_ready(record: Any) -> dict[str, object]:

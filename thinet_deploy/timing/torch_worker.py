@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import os
 import queue
@@ -220,6 +221,9 @@ def _serve(stream: socket.socket) -> None:
             first = requests.get()
             sys.path.extend(folder for folder in first["imports"] if folder not in sys.path)
             sys.meta_path.append(UsersFiles(first["users"]))
+            for name in first["users"]:  # with what they register, such as operators of their own
+                with contextlib.suppress(Exception, SystemExit):  # one that the model does not need
+                    importlib.import_module(name)
             _warm_up()
             before = memory_bytes()["now"]
             model, images = _opened(first)
