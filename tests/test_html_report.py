@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from thinet_deploy.intervals import Interval
 from thinet_deploy.pipeline import build
 from thinet_deploy.reports import html as html_report
 from thinet_deploy.reports import html_plots
@@ -80,6 +81,16 @@ def test_a_run_without_engines_or_with_lost_files_leaves_sections_out(built: Bui
     for section in ("contract", "widths", "layers", "latency", "parity", "environment"):
         assert f'<section class="{section}">' not in text
     assert '<section class="papers">' in text
+
+
+def test_figures_at_the_top_say_that_they_are_unstable_and_nothing_has_no_sign(built: Build) -> None:
+    ship = built.table.shipped
+    times = {name: replace(time, unstable=True) for name, time in ship.engines.items()}
+    row = replace(ship, drop=Interval(0.0, -0.004, 1.5), engines=times)
+    table = replace(built.table, rows=tuple(row if each is ship else each for each in built.table.rows))
+    notes = {card["what"]: card["note"] for card in html_report._cards(table)}
+    assert notes["top-1"].startswith("+0.00 points [-1.50, +0.00] against the original")
+    assert all("; unstable, measure again" in notes[runtime] for runtime in times)
 
 
 def test_a_budget_of_time_is_shown_with_what_was_tried_for_it(built: Build, tmp_path: Path) -> None:

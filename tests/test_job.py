@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from thinet_deploy.artifact import write_json
-from thinet_deploy.errors import InputError, ModelError, TargetError, UnknownNameError, WeightsError
+from thinet_deploy.errors import DataError, InputError, ModelError, TargetError, UnknownNameError, WeightsError
 from thinet_deploy.intervals import Interval
 from thinet_deploy.options import Options, make_options, read_config, spelled_out
 from thinet_deploy.pipeline import prune
@@ -66,6 +66,16 @@ def test_a_network_that_cannot_be_trained_as_it_is_is_refused(
     file.write_text(NET.format(line=line))
     with pytest.raises(ModelError, match=words):
         load_job(tiny_options(tmp_path / "run").model_copy(update={"model": f"{file}:Net"}))
+
+
+def test_that_there_are_no_images_is_the_first_thing_to_know(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(NET.format(line="del self.input_shape"))
+    options = tiny_options(tmp_path / "run").model_copy(update={"model": f"{file}:Net"})
+    with pytest.raises(InputError, match="does not say which images it takes"):
+        load_job(options)
+    with pytest.raises(DataError, match="There is no folder"):
+        load_job(options.model_copy(update={"data": tmp_path / "nowhere"}))
 
 
 def test_what_is_frozen_and_an_original_that_knows_nothing_are_told(tiny_options: MakeOptions, tmp_path: Path) -> None:

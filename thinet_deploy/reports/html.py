@@ -175,7 +175,7 @@ def _cards(table: Table) -> list[dict[str, str]]:
     for runtime, time in ship.engines.items():
         if time.speedup is not None:
             spread = f"[{time.speedup_low:.2f}, {time.speedup_high:.2f}]" if time.speedup_low is not None else ""
-            note = f"{time.ms:.3g} ms; × {spread}"
+            note = f"{time.ms:.3g} ms; × {spread}{'; unstable, measure again' if time.unstable else ''}"
             cards.append({"what": runtime, "value": f"{time.speedup:.2f}× faster", "note": note})
     if original and original is not ship:
         fewer, smaller = original.flops / ship.flops, original.size_bytes / ship.size_bytes
@@ -187,8 +187,8 @@ def _cards(table: Table) -> list[dict[str, str]]:
 
 def _drop(ship: Row, original: Row | None, in_fp32: str) -> str:
     if ship.drop:
-        # Signs turned: people read a gain as positive.
-        gain, low, high = -ship.drop.value, -ship.drop.high, -ship.drop.low
+        # Signs turned: people read a gain as positive; and nothing has no sign.
+        gain, low, high = (round(0 - each, 2) + 0.0 for each in (ship.drop.value, ship.drop.high, ship.drop.low))
         return f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}] against the original{in_fp32}"
     return f"original: {original.main.value:.2f} %" if original and original is not ship else ""
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..data.dataset import Dataset, ImageSet, digits_preprocess, load_digits, load_folder
+from ..data.folders import choose_test_folder
 from ..data.preprocess import Preprocess, default_preprocess, load_preprocess
 from ..data.voc import is_voc, load_voc, tasks_of
 from ..devices.site import Machine
@@ -245,6 +246,8 @@ def _usual(options: Options) -> Preprocess:
         build_model(options.model, input_shape=None, num_classes=2, seed=options.seed)
     )
     if shape is None:
+        if options.data is not None and not is_voc(options.data):  # that it has no images is the first thing to know
+            choose_test_folder(options.data, needs_train=options.unlabelled is None)
         raise InputError(
             f"{options.model} does not say which images it takes.",
             hint="Give --input-shape 3x224x224 (or as your network expects), or --preprocess FILE.toml.",
