@@ -10,7 +10,7 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 
 from thinet_deploy.errors import ThinetDeployError
 from thinet_deploy.precision import held as holding
-from thinet_deploy.precision.executed import Executed, Proof, prove_precision
+from thinet_deploy.precision.executed import Executed, Proof, prove_precision, types_in
 from thinet_deploy.precision.held import READERS, Kernel, held
 
 FLAGS = {"fp32": 0, "fp16": 0x01306B47, "int8": 0x000D4B38}
@@ -71,7 +71,9 @@ def test_a_cut_or_a_strange_file_is_no_proof(tmp_path: Path) -> None:
 
 def test_an_operator_that_is_not_known_is_no_proof_and_no_failure(tmp_path: Path) -> None:
     path = ncnn(tmp_path, ("fp16",) * 3, PARAM.replace("ReLU ", "Novel"))
-    assert held("ncnn", path, ["a", "b", "c"]) == [Kernel((), holding.UNREAD)]
+    unread = [Kernel((each,), holding.UNREAD) for each in "bc"]
+    assert held("ncnn", path, ["a", "b", "c"]) == [Kernel(("a",), "fp16"), *unread], "what stands before it is read"
+    assert types_in("ncnn", path, "fp16") == frozenset(), "nothing here can tell"
     layers = tuple(Executed(each, 1, "fp16", holding.UNREAD) for each in "abc")
     assert Proof("ncnn", layers).wrong == ()
     assert Proof("ncnn", layers).describe() == "not read back 100.0 % of the MACs"

@@ -10,10 +10,12 @@ import pytest
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import DataError, InputError, ModelError, TargetError, UnknownNameError, WeightsError
 from thinet_deploy.intervals import Interval
+from thinet_deploy.models.loading import build_model
+from thinet_deploy.models.weights import save_weights
 from thinet_deploy.options import Options, make_options, read_config, spelled_out
 from thinet_deploy.pipeline import prune
 from thinet_deploy.stages import job as jobs
-from thinet_deploy.stages.job import load_job
+from thinet_deploy.stages.job import check_trainable, load_job
 from thinet_deploy.stages.tools import REPORT, remarks
 from thinet_deploy.tasks.base import Accuracy
 
@@ -66,6 +68,16 @@ def test_a_network_that_cannot_be_trained_as_it_is_is_refused(
     file.write_text(NET.format(line=line))
     with pytest.raises(ModelError, match=words):
         load_job(tiny_options(tmp_path / "run").model_copy(update={"model": f"{file}:Net"}))
+
+
+def test_a_frozen_network_that_is_only_pruned_may_stay_so(tiny_options: MakeOptions, tmp_path: Path) -> None:
+    file, weights = tmp_path / "mine.py", tmp_path / "w.safetensors"
+    file.write_text(NET.format(line="self.net.requires_grad_(False)"))
+    options = tiny_options(tmp_path / "run").model_copy(update={"model": f"{file}:Net", "weights": weights})
+    save_weights(build_model(options.model, input_shape=None, num_classes=3, seed=0), weights)
+    job = load_job(options)
+    with pytest.raises(ModelError, match="has frozen all of its parameters"):
+        check_trainable(job, job.fresh())
 
 
 def test_that_there_are_no_images_is_the_first_thing_to_know(tiny_options: MakeOptions, tmp_path: Path) -> None:

@@ -188,6 +188,16 @@ def other():
     build_model(f"{spec.rpartition(':')[0]}:other", input_shape=None, num_classes=None, seed=0)
 
 
+def test_a_factory_that_hands_out_the_same_network_gives_fresh_ones_all_the_same(net: Callable[[str], str]) -> None:
+    spec = net("from torch import nn\nNET = nn.Linear(2, 3)\ndef make():\n    return NET\n")
+    first = build_model(spec, input_shape=None, num_classes=None, seed=0)
+    assert isinstance(first, nn.Linear)
+    nn.init.zeros_(first.weight)
+    other = build_model(spec, input_shape=None, num_classes=None, seed=0)
+    assert isinstance(other, nn.Linear)
+    assert other.weight.any()
+
+
 def test_a_changed_file_is_read_again(net: Callable[[str], str]) -> None:
     for outputs in ("2", "13"):
         model = build_model(net(BODY.format(parameters="", outputs=outputs)), input_shape=None, num_classes=2, seed=0)

@@ -87,8 +87,9 @@ def test_too_few_images_are_refused(mixed_model: ModelProto, mixed_images: Float
 def test_outputs_that_are_not_finite_are_named(mixed_model: ModelProto, mixed_images: Floats) -> None:
     broken = mixed_images.copy()
     broken[3, 0, 0, 0] = np.nan
-    with pytest.raises(ModelError, match="not finite on the calibration images"):
-        observe(mixed_model, lambda: [broken])
+    for batches in ([broken], [mixed_images, broken], [broken, mixed_images]):
+        with pytest.raises(ModelError, match="not finite on the calibration images"):
+            observe(mixed_model, lambda batches=batches: batches)  # type: ignore[misc]
 
 
 def histogram(data: NDArray[Any]) -> Values:

@@ -16,7 +16,7 @@ from thinet_deploy.registry import convert
 from thinet_deploy.stages import deploy as deploy_stage
 
 MakeOptions = Callable[..., Options]
-WHY = "openvino failed: no rule for Frobnicate."
+WHY = "openvino failed: no rule for Frobnicate in model.onnx."
 
 
 @pytest.mark.usefixtures("quick")
@@ -29,7 +29,7 @@ def test_a_runtime_that_refuses_a_network_is_left_out_named_and_tried_again(
 
     def picky(runtime: str, job: Conversion, *args: Any, **options: Any) -> Artifact:
         if runtime in refusing and job.source.stem != "original":
-            raise ConversionError(WHY, hint="See the log.")
+            raise ConversionError(WHY.replace("model", f"{tmp_path}/model"), hint="See the log.")
         return convert(runtime, job, *args, **options)
 
     monkeypatch.setattr(deploy_stage, "convert", picky)

@@ -94,6 +94,9 @@ def test_of_two_lists_accuracy_is_on_the_test_images_if_they_are_annotated(task:
     data = load_voc(root, task, WHOLE)
     assert (len(data.train), len(data.test)) == (4, 2)
     assert "val.txt was not looked at" in data.notes[0]
+    (lists / "test.txt").write_text("\n")
+    assert len(load_voc(root, task, WHOLE).test) == 3, "an empty list is none"
+    (lists / "test.txt").write_text("\n".join(ids[-2:]))
     for path in (*root.glob(f"Annotations/{ids[-1]}.xml"), *root.glob(f"SegmentationClass/{ids[-1]}.png")):
         path.unlink()
     data = load_voc(root, task, WHOLE)

@@ -28,7 +28,7 @@ from .stages import latency as latency_stage
 from .stages import networks, steps
 from .stages import precision as precision_stage
 from .stages.deployment import Build, deploy
-from .stages.job import Job, load_job, moved
+from .stages.job import Job, check_trainable, load_job, moved
 from .stages.networks import Pruning
 from .stages.tools import Tools
 from .stages.transfer_table import transfer
@@ -110,6 +110,8 @@ def build(options: Options, progress: Progress = silent) -> Build:
     machine, target = _device(options)
     job = _placed(load_job(options, progress), machine, target)
     _check_task(job, machine)
+    if options.finetune_epochs != 0:
+        check_trainable(job, job.fresh())
     there = moved(job, options.transfer_to, progress) if options.transfer_to else None
     plan = precision_stage.planned(there or job)
     _check_runtimes(plan)

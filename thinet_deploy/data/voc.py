@@ -116,13 +116,14 @@ def _choose_test_list(root: Path, task: str) -> tuple[str, tuple[str, ...]]:
         raise DataError(f"{folder} has no val.txt or test.txt.", hint="It lists the IDs of the images, one a line.")
     if len(there) == 1:
         return there[0], ()
-    ids = _ids(folder / "test.txt")
-    if all(path.is_file() for path in _known(root, task, ids)):
+    ids = tuple(line.split()[0] for line in _lines(folder / "test.txt") if line.strip())
+    pictures = {path.stem for path in (root / "JPEGImages").iterdir()}
+    if ids and pictures >= set(ids) and all(path.is_file() for path in _known(root, task, ids)):
         return "test", (f"Accuracy is that of the images in {folder / 'test.txt'}; val.txt was not looked at.",)
     place, _ = _KNOWN[task]
     note = (
-        f"Accuracy is that of the images in {folder / 'val.txt'}; those in test.txt were not looked at, for {place} "
-        "has not all of them."
+        f"Accuracy is that of the images in {folder / 'val.txt'}; those in test.txt were not looked at, for JPEGImages "
+        f"or {place} has not all of them."
     )
     return "val", (note,)
 

@@ -164,7 +164,7 @@ def job(place: Path, made: str, command: Sequence[str]) -> dict[str, Any]:
         free_bytes: room on the disk.
     """
     place.mkdir(parents=True, exist_ok=True)
-    with Path(place, "readers").open("a") as readers:
+    with Path(place, "readers").open("a+") as readers:
         with Path(place, "door").open("a") as door, Path(place, "lock").open("a") as lock:
             fcntl.flock(door, fcntl.LOCK_EX)  # one at a time looks and starts: who comes next finds it running
             fcntl.flock(readers, fcntl.LOCK_SH)  # until it is read nobody forgets it
@@ -210,7 +210,7 @@ def keep(place: Path, made: str, lock: int, command: Sequence[str]) -> None:
 def turn(place: Path, out: IO[bytes]) -> Iterator[IO[str]]:
     """The machine's lock, which has the name of the job that runs; `out` is told for whom this one waits."""
     root().mkdir(parents=True, exist_ok=True)
-    with Path(root(), "turn").open("a+") as lock:
+    with Path(root(), "turn-{0}".format(platform.node())).open("a+") as lock:  # boards may share a home
         if not take(lock, fcntl.LOCK_EX):
             lock.seek(0)
             words = "waits for {0} there".format(lock.read() or "another job")
@@ -244,11 +244,13 @@ def forget(place: str) -> None:
     if not Path(place).is_dir():
         return
     doors = [Path(place, name) for name in ("door", "lock", "readers")]
-    with doors[0].open("a") as door, doors[1].open("a") as lock, doors[2].open("a") as readers:
+    with doors[0].open("a+") as door, doors[1].open("a+") as lock, doors[2].open("a+") as readers:
         fcntl.flock(door, fcntl.LOCK_EX)
-        if take(lock, fcntl.LOCK_EX):
-            fcntl.flock(lock, fcntl.LOCK_UN)  # which readers wait for
-            fcntl.flock(readers, fcntl.LOCK_EX)
+        if take(lock, fcntl.LOCK_SH):  # as readers may too: the job has ended
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            patience = time.monotonic() + PATIENCE_S  # with one whose connection hangs
+            while not take(readers, fcntl.LOCK_EX) and time.monotonic() < patience:
+                time.sleep(PAUSE_S)
             clear(Path(place))
 
 

@@ -102,7 +102,8 @@ def observe(model: ModelProto, batches: Batches) -> dict[str, Values]:
         images += len(batch)
         for name, array in run(batch).items():
             low, high = extremes.get(name, (math.inf, -math.inf))
-            extremes[name] = min(low, float(array.min())), max(high, float(array.max()))
+            # numpy's, by which what is no number stays none.
+            extremes[name] = float(np.minimum(low, array.min())), float(np.maximum(high, array.max()))
     _check(images, {each.name: extremes[each.name] for each in model.graph.output if each.name in extremes})
     counts = {name: np.zeros(BINS) for name in extremes}
     counted = set(extremes) - {n for n, users in readers(model).items() if {u.op_type for u in users} <= ACTIVATIONS}

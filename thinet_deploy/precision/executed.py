@@ -125,7 +125,8 @@ def types_in(runtime: str, path: Path, precision: Precision) -> frozenset[str]:
     """
     try:
         if runtime in READERS:
-            return frozenset(READERS[runtime](path))
+            found = frozenset(READERS[runtime](path))
+            return frozenset() if UNREAD in found else found
         kernels = _READERS[runtime](path, precision) if runtime in _READERS else []
         return frozenset(kernel.kind for kernel in kernels)
     except Exception:  # noqa: BLE001 - what is wrong with it, its runtime says when it is opened to be timed

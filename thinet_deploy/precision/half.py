@@ -86,13 +86,13 @@ def _guarded(model: ModelProto, stored: Mapping[str, NDArray[Any]]) -> Iterator[
         return bool(sizes.any() and sizes.max() < _LEAST_FP16)
 
     ahead = [node for node in model.graph.node if node.op_type in _GUARDS and any(map(small, node.input))]
+    seen = {node.name for node in ahead}
     for node in ahead:  # grows as it goes
         yield node.name
-        ahead += [
-            user
-            for user in users.get(node.output[0], [])
-            if user.op_type in _TOWARDS or (user.op_type in _DIVIDES and node.op_type not in _DIVIDES)
-        ]
+        behind = users.get(node.output[0], []) if node.op_type not in _DIVIDES else []
+        new = [user for user in behind if user.op_type in _TOWARDS | _DIVIDES and user.name not in seen]
+        seen |= {user.name for user in new}
+        ahead += new
 
 
 def to_half(model: ModelProto, kind: Half, *, keep: Collection[str] = (), keep_io: bool = True) -> ModelProto:

@@ -66,8 +66,8 @@ def held(runtime: str, path: Path, layers: list[str]) -> list[Kernel]:
         layers: names of the network's layers, in its order.
 
     Returns:
-        One for each layer; for all of them together where the file has another number of them, or an operator that is
-        not known (`UNREAD`).
+        One for each layer; for all of them together where the file has another number of them. Behind an operator that
+        is not known they are `UNREAD`.
 
     Raises:
         ThinetDeployError: the file is damaged.
@@ -80,7 +80,8 @@ def held(runtime: str, path: Path, layers: list[str]) -> list[Kernel]:
         hint = "Convert it again; the file may be damaged."
         raise ThinetDeployError(f"What {path} holds cannot be read back: {error}", hint=hint) from error
     if UNREAD in kinds:
-        return [Kernel((), UNREAD)]
+        known = [*kinds[: kinds.index(UNREAD)], *[UNREAD] * len(layers)]
+        return [Kernel((layer,), kind) for layer, kind in zip(layers, known, strict=False)]
     if len(kinds) == len(layers):
         return [Kernel((layer,), kind) for layer, kind in zip(layers, kinds, strict=True)]
     missing = [UNKNOWN] if len(kinds) < len(layers) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ ENGINES, REFUSED = "engines.json", "refused.json"
 ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = ROUNDS
 TORCH_BATCH = 32
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:]+/)+")  # of this machine: what is said of an engine goes into the bundle
 TORCH_ROUNDS = 11  # enough to see that the machine changed half-way
 
 
@@ -107,7 +109,7 @@ def engines(tools: Tools, files: Files, names: list[str], runtimes: Sequence[str
         raise next(iter(refused.values()))
     tools.progress("Converting", len(jobs), len(jobs), f"{len(made)} engines")
     write_json(folder / ENGINES, made)
-    write_json(folder / REFUSED, {runtime: error.what for runtime, error in refused.items()})
+    write_json(folder / REFUSED, {runtime: _FOLDERS.sub("", error.what) for runtime, error in refused.items()})
 
 
 def drops(tools: Tools, folders: Mapping[str, Path], files: Files, folder: Path) -> None:

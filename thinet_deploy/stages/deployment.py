@@ -15,7 +15,7 @@ from ..bundle import BUILDER, KIT
 from ..devices.android import Phone
 from ..devices.site import Machine
 from ..environment import fingerprint, machine_id
-from ..errors import ConversionError, GateError, ModelError
+from ..errors import OutputError
 from ..precision.held import READERS
 from ..precision.plan import PrecisionPlan
 from ..registry import device_notes, runs_here
@@ -181,7 +181,9 @@ class _Deployment:
         def guarded(folder: Path, _: Checkpoint) -> None:
             try:
                 make(folder)
-            except (ConversionError, GateError, ModelError):
+            except OutputError:  # a full disk says nothing about the networks
+                raise
+            except Exception:
                 self._discard("bundle", "report", "contract")
                 raise
 

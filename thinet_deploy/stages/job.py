@@ -29,7 +29,7 @@ from ..options import DEFAULT, HEAD_REPLACED, Options
 from ..pruning.plan import GapHead
 from ..pruning.surgery import gap_head
 from ..target import TargetProfile, load_profile
-from ..tasks.base import Task
+from ..tasks.base import Task, said
 from ..tasks.choice import task_of
 from ..tasks.classification import CLASSIFICATION
 from ..training import Recipe, changed
@@ -276,16 +276,22 @@ def _check_model(job: Job) -> nn.Module:
             "`features` says to it whatever its size.",
             hint="Use --preset thinet-conv, which keeps the head.",
         )
-    if not any(each.requires_grad for each in model.parameters()):
-        raise ModelError(
-            f"{job.options.model} has frozen all of its parameters, so that nothing could be trained.",
-            hint="Leave requires_grad_(False) out of it: pruning itself trains nothing, fine-tuning does.",
-        )
+    if job.options.weights is None or job.options.layerwise:
+        check_trainable(job, model)
     if not job.options.trainer:
         batch = min(2, job.options.batch_size)
         hint = "BatchNorm needs --batch-size 2 or more; else look at what forward() does in training."
         _check_scores(job, model.train(), f"a training batch of {batch}", batch, hint)
     return model
+
+
+def check_trainable(job: Job, model: nn.Module) -> None:
+    """Raise ModelError where our training would have nothing to change."""
+    if not job.options.trainer and not any(each.requires_grad for each in model.parameters()):
+        raise ModelError(
+            f"{job.options.model} has frozen all of its parameters, so that nothing could be trained.",
+            hint="Leave requires_grad_(False) out of it, or fine-tune by a --trainer of your own.",
+        )
 
 
 def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) -> None:
@@ -310,12 +316,18 @@ def _check_scores(job: Job, model: nn.Module, what: str, batch: int, hint: str) 
             f"{' and '.join(shapes)} for each of the {classes} classes.",
             hint="A factory that takes num_classes is called with the number of classes in the data.",
         )
-    if job.data.task.name == CLASSIFICATION.name and _sums_to_one(given[0]):
+    if job.data.task.name == CLASSIFICATION.name and _sums_to_one(given[0]) and _sums_to_one(_of_noise(model, job)):
         raise ModelError(
             f"{job.options.model} gives probabilities, but scores were expected: training and the bundle's programs "
             "make probabilities of them.",
             hint="Leave the softmax at the end of forward() out.",
         )
+
+
+def _of_noise(model: nn.Module, job: Job) -> torch.Tensor:
+    noise = torch.randn(2, *job.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return said(model, noise)[0]
 
 
 def _sums_to_one(scores: torch.Tensor) -> bool:

@@ -269,7 +269,8 @@ def file_notes(
                 listed = "; ".join(f"{layer} ({why})" for layer, why in how["kept"].items())
                 wish = f" {_FREE}" if precision == "fp16" and _chooses(target, dla) else ""
                 yield f"{labels[name]} in {precision}: these layers stay in fp32: {listed}.{wish}"
-            if 100 / (images := how.get("images", 100)) > (most := how.get("max_drop", 100)):
+            images, most = how.get("images", JUDGING_IMAGES), how.get("max_drop", 0)
+            if images < JUDGING_IMAGES and 0 < most < 100 / images:
                 yield (
                     f"{labels[name]} in {precision} was judged on {images} held-out training images, where one is "
                     f"{100 / images:.3g} points: too few for --max-drop {most:g}."
