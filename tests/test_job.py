@@ -58,6 +58,7 @@ def test_a_network_that_cannot_train_on_one_image_needs_larger_batches(
     ("line", "words"),
     [
         ("self.net.requires_grad_(False)", "has frozen all of its parameters"),
+        ("import threading; self.lock = threading.Lock()", "cannot be copied: cannot pickle '_thread.lock' object"),
         ("self.net.append(nn.Softmax(1))", "gives probabilities, but scores were expected"),
     ],
 )

@@ -260,11 +260,11 @@ def _check_model(job: Job) -> nn.Module:
     model = job.fresh()
     try:
         copy.deepcopy(model)
-    except RuntimeError as error:
+    except Exception as error:  # a user's network may hold anything
         raise ModelError(
             f"{job.options.model} cannot be copied: {first_line(error)}",
-            hint="torch.nn.utils.weight_norm leaves computed weights in the network; "
-            "torch.nn.utils.parametrizations.weight_norm does not.",
+            hint="torch.nn.utils.weight_norm leaves computed weights in the network, "
+            "torch.nn.utils.parametrizations.weight_norm does not; locks, files and generators do not belong there.",
         ) from error
     if job.options.weights:
         load_weights(model, job.options.weights)
