@@ -116,7 +116,7 @@ def _choose_test_list(root: Path, task: str) -> tuple[str, tuple[str, ...]]:
         raise DataError(f"{folder} has no val.txt or test.txt.", hint="It lists the IDs of the images, one a line.")
     if len(there) == 1:
         return there[0], ()
-    ids = tuple(line.split()[0] for line in _lines(folder / "test.txt") if line.strip())
+    ids = _ids(folder / "test.txt")
     pictures = {path.stem for path in (root / "JPEGImages").iterdir()}
     if ids and pictures >= set(ids) and all(path.is_file() for path in _known(root, task, ids)):
         return "test", (f"Accuracy is that of the images in {folder / 'test.txt'}; val.txt was not looked at.",)
@@ -130,10 +130,7 @@ def _choose_test_list(root: Path, task: str) -> tuple[str, tuple[str, ...]]:
 
 def _ids(listed: Path) -> tuple[str, ...]:
     """What a list names, in its order."""
-    ids = tuple(dict.fromkeys(line.split()[0] for line in _lines(listed) if line.strip()))
-    if not ids:
-        raise DataError(f"{listed} is empty.", hint="It lists the IDs of the images, one a line.")
-    return ids
+    return tuple(dict.fromkeys(line.split()[0] for line in _lines(listed) if line.strip()))
 
 
 def _known(root: Path, task: str, ids: tuple[str, ...]) -> tuple[Path, ...]:
@@ -146,7 +143,8 @@ def _split(root: Path, task: str, name: str) -> Split:
     listed = root / "ImageSets" / _LISTS[task] / f"{name}.txt"
     if not listed.is_file():
         raise DataError(f"{listed.parent} has no {listed.name}.", hint="It lists the IDs of the images, one a line.")
-    ids = _ids(listed)
+    if not (ids := _ids(listed)):
+        raise DataError(f"{listed} is empty.", hint="It lists the IDs of the images, one a line.")
     known = _known(root, task, ids)
     if missing := [path for path in known if not path.is_file()]:
         raise DataError(

@@ -91,6 +91,8 @@ def build_model(name: str, *, input_shape: InputShape | None, num_classes: int |
             f"{name} returned {type(model).__name__}, but a torch.nn.Module was expected.",
             hint="The function has to return the network itself, not its weights or a tuple.",
         )
+    if name in MODELS:
+        return model
     with contextlib.suppress(Exception):  # one that cannot be copied is refused with its reason, see stages/job.py
         return copy.deepcopy(model)  # a factory may hand out the same one again, and it is going to be trained
     return model

@@ -34,8 +34,8 @@ ENGINES, REFUSED = "engines.json", "refused.json"
 ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = ROUNDS
 TORCH_BATCH = 32
-_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:]+/)+")  # of this machine: what is said of an engine goes into the bundle
 TORCH_ROUNDS = 11  # enough to see that the machine changed half-way
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:]+/)+")  # of this machine: what is said of an engine goes into the bundle
 
 
 def exported(tools: Tools, networks: Mapping[str, Path], folder: Path) -> None:
