@@ -127,7 +127,7 @@ class _Search:
         # Folders have one class after another.
         self.few = np.linspace(0, len(self.exact) - 1, min(_FEW, len(self.exact))).astype(np.int64)
         self.finite = {name: each for name, each in values.items() if each.finite}
-        self.always = unbounded(model, {name: (each.low, each.high) for name, each in self.finite.items()})
+        self.always = unbounded(model, self.finite)
         self.method, self.limits = self._calibrated()
 
     def _calibrated(self) -> tuple[Method, Limits]:

@@ -38,16 +38,16 @@ def quantisable(model: ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in QUANTISED and fits(node)]
 
 
-def unbounded(model: ModelProto, limits: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Of `quantisable` those that read or give a tensor without limits, as where values are infinite."""
-    chosen, stored, users = set(quantisable(model)), constants(model), readers(model)
+def unbounded(model: ModelProto, bounded: Collection[str]) -> list[str]:
+    """Of `quantisable` those that read or give a tensor which is not among the `bounded`: values there are infinite."""
+    chosen, stored, users, within = set(quantisable(model)), constants(model), readers(model), set(bounded)
 
     def tensors(node: NodeProto) -> Iterator[str]:
         yield from (name for name in node.input[:2] if name not in stored)
         yield from node.output
         yield from (user.output[0] for user in users.get(node.output[0], []) if user.op_type in ACTIVATIONS)
 
-    return [each.name for each in model.graph.node if each.name in chosen and not limits.keys() >= set(tensors(each))]
+    return [each.name for each in model.graph.node if each.name in chosen and not within.issuperset(tensors(each))]
 
 
 def left_out(model: ModelProto) -> dict[str, str]:
