@@ -4,8 +4,8 @@ On OpenVINO in fp32 and INT8 and on ONNX Runtime. Each case chooses widths as `p
 five networks in one run, in turn: the original (of full width, with the same head), ours, uniform widths with as many
 multiply-accumulates as ours, uniform widths on our grid that take as long, and widths that take as long and keep as
 many multiply-accumulates as they can, whatever that loses: how much can arrive on this engine at all. Of each: how many
-times faster it is, which share of the multiply-accumulates saved arrives as time, and the predicted reconstruction
-error. Images are of noise, on which times do not depend.
+times faster it is, which part of that many times fewer multiply-accumulates arrives as time (the ratio of both), and
+the predicted reconstruction error. Images are of noise, on which times do not depend.
 
 Rows are kept as they come, with all samples; what is there is not measured again. Layer times stay in the user's cache
 and error curves in the results, so that only the first case of a network and engine times layers.

@@ -33,9 +33,9 @@ are kept with the machine that they come from. Networks at 224×224 with random 
 networks of a row in turn in one run; intervals are of 95 %. No trained network says here what is lost: the *predicted
 error* stands for it.
 
-- *Arrives*: the share of the multiply-accumulates saved that is saved as time. *Uniform*: uniform widths with as many
-  multiply-accumulates as ours. *At most*: widths that take as long and keep as many multiply-accumulates as they can,
-  whatever that loses.
+- *Arrives*: how many times faster, divided by how many times fewer multiply-accumulates: 1 where all of these arrive
+  as time. *Uniform*: uniform widths with as many multiply-accumulates as ours. *At most*: widths that take as long and
+  keep as many multiply-accumulates as they can, whatever that loses.
 - *Error of uniform*: how many times ours the predicted error is that uniform widths have which take as long; ~: those
   measured were more than 3 % faster, so it is read off between them and the uniform ones of as many
   multiply-accumulates, which are slower.

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from thinet_deploy import intervals
 from thinet_deploy.artifact import write_json
-from thinet_deploy.errors import UnknownNameError
+from thinet_deploy.errors import InputError, UnknownNameError
 from thinet_deploy.intervals import Interval, accuracy_interval
 from thinet_deploy.on_device import samples
 from thinet_deploy.reports import comparison, html_plots, texts
 from thinet_deploy.reports.comparison import Against, Difference
-from thinet_deploy.reports.table import Row, Table, Time, check_machines
+from thinet_deploy.reports.table import Row, Table, Time, check_machines, with_device
 from thinet_deploy.store import Run
 
 FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}
@@ -30,9 +30,11 @@ ORIGINAL = Row("original", "Original", FIGURES, 9, 9, Time(9, 8, 10), Time(9, 8,
 CONV = replace(ORIGINAL, name="conv", label="Thin", engines={"ov": Time(4, 3.9, 4.1, 2, 1.9, 2.1)}, size_bytes=400)
 CONV = replace(
     CONV,
+    forward=Time(4.5, 4, 5, 2, 1.9, 2.1),
     figures={"top-1": accuracy_interval(890, 1000), "top-5": accuracy_interval(990, 1000)},
     drop=Interval(1.0, 0.2, 1.8),
 )
+PARTS = ("forward", "backward")
 LONGER = replace(ORIGINAL, name="longer", label="More epochs", note="the same times")
 
 
@@ -44,9 +46,14 @@ def finished(folder: Path, *rows: Row, scale: float = 1.0) -> comparison.Run:
     pace = [scale * (8 + number / 10) for number in range(9)]
     series = {"original": [[ms, ms] for ms in pace], "conv": [[ms / 2, ms / 2] for ms in pace]}
     shared = {"runtime": "ov", "precision": "fp32", "load_ms": 1.0, "first_ms": 1.0}
-    of = {name: {"rounds_ms": own, "summary": samples.summarize_rounds(own)} for name, own in series.items()}
+    passes = {name: [[each[0]] for each in own] for name, own in series.items()}
+    of, both = (
+        {name: {"rounds_ms": own, "summary": samples.summarize_rounds(own)} for name, own in each.items()}
+        for each in (series, passes)
+    )
+    models = [{"model": name, **dict.fromkeys(PARTS, own)} for name, own in both.items()]
     engines = [{**shared, "model": name, "samples": own} for name, own in of.items()]
-    write_json(folder / "latency" / "latency.json", {"engines": engines})
+    write_json(folder / "latency" / "latency.json", {"engines": engines, "models": models})
     return comparison.Run(folder, table, folder.name)
 
 
@@ -67,6 +74,58 @@ def test_rows_of_one_run_are_compared_round_by_round(tmp_path: Path) -> None:
     assert control.faster["ov"].noise
     assert control.accuracy
     assert control.accuracy.noise
+
+
+def test_forward_and_backward_are_compared_as_engines_are(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / name, ORIGINAL, CONV, LONGER) for name in "ab"]
+    rows = by_row(comparison.against(runs, "a/original")[1])
+    assert rows["a/Thin"].faster["f./b."] == Difference(2.0, 2.0, 2.0, 1, in_turn=True)
+    assert rows["a/More epochs"].faster["f./b."].noise
+    assert rows["b/Thin"].faster["f./b."].value == pytest.approx(18 / 13.5), "another run's: by the tables"
+    assert not rows["b/Thin"].faster["f./b."].in_turn
+    untimed = replace(CONV, forward=None, backward=None)
+    (found,) = comparison.against([finished(tmp_path / "c", ORIGINAL, untimed)], "original")[1]
+    assert set(found.faster) == {"ov"}
+    assert "f./b. (× faster)" in comparison.header(list(rows.values()))
+    assert texts.cells(replace(CONV, forward=Time(4.5, 4, 5, 1.0, 0.5, 1.9)), [], [])[3] == "4.50/9.00 ≈"
+    (_, line) = csv.DictReader(io.StringIO(texts.to_csv([replace(runs[0].table, rows=(ORIGINAL, CONV))])))
+    assert [line[f"torch_{part}"] for part in ("speedup", "speedup_low", "speedup_high")] == ["2", "1.9", "2.1"]
+
+
+def from_device(processor: str, ms: float) -> dict[str, Any]:
+    summary = {"median_ms": ms, "interval_ms": [ms * 0.99, ms * 1.01], "warnings": [], "invalid": []}
+    engine = {"runtime": "tensorrt", "precision": "fp16", "fps": 0.0, "summary": summary}
+    failed = {"runtime": "onnxruntime", "precision": "fp32", "verdict": "not run"}
+    timing = {"processor": processor, "threads": 4, "engines": [engine, {**engine, "fps": 30.0}, failed]}
+    return {"latency": timing, "facts": {"machine": "aarch64", "jetson": {"power_mode": "MAXN"}}}
+
+
+def test_times_on_devices_are_shown_compared_and_never_mixed(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / name, ORIGINAL, CONV, LONGER) for name in "ab"]
+
+    def there(*devices: dict[str, Any] | None) -> list[comparison.Run]:
+        both = zip(runs, devices, strict=True)
+        return [replace(run, table=with_device(run.table, device)) for run, device in both]
+
+    one, other = there(from_device("Orin", 8.0), from_device("Orin", 4.0))
+    assert one.table.device == "Orin, aarch64, MAXN, threads: 4"
+    assert list(one.table.shipped.engines)[1:] == ["tensorrt fp16, device", "tensorrt fp16 at 30 a second, device"]
+    check_machines([one.table, other.table])
+    found = by_row(comparison.against([one, other], "a")[1])
+    faster = found["b/Thin"].faster["tensorrt fp16, device"]
+    assert (faster.value, faster.in_turn, faster.noise) == (2.0, False, False)
+    assert found["a/Original"].faster["ov"].in_turn, "this machine's are as they were"
+    text = texts.to_markdown([one.table])
+    assert "- Device: the network that ships, measured on Orin, aarch64, MAXN, threads: 4." in text
+    assert "| tensorrt fp16, device (ms) |" in text
+    (*_, line) = csv.DictReader(io.StringIO(texts.to_csv([replace(one.table, rows=one.table.rows[:2])])))
+    assert line["tensorrt fp16, device_ms"] == "8.0"
+    apart = there(from_device("Orin", 8.0), from_device("Nano", 80.0))
+    with pytest.raises(InputError, match="different devices: Orin, aarch64, MAXN, threads: 4; Nano"):
+        check_machines([run.table for run in apart])
+    slower = by_row(comparison.against(apart, "a")[1])["b/Thin"].faster["tensorrt fp16, device"]
+    assert (slower.low, slower.high) == (None, None), "no interval across devices"
+    assert with_device(one.table, None) is one.table
 
 
 def test_another_run_is_compared_with_room_for_another_day(tmp_path: Path) -> None:
@@ -142,7 +201,7 @@ def test_figures_of_several_tasks_stand_under_their_names(cli: Callable[..., Any
 def test_an_invalid_time_is_compared_with_nothing(tmp_path: Path) -> None:
     hot = replace(CONV, engines={"ov": Time(4, 3.9, 4.1, invalid="the machine throttled")})
     (found,) = comparison.against([finished(tmp_path / "a", ORIGINAL, hot)], "original")[1]
-    assert found.faster == {}
+    assert set(found.faster) == {"f./b."}
 
 
 def test_an_invalid_time_is_not_shown_as_a_time() -> None:

@@ -1,11 +1,12 @@
 """What a build starts from: the identity of its stages, and what is found out before any work begins."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from thinet_deploy.artifact import write_json
 from thinet_deploy.errors import DataError, InputError, ModelError, TargetError, UnknownNameError, WeightsError
@@ -103,6 +104,18 @@ def test_what_is_frozen_and_an_original_that_knows_nothing_are_told(tiny_options
 
     assert [note for note in told(95) if "frozen" not in note] == []
     assert told(95)[-1].endswith("mine.py:Net has frozen: net.0.weight, net.0.bias.")
+    both = tmp_path / "both.pth"
+    state = job.fresh().state_dict()
+    extra = {"epoch": 3, "momentum": {"a": torch.zeros(1)}, 0: {"b": torch.zeros(1)}}
+    torch.save({"state_dict": state, "state_dict_ema": dict(state), **extra}, both)
+    given = replace(job, options=job.options.model_copy(update={"weights": both}))
+    (note,) = (note for note in remarks(given, tmp_path) if "also holds" in note)
+    assert note.startswith("both.pth also holds state_dict_ema, which may be better")
+    torch.save(state, tmp_path / "plain.pth")
+    save_weights(job.fresh(), tmp_path / "plain.safetensors")
+    for name in ("plain.pth", "plain.safetensors"):
+        given = replace(job, options=job.options.model_copy(update={"weights": tmp_path / name}))
+        assert not [note for note in remarks(given, tmp_path) if "also holds" in note], name
     assert told(35)[0].startswith("The original has 35.00 % of 40 test images right, which guessing among 3")
 
 
@@ -123,6 +136,7 @@ def test_what_is_frozen_and_an_original_that_knows_nothing_are_told(tiny_options
         ({"size": "9MB"}, InputError, "--size 9MB asks for no less than the original has"),
         ({"device": "ssh://nowhere.invalid"}, InputError, "a budget of time is met, but `prune` was given none"),
         ({"max_drop": 2.0, "precision": "bf16"}, InputError, "--max-drop is what INT8 may cost"),
+        ({"finetune_lr": 0.1, "finetune_epochs": 0}, InputError, "--finetune-lr is of fine-tuning, but there is none"),
         ({"device_python": "python3.9"}, InputError, "--device-python is of a device, but there is none"),
     ],
 )

@@ -146,7 +146,7 @@ def test_several_methods_get_a_row_each_and_the_first_ships(tiny_options: MakeOp
     ledger = [(entry.network, entry.step) for entry in done.table.ledger]
     assert ("ThiNet-Conv (r=0.5, random)", "reconstructed") in ledger
     assert ledger[0] == ("Original", "trained here")
-    assert ledger[-1] == ("Train from scratch", "3 epochs")
+    assert ledger[-1] == ("Train from scratch", "4 epochs")
     report = read_json(pipeline.prune(options) / "report.json")
     assert list(report["methods"]) == ["elimination", "random"]
     assert report["methods"]["elimination"]["accuracy"] == report["accuracy"]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,15 @@ def test_the_first_run_waits_too() -> None:
     start = time.perf_counter()
     serving.time_run(lambda: None, 1, fps=20)
     assert time.perf_counter() - start >= 0.05, "what was done before belongs to a warm-up or another engine"
+
+
+def test_a_runtimes_own_clocks_are_read_at_the_same_pace() -> None:
+    calls: list[float] = []
+    server = serving._Server()
+    server.fn = lambda: calls.append(time.perf_counter())  # type: ignore[assignment]  # not a network
+    server.engine = SimpleNamespace(clocks_ms=lambda: {"compute": 0.0}, launch_ms=lambda: None)  # type: ignore[assignment]
+    assert server.clocks(count=3, fps=50)["clocks_ms"]["compute"] == 0
+    assert calls[-1] - calls[0] >= 0.03
 
 
 def test_a_bundle_is_timed_back_to_back_and_also_at_a_pace(tmp_path: Path) -> None:

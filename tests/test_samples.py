@@ -228,3 +228,51 @@ def test_the_ratio_is_free_of_what_disturbs_both() -> None:
     assert 1.98 < low <= ratio <= high < 2.02
     with pytest.raises(ValueError, match="equally many rounds"):
         samples.ratio_interval(rounds_a, rounds_b[1:])
+
+
+def test_an_interval_is_the_whole_range_where_the_rounds_say_that_something_changed() -> None:
+    draw = random.Random(4)
+    steady = [[draw.gauss(8, 0.02) for _ in range(20)] for _ in range(40)]
+    assert samples.summarize_rounds(steady)["interval_over"] == "rounds"
+    stepped = [*steady[:32], *([sample + 1 for sample in each] for each in steady[32:])]
+    medians = [statistics.median(each) for each in stepped]
+    high = samples.median_interval(medians)[2]
+    assert high is not None
+    assert high < 8.1, "by itself it leaves out a fifth of the rounds"
+    found = samples.summarize_rounds(stepped)
+    assert (found["interval_over"], found["interval_ms"]) == ("range of rounds", [min(medians), max(medians)])
+    assert any("the median changed by +12" in warning for warning in found["warnings"])
+    ratio = samples.ratio_interval(stepped, [[2.0]] * 40)
+    assert ratio[1:] == (min(medians) / 2, max(medians) / 2)
+
+
+def test_rounds_that_differ_are_no_change_over_time() -> None:
+    """As in a real series, where a round's samples share the machine's mood."""
+    draw, alarms = np.random.default_rng(5), 0
+    for _ in range(400):
+        moods = 10 * (1 + 0.03 * draw.standard_normal(15))
+        rounds = [(mood * (1 + 0.005 * draw.standard_normal(20))).tolist() for mood in moods]
+        alarms += any("the median changed" in warning for warning in samples.summarize_rounds(rounds)["warnings"])
+    assert alarms <= 12, "1 % is claimed: 4 of 400"
+    few = samples.summarize_rounds([[1.0, 1.1]] * 7)["warnings"]
+    assert "a change over time would not be seen because there are 7 rounds only; at least 10 are needed" in few
+
+
+@pytest.mark.parametrize(("share", "spread", "least"), [(0.9, 0.0, 0.95), (0.9, 0.01, 0.92), (0.95, 0.02, 0.88)])
+def test_an_interval_of_a_percentile_knows_that_rounds_differ(share: float, spread: float, least: float) -> None:
+    draw, repetitions, covered, pooled = np.random.default_rng(6), 400, 0, 0
+    many = np.exp(spread * draw.standard_normal(400_000) + 0.03 * np.abs(draw.standard_normal(400_000)))
+    truth, rounds = float(np.quantile(many, share)), list[list[float]]()
+    for _ in range(repetitions):
+        moods = np.exp(spread * draw.standard_normal((15, 1)))
+        rounds = (moods * np.exp(0.03 * np.abs(draw.standard_normal((15, 100))))).tolist()
+        _, low, high = samples.quantile_over_rounds(rounds, share)
+        covered += (low is None or low <= truth) and (high is None or truth <= high)
+        _, low, high = samples.quantile_interval([sample for taken in rounds for sample in taken], share)
+        pooled += low is not None and high is not None and low <= truth <= high
+    assert covered >= least * repetitions
+    assert spread == 0 or pooled < 0.75 * repetitions, "as if all samples were independent"
+    found = samples.summarize_rounds(rounds)
+    assert found["percentile_intervals_ms"][f"p{100 * share:g}"] == list(
+        samples.quantile_over_rounds(rounds, share)[1:]
+    )

@@ -168,7 +168,7 @@ def test_weight_sum_is_the_sum_of_the_filters_absolute_weights(name: str, images
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "pool" not in name])
 def test_apoz_is_the_share_of_zeros_over_images_and_positions(
     name: str, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +183,28 @@ def test_apoz_is_the_share_of_zeros_over_images_and_positions(
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, 1 - np.mean(shares, axis=0), rtol=1e-12)
     assert name in {"linear", "residual stream", "called twice"} or 0 < got.min() < 1
+
+
+def test_apoz_counts_zeros_before_pools_and_flattening(images: ImageSet) -> None:
+    def relu(m: Any, x: torch.Tensor) -> Any:
+        return m.a(x).relu()
+
+    def flat(m: Any, x: torch.Tensor) -> Any:
+        return m.b(torch.flatten(F.dropout(F.max_pool2d(relu(m, x), 2), 0.5, m.training), 1))
+
+    def twice(m: Any, x: torch.Tensor) -> Any:
+        return pooled(m.b(F.avg_pool2d(F.max_pool2d(relu(m, x), 2), 2)))
+
+    def late(m: Any, x: torch.Tensor) -> Any:
+        return pooled(m.b(F.relu(F.max_pool2d(m.a(x), 2), inplace=True)))
+
+    given = torch.from_numpy(images.inputs(CHOSEN))
+    for forward, reader in ((twice, conv(6, 3, 1)), (flat, nn.Linear(6 * 16, 3)), (late, conv(6, 3, 1))):
+        model = net(forward, a=conv(1, 6), b=reader).eval()
+        with torch.no_grad():
+            read = F.max_pool2d(relu(model, given), 2) if forward is late else relu(model, given)
+        expected = (read != 0).double().mean((0, 2, 3)).numpy()
+        np.testing.assert_allclose(by_zeros(whole(model, "a", images)), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -118,8 +118,15 @@ def test_throttling_that_is_over_at_the_end_is_seen_too(tmp_path: Path) -> None:
 
 
 def test_what_a_raspberry_pi_remembers_from_earlier_is_not_now(tmp_path: Path) -> None:
-    found = watched(paper(tmp_path, PI), {"sys/devices/platform/soc/soc:firmware/get_throttled": "50000"})
+    firmware = "sys/devices/platform/soc/soc:firmware/get_throttled"
+    found = watched(paper(tmp_path, {**PI, firmware: "50000"}), {firmware: "50000"})
     assert found["throttled"] == []
+
+
+def test_what_a_raspberry_pi_did_between_two_looks_is_remembered(tmp_path: Path) -> None:
+    firmware = "sys/devices/platform/soc/soc:firmware/get_throttled"
+    found = watched(paper(tmp_path, {**PI, firmware: "10000"}), {firmware: "50000"})
+    assert found["throttled"] == ["throttled"]
 
 
 def test_a_busy_machine_is_called_busy(tmp_path: Path) -> None:

@@ -323,6 +323,7 @@ def test_an_impossible_budget_ends_with_the_smallest_time(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"macs": "2"}, r"--macs is 2: it is not in one of the forms below"),
         ({"latency": "8"}, r"--latency is 8: it is not in one of the forms below"),
         ({"latency": "8ms", "macs": "2x"}, "--latency and --macs are 2 budgets"),
         ({"latency": "8ms", "speedup": "2x"}, "--latency and --speedup are 2 budgets"),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import drawn
+from nets import Net, drawn
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
 
 from thinet_deploy.data.dataset import ImageSet
 from thinet_deploy.data.preprocess import Preprocess
@@ -348,6 +349,22 @@ def test_positions_whose_window_reaches_into_the_padding_are_drawn(images: Image
     # Positions in the upper half see padding only, those in the lower half see the upper row of the input.
     inside = entering[:, 0, 0].sum(1).double().square().mean()
     assert 0.4 < gram[0, 0] / rows / float(inside) < 0.6
+
+
+def test_filters_of_several_consumers_count_alike(images: ImageSet) -> None:
+    """As in the Gram over all filters, which these are samples of."""
+    parts = {"a": nn.Conv2d(1, 6, 3), "b": nn.Conv2d(6, 2, 3), "c": nn.Conv2d(6, 40, 3)}
+    model = drawn(Net(lambda m, x: m.b(y := m.a(x).relu()).sum(1) + m.c(y).sum(1), **parts), 0.4)
+    with torch.no_grad():
+        model.get_submodule("b").get_parameter("weight").mul_(5)
+    group, chosen = group_of(model), np.arange(12)
+    gram, _ = sampled_gram(model, group, empty_plan(model), images, chosen, draws=3000, seed=0)
+    expected = np.zeros_like(gram)
+    for call in consumer_calls(model, group.consumers, torch.from_numpy(images.inputs(chosen))):
+        patches = F.unfold(call.given["input"], 3).double().view(12, 6, 9, -1)
+        said = torch.einsum("jck,nckp->jcnp", call.given["weight"].double().flatten(2), patches).flatten(2)
+        expected += torch.einsum("jcn,jdn->cd", said, said).detach().numpy() / said.shape[2]
+    np.testing.assert_allclose(gram / np.trace(gram), expected / np.trace(expected), atol=0.01)
 
 
 def test_a_network_in_training_mode_is_judged_in_eval_mode(images: ImageSet) -> None:

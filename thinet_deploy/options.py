@@ -71,7 +71,8 @@ class Options(BaseModel):
         transfer_epochs: of all fine-tuning to the images of `transfer_to`; None for as many as `finetune_epochs`.
         controls: what the thin networks are compared with: "unpruned": the original, trained for as many epochs more
             as they were, which is also what they learn from; "all": also their architecture from scratch, for as many
-            epochs as all training together; "none": nothing, so that they learn from the original as it is.
+            epochs as all training that went into them, their teacher's too; "none": nothing, so that they learn from
+            the original as it is.
         lr: learning rate of training from fresh weights: of the original and of the control from scratch.
         finetune_lr: learning rate of fine-tuning; if not given, the papers' in their recipes, else see `trial`.
         train: settings of all training by name, such as {"precision": "bf16"}: see `training.Recipe`.
@@ -106,7 +107,7 @@ class Options(BaseModel):
     reconstruction: Reconstruction | None = None
     calibration_images: int = Field(default=2000, ge=1)
     keep: float = Field(default=0.5, gt=0, le=1)
-    macs: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(x|k|M|G|B)?$")
+    macs: str | None = Field(default=None, pattern=r"^([0-9]+(\.[0-9]+)?(x|k|M|G|B)|[0-9]{4,})$")
     size: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(kB|MB|GB)$")
     latency: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?(us|ms|s)$")
     speedup: str | None = Field(default=None, pattern=r"^[0-9]+(\.[0-9]+)?x$")

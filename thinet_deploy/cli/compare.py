@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..reports import comparison
     from ..reports.contract import Verdict
     from ..reports.html import Page
+    from ..reports.table import Table
 
 Format = Literal["table", "markdown", "csv", "json", "html"]
 BROKEN = 1
@@ -51,18 +52,20 @@ def compare(
     """
     from ..reports import comparison, contract
     from ..reports.html import Page, read_device
-    from ..reports.table import check_machines
+    from ..reports.table import check_machines, with_device
 
     found = comparison.runs_of(runs)
-    if not across_machines:
-        check_machines([run.table for run in found])
-    against = comparison.against(found, baseline) if baseline else None
     devices = [read_device(run.folder) for run in found]
+    there = [with_device(run.table, device) for run, device in zip(found, devices, strict=True)]
+    if not across_machines:
+        check_machines(there)
+    everywhere = [replace(run, table=table) for run, table in zip(found, there, strict=True)]
+    against = comparison.against(everywhere, baseline) if baseline else None
     pages = [
         Page(run.folder, run.table, tuple(contract.judge(require or (), run.table, device)), device)
         for run, device in zip(found, devices, strict=True)
     ]
-    _print("json" if as_json else output, pages, against)
+    _print("json" if as_json else output, pages, there, against)
     for page in pages:
         if page.verdicts:
             _kept(page)
@@ -82,17 +85,24 @@ def _kept(page: Page) -> None:
 Against = tuple[str, list["comparison.Against"]]
 
 
-def _print(output: Format, pages: Sequence[Page], against: Against | None) -> None:
-    """On stdout what was asked for; verdicts that have no place in it on stderr."""
+def _print(output: Format, pages: Sequence[Page], tables: Sequence[Table], against: Against | None) -> None:
+    """On stdout what was asked for; verdicts that have no place in it on stderr.
+
+    Args:
+        output: what was asked for.
+        pages: of the runs, where times on devices have a section of their own.
+        tables: the same, where they have columns.
+        against: a comparison with a baseline.
+    """
     from ..reports import comparison, contract, texts
     from ..reports import html as html_report
 
     if output in {"html", "csv", "markdown"} and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as files have it, whatever the terminal's is
-    tables, called = [page.table for page in pages], comparison.names_of([page.folder for page in pages])
+    called = comparison.names_of([page.folder for page in pages])
     names = called if len(pages) > 1 else []
     if output == "json":
-        typer.echo(json.dumps(_document(pages, against), indent=1))
+        typer.echo(json.dumps(_document(pages, tables, against), indent=1))
     elif output == "html":
         try:
             page = html_report.render(pages, against)
@@ -115,14 +125,14 @@ def _print(output: Format, pages: Sequence[Page], against: Against | None) -> No
         show_verdicts([(name, each) for name, page in zip(whose, pages, strict=True) for each in page.verdicts])
 
 
-def _document(pages: Sequence[Page], against: Against | None) -> Any:
+def _document(pages: Sequence[Page], tables: Sequence[Table], against: Against | None) -> Any:
     """The tables as a list; with a baseline or requirements, an object that also has these."""
-    tables = [page.table.to_json() for page in pages]
+    shown = [table.to_json() for table in tables]
     if not (against or any(page.verdicts for page in pages)):
-        return tables
+        return shown
     rows = [asdict(each) for each in against[1]] if against else []
     judged = [[asdict(verdict) for verdict in page.verdicts] for page in pages]
-    return {"tables": tables, "baseline": against and against[0], "against": rows, "contract": judged}
+    return {"tables": shown, "baseline": against and against[0], "against": rows, "contract": judged}
 
 
 def _show(tables: Sequence[Any], names: Sequence[str], against: Against | None) -> None:

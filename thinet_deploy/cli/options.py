@@ -166,7 +166,7 @@ Controls = Annotated[
     typer.Option(
         help="What the thin networks stand beside: unpruned (the original, trained as many epochs more as they were, "
         "which is also their teacher), all (also their architecture from scratch, for the epochs of all training "
-        "together), none (the teacher is the original as it is).  "
+        "that went into them, the teacher's too), none (the teacher is the original as it is).  "
         "\\[default: unpruned]"
     ),
 ]

@@ -39,14 +39,43 @@ def no_weights(path: Path) -> WeightsError:
     return WeightsError(f"There is no weights file {path}.", hint="--weights takes a .safetensors or .pth file.")
 
 
+def unused_weights(path: Path) -> list[str]:
+    """The other weights of the same network in a file, such as their averages: state_dicts that are not loaded."""
+    taken = _taken(data := _opened(path))
+    others = [key for key, value in _states(data).items() if value is not taken and value.keys() == taken.keys()]
+    return list(map(str, others))
+
+
 def _read(path: Path) -> dict[str, torch.Tensor]:
+    state = _taken(data := _opened(path))
+    if not _is_state(state):
+        held = list(map(str, _states(data)))
+        where = f", but has one in {', '.join(held)}" if held else ""
+        alone = (
+            f'torch.save(torch.load("{path.name}")["{held[0]}"], FILE)'
+            if held
+            else "torch.save(model.state_dict(), FILE)"
+        )
+        raise WeightsError(f"{path} holds no state_dict of tensors{where}.", hint=f"Save it alone: {alone}.")
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def _taken(data: Any) -> Any:
+    return data.get("state_dict", data.get("model", data)) if isinstance(data, dict) else data
+
+
+def _states(data: Any) -> dict[Any, dict[Any, torch.Tensor]]:
+    return {key: value for key, value in data.items() if _is_state(value) and value} if isinstance(data, dict) else {}
+
+
+def _opened(path: Path) -> Any:
     if not path.is_file():
         raise no_weights(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols, which we judge by the result
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is refused: it is no file of tensors alone, and loading anything else could execute code"
@@ -58,17 +87,6 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             f"{path} cannot be read as weights: {first_line(error)}",
             hint="The file may be truncated; expected is a .safetensors or .pth file with a state_dict.",
         ) from error
-    state = data.get("state_dict", data.get("model", data)) if isinstance(data, dict) else data
-    if not _is_state(state):
-        held = [str(key) for key, value in data.items() if value and _is_state(value)] if isinstance(data, dict) else []
-        where = f", but has one in {', '.join(held)}" if held else ""
-        alone = (
-            f'torch.save(torch.load("{path.name}")["{held[0]}"], FILE)'
-            if held
-            else "torch.save(model.state_dict(), FILE)"
-        )
-        raise WeightsError(f"{path} holds no state_dict of tensors{where}.", hint=f"Save it alone: {alone}.")
-    return {str(name): tensor for name, tensor in state.items()}
 
 
 def _is_state(value: object) -> TypeGuard[dict[Any, torch.Tensor]]:

@@ -193,17 +193,19 @@ def measure(
     for name, (worker, reply) in opened.items():
         row: dict[str, Any] = {key: reply[key] for key in ("load_ms", "first_ms", "describe")}
         summary = samples.judged(samples.summarize_rounds(series[name], fps), machine, finite=reply["finite"])
-        count = min(100, max(1, len(series[name][0])))
-        parts = worker.ask("clocks", count=count)
+        count = min(100, max(3, len(series[name][0])))
+        parts = worker.ask("clocks", count / fps if fps else 0.0, count=count, fps=fps)
         summary["warnings"] += samples.launch_warnings(parts["launch_ms"], parts["clocks_ms"].get("compute"))
         row.update(rounds_ms=series[name], summary=summary, machine=machine, fps=fps)
         row.update(clocks_ms=parts["clocks_ms"], launch_ms=parts["launch_ms"], memory=worker.ask("memory")["memory"])
-        row["energy"] = meter.measure(functools.partial(_run_for, worker, seconds / 5)) if meter.there else None
+        row["energy"] = meter.measure(functools.partial(_run_for, worker, seconds / 5, fps)) if meter.there else None
         rows[name] = row
     return rows
 
 
-def _run_for(worker: Worker, seconds: float) -> int:
+def _run_for(worker: Worker, seconds: float, fps: float) -> int:
+    if fps:
+        return len(worker.ask("time", seconds, count=max(1, round(seconds * fps)), fps=fps)["samples_ms"])
     return int(worker.ask("warm", seconds, seconds=seconds)["calls"])
 
 

@@ -71,6 +71,26 @@ def quantile_interval(
     return value, low and ordered[low - 1], high and ordered[high - 1]
 
 
+def quantile_over_rounds(
+    rounds: Sequence[Sequence[float]], share: float, confidence: float = 0.95
+) -> tuple[float, float | None, float | None]:
+    """A quantile and its interval where samples of a round depend on each other, and rounds do not.
+
+    How much the rounds differ in their shares of samples below the quantile says how well that share is known; the
+    interval lies between the quantiles of the shares on either side. An end is None where there are too few samples.
+    Source: R. S. Woodruff, Confidence intervals for medians and other position measures, JASA 47 (1952), 635-646.
+    """
+    ordered, n = sorted(itertools.chain.from_iterable(rounds)), sum(map(len, rounds))
+    value = ordered[max(1, math.ceil(n * share - 1e-9)) - 1]
+    apart = math.fsum((sum(sample <= value for sample in taken) - share * len(taken)) ** 2 for taken in rounds)
+    free = len(rounds) - 1
+    error = max(math.sqrt(len(rounds) / free * apart) / n, math.sqrt(share * (1 - share) / n))
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    t = z * (1 + (z**2 + 1) / (4 * free) + (5 * z**4 + 16 * z**2 + 3) / (96 * free**2))  # Student's, to 1 % from 5 on
+    low, high = math.floor(n * (share - t * error)), math.ceil(n * (share + t * error))
+    return value, ordered[low - 1] if low >= 1 else None, ordered[high - 1] if high <= n else None
+
+
 def shift(samples: Sequence[float]) -> tuple[float, float]:
     """Relative change of the median at the likeliest place, and that place as a share; (0, 0) where none is proven.
 
@@ -99,10 +119,15 @@ def _proven(blocks: int) -> float:
 
 
 def summarize(samples_ms: Sequence[float], fps: float = 0.0) -> dict[str, Any]:
-    """Figures of one series, in milliseconds, JSON-ready.
+    """Figures of one series whose samples do not depend on each other, in milliseconds, JSON-ready.
 
     `warnings` says why they may not hold, `invalid` (empty here) why they do not: see `measure`.
     """
+    return _summary(samples_ms, "sample", samples_ms, fps)
+
+
+def _summary(samples_ms: Sequence[float], part: str, parts_ms: Sequence[float], fps: float) -> dict[str, Any]:
+    """Figures of samples, and whether their parts, one after the other, tell of a change."""
     ordered, n = sorted(samples_ms), len(samples_ms)
     middle, low, high = median_interval(ordered)
     mean = statistics.fmean(ordered)
@@ -118,21 +143,23 @@ def summarize(samples_ms: Sequence[float], fps: float = 0.0) -> dict[str, Any]:
         "coefficient_of_variation": variation,
         "percentiles_ms": {name: value for name, (value, _, _) in known.items()},
         "percentile_intervals_ms": {name: [below, above] for name, (_, below, above) in known.items()},
-        "warnings": _warnings(samples_ms, variation, fps),
+        "warnings": _warnings(samples_ms, part, parts_ms, variation, fps),
         "invalid": [],
     }
 
 
-def _warnings(samples_ms: Sequence[float], variation: float | None, fps: float) -> list[str]:
-    found, n, (change, place) = [], len(samples_ms), shift(samples_ms)
+def _warnings(
+    samples_ms: Sequence[float], part: str, parts_ms: Sequence[float], variation: float | None, fps: float
+) -> list[str]:
+    found, n, (change, place) = [], len(samples_ms), shift(parts_ms)
     if variation is not None and variation > STEADY_VARIATION:
         found.append(f"unstable because the coefficient of variation is {variation:.1%}, above {STEADY_VARIATION:.1%}")
     if change:
         found.append(f"unstable because the median changed by {change:+.1%} after {place:.0%} of the runs")
     if n < 6:
         found.append(f"no interval because there {_are(n, 'sample')} only; at least 6 are needed")
-    elif n < min(PROVEN):
-        few = f"there {_are(n, 'sample')} only; at least {min(PROVEN)} are needed"
+    elif len(parts_ms) < min(PROVEN):
+        few = f"there {_are(len(parts_ms), part)} only; at least {min(PROVEN)} are needed"
         found.append(f"a change over time would not be seen because {few}")
     late = sum(sample > 1000 / fps for sample in samples_ms) if fps else 0
     if late:
@@ -145,14 +172,24 @@ def _are(number: int, what: str) -> str:
 
 
 def summarize_rounds(rounds_ms: Sequence[Sequence[float]], fps: float = 0.0) -> dict[str, Any]:
-    """`summarize` all samples, but take median and interval from the rounds' medians where there are 6 or more.
+    """`summarize` all samples, but judge by rounds, which lie apart: neighbouring samples share the machine's state.
 
-    Neighbouring samples share the machine's state, so an interval over them is too narrow; rounds lie apart.
+    Changes are sought among the rounds' medians. Of 6 rounds or more come median and interval, which is their whole
+    range where the median changed meanwhile, for then they depend on each other too, and percentiles' intervals.
     """
-    summary = summarize([sample for samples_ms in rounds_ms for sample in samples_ms], fps)
-    middle, low, high = median_interval([statistics.median(samples_ms) for samples_ms in rounds_ms])
+    if len(rounds_ms) == 1:
+        return summarize(rounds_ms[0], fps)
+    medians = [statistics.median(taken) for taken in rounds_ms]
+    summary = _summary([sample for taken in rounds_ms for sample in taken], "round", medians, fps)
+    middle, low, high = median_interval(medians)
     if low is not None:
-        summary.update(median_ms=middle, interval_ms=[low, high], interval_over="rounds")
+        over = "rounds"
+        if shift(medians)[0]:
+            low, high, over = min(medians), max(medians), "range of rounds"
+        summary.update(median_ms=middle, interval_ms=[low, high], interval_over=over)
+        known = {f"p{p:g}": p / 100 for p, _ in PERCENTILES if f"p{p:g}" in summary["percentiles_ms"]}
+        intervals = {name: list(quantile_over_rounds(rounds_ms, share)[1:]) for name, share in known.items()}
+        summary.update(percentile_intervals_ms=intervals)
     elif summary["interval_ms"]:
         few = f"there {_are(len(rounds_ms), 'round')} only; at least 6 are needed"
         summary["warnings"].append(f"the interval is of runs, which is too narrow, because {few}")
@@ -162,11 +199,16 @@ def summarize_rounds(rounds_ms: Sequence[Sequence[float]], fps: float = 0.0) -> 
 def ratio_interval(
     rounds_a: Sequence[Sequence[float]], rounds_b: Sequence[Sequence[float]], confidence: float = 0.95
 ) -> tuple[float, float | None, float | None]:
-    """Ratio a / b of interleaved series: of the medians in each round, then median and interval of those."""
+    """Ratio a / b of interleaved series: of the medians in each round, then median and interval of those.
+
+    The interval is their whole range where the ratio itself changed meanwhile: see `summarize_rounds`.
+    """
     if len(rounds_a) != len(rounds_b):
         raise ValueError(f"interleaved series have equally many rounds, not {len(rounds_a)} and {len(rounds_b)}")
     ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(rounds_a, rounds_b)]
-    return median_interval(ratios, confidence)
+    middle, low, high = median_interval(ratios, confidence)
+    changed = low is not None and shift(ratios)[0]
+    return (middle, min(ratios), max(ratios)) if changed else (middle, low, high)
 
 
 def judged(summary: dict[str, Any], machine: Mapping[str, Any], *, finite: bool) -> dict[str, Any]:

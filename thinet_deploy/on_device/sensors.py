@@ -230,7 +230,10 @@ class Watch:
         for name, states in self._of("slowing"):
             told = True
             found += [f"{_text((self.root / name).with_name('type'))} was active"] if max(states) > 0 else []
-        masks = [("", [int(look["firmware"], 16) for look in self.looks if look["firmware"]], _PI_BITS, True)]
+        firmware = [int(look["firmware"], 16) for look in self.looks if look["firmware"]]
+        # Sixteen bits up it remembers what was: what it did not remember at the start came between two looks.
+        firmware = [value | (value & ~firmware[0]) >> 16 for value in firmware]
+        masks = [("", firmware, _PI_BITS, True)]
         masks += [(f"{gpu}: ", [int(v) for v in v], _GPU_BITS, False) for gpu, v in self._of_gpus("slowed")]
         for who, values, bits, shift in masks:
             told = told or bool(values)

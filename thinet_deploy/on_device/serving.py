@@ -94,7 +94,7 @@ class _Server:
     def time(self, count: int, fps: float = 0.0) -> dict[str, Any]:
         return {"ok": True, "samples_ms": time_run(self.fn, count, fps)}
 
-    def clocks(self, count: int) -> dict[str, Any]:
+    def clocks(self, count: int, fps: float = 0.0) -> dict[str, Any]:
         """Medians of what the runtime's own clocks say, and of what is left of the whole run: the host's share.
 
         Launching is told apart from them: it goes on beside the computing.
@@ -102,7 +102,7 @@ class _Server:
         parts: list[dict[str, float]] = []
         launches: list[float | None] = []
         for _ in range(count):
-            (total,) = time_run(self.fn, 1)
+            (total,) = time_run(self.fn, 1, fps)
             own = self.engine.clocks_ms()
             parts.append({**own, "host": max(0.0, total - math.fsum(own.values()))} if own else {})
             launches.append(self.engine.launch_ms())

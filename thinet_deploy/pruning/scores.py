@@ -6,13 +6,16 @@ Every score is float64, (channels of the group,), and the higher it is the more 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..data.dataset import ImageSet
 from ..errors import NOT_FINITE, ModelError
@@ -26,6 +29,8 @@ from .trace import named_tensors
 from .watch import Call, watch
 
 Scores = NDArray[np.float64]
+_FLATTENING = {"flatten", "reshape", "view", "squeeze"}
+_POOL = re.compile(r"(adaptive_)?(max|avg)_pool[123]d")
 
 
 def weight_sum(model: nn.Module, graph: ChannelGraph, group: ChannelGroup, plan: Plan) -> Scores:
@@ -63,10 +68,10 @@ def apoz(
     *,
     batch: int = 64,
 ) -> Scores:
-    """1 − APoZ, the average share of zeros (Hu et al., 2016), of what really enters the consumers.
+    """1 − APoZ, the average share of zeros (Hu et al., 2016), of what the consumers read: before a pool on the way.
 
-    The share is over images, positions and all inputs that belong to a channel; of several consumers that read it,
-    the mean. A channel that none reads scores 0.
+    For a maximum is seldom zero. The share is over images, positions and all inputs that belong to a channel; of
+    several consumers that read it, the mean. A channel that none reads scores 0.
 
     Args:
         model: the network as it stands; put into eval mode.
@@ -85,16 +90,49 @@ def apoz(
     values = torch.zeros_like(nonzero)
     team = join()
     for part in _batches(team.mine(chosen), batch):
-        calls = consumer_calls(model, group.consumers, torch.from_numpy(images.inputs(part)))
+        with _Pools() as pools:
+            calls = consumer_calls(model, group.consumers, torch.from_numpy(images.inputs(part)))
         for row, (call, place) in enumerate(zip(calls, places, strict=True)):
-            data = _channels_second(call, call.given["input"])
+            given, mine = pools.before(call.given["input"]), place
+            if flattened := given.dim() > call.given["input"].dim():
+                mine = place.view(given.shape[1], -1)[:, 0]  # a channel's inputs lie side by side
+            data = given.flatten(2) if flattened else _channels_second(call, given)
             _check_finite(data, group)
             there, sizes = (data != 0).double().sum((0, 2)), data.new_full(data.shape[1:2], data[:, 0].numel())
-            nonzero[row] += _by_channel(there[None], place, len(group.channels))[0]
-            values[row] += _by_channel(sizes[None].double(), place, len(group.channels))[0]
+            nonzero[row] += _by_channel(there[None], mine, len(group.channels))[0]
+            values[row] += _by_channel(sizes[None].double(), mine, len(group.channels))[0]
     nonzero, values = team.sum_(nonzero), team.sum_(values)
     readers = (values > 0).sum(0).clamp(min=1)
     return ((nonzero / values.clamp(min=1)).sum(0) / readers).numpy()
+
+
+class _Pools(TorchFunctionMode):
+    """Remembers what pools read, and flattening after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        given: Any = args[0] if args else (kwargs or {}).get("input")
+        name = getattr(function, "__name__", "")
+        if not isinstance(output, torch.Tensor):
+            return output
+        flattens = name in _FLATTENING and output.dim() == 2 and id(given) in self.read
+        if _POOL.fullmatch(name) or flattens:
+            self.read[id(output)] = output, given
+        elif "dropout" not in name:  # which gives what it was given
+            self.read.pop(id(output), None)  # changed in place
+        return output
+
+    def before(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the pools read that a tensor comes from; itself where it comes from none."""
+        while found := self.read.get(id(tensor)):
+            tensor = found[1]
+        return tensor
 
 
 def taylor(

@@ -100,7 +100,9 @@ def sampled_gram(
     seed: int,
     batch: int = 64,
 ) -> tuple[NDArray[np.float64], int]:
-    """G = X̂ᵀX̂ over sampled rows of a group's consumers, as the papers sample them; several consumers are summed.
+    """G = X̂ᵀX̂ over sampled rows of a group's consumers, as the papers sample them.
+
+    Several consumers are summed, each by its number of filters: as if rows were drawn from all filters alike.
 
     The rows depend on (seed, layer, image) only: not on batch size, order, or how many processes share the images.
 
@@ -123,6 +125,7 @@ def sampled_gram(
     model.eval()
     gram = torch.zeros(len(group.channels), len(group.channels), dtype=torch.float64)
     places = [torch.from_numpy(members(group, each, plan)) for each in group.consumers]
+    filters = torch.zeros(len(places), dtype=torch.float64)  # of each consumer, once for each image
     team = join()
     for part in _chunks(team.mine(chosen), batch):
         calls = consumer_calls(model, group.consumers, torch.from_numpy(images.inputs(part)))
@@ -133,8 +136,11 @@ def sampled_gram(
             sampled = [draw(len(consumer.weight), *size, draws, derive(seed, "sample", key, int(i))) for i in part]
             shares, mine = contributions(consumer, inputs, sampled), place != STAYS
             rows = shares.new_zeros(len(shares), len(gram)).index_add_(1, place[mine], shares[:, mine])
-            gram += rows.T @ rows
+            filters[number] += len(consumer.weight) * len(part)
+            gram += rows.T @ rows * (len(consumer.weight) if len(places) > 1 else 1)
     team.sum_(gram)
+    if len(places) > 1:
+        gram /= team.sum_(filters).mean() / len(chosen)
     if not bool(gram.isfinite().all()):
         raise ModelError(
             f"What enters {group.consumers[0].weight.removesuffix('.weight')} is not finite (NaN or infinite), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -91,17 +92,19 @@ def _part(columns: Mapping[int, Sequence[int]], weight: torch.Tensor, inverse: t
 def exact_gram(wide: Wide, group: ChannelGroup, moments: Mapping[str, Moments]) -> NDArray[np.float64]:
     """ThiNet's Gram matrix without drawing filters: the sum over all of them, averaged over positions.
 
-    G_cd = Σ_kl E[p_ck p_dl] (WᵀW)_ck,dl, summed over the consumers; what the papers sample rows of.
+    G_cd = Σ_kl E[p_ck p_dl] (WᵀW)_ck,dl, summed over the consumers (one that runs twice counts twice); what the papers
+    sample rows of.
     """
     gram = np.zeros((len(group.channels), len(group.channels)))
     where = {channel: index for index, channel in enumerate(group.channels.tolist())}
+    runs = Counter(each.weight for each in group.consumers)
     for consumer in {each.weight: each for each in group.consumers}.values():
         reader, mine = wide.readers[consumer.weight], moments[consumer.weight]
         by_channel, channels = consumer.weight in wide.spans, channels_read(wide, consumer)
         weight = wide.coefficients(reader) if by_channel else wide.weight(reader)[:, :, wide.reads(reader)]
         kernel = weight.shape[2] // channels.shape[1]
         for block in range(reader.blocks):
-            products = mine.squares[block] / mine.count * (weight[block].T @ weight[block])
+            products = runs[consumer.weight] * mine.squares[block] / mine.count * (weight[block].T @ weight[block])
             inputs = channels.shape[1]
             sums = products.view(inputs, kernel, inputs, kernel).sum((1, 3)).numpy()
             place = np.array([where.get(channel, -1) for channel in channels[block].tolist()])

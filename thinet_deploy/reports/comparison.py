@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from ..artifact import read_json
 from ..errors import InputError, UnknownNameError
 from ..intervals import unpaired_difference
 from ..on_device.samples import ratio_interval
-from .table import Row, Table, read_table
+from .table import THERE, Row, Table, Time, read_table
+
+_TORCH = "f./b."
 
 # One engine's time, measured again on another day on the same machine, moved by up to so much (VGG-16 and ResNet-50 on
 # ONNX Runtime and OpenVINO, 2026-11): what was not measured in turn is known no better.
@@ -77,7 +79,7 @@ class Against:
         row: the row's label.
         accuracy: the figure that decides, in percentage points, positive where better than the baseline; None where
             the two were not judged on the same images, by the data's name and the number of images.
-        faster: by runtime, how many times faster than the baseline.
+        faster: by runtime, how many times faster than the baseline; forward and backward in torch too.
         smaller: how many times smaller the file is; exact.
     """
 
@@ -120,7 +122,7 @@ def _find(runs: Sequence[Run], name: str) -> tuple[Run, Row]:
 
 
 def _against(base_run: Run, base: Row, run: Run, row: Row) -> Against:
-    runtimes = [runtime for runtime in row.engines if runtime in base.engines]
+    runtimes = [_TORCH, *(runtime for runtime in row.engines if runtime in base.engines)]
     faster = {r: found for r in runtimes if (found := _faster(base_run, base, run, row, r))}
     accuracy, smaller = _accuracy(base_run, base, run, row), base.size_bytes / row.size_bytes
     return Against(run.name, row.label, accuracy, faster, smaller)
@@ -144,31 +146,61 @@ def _accuracy(base_run: Run, base: Row, run: Run, row: Row) -> Difference | None
 
 
 def _faster(base_run: Run, base: Row, run: Run, row: Row, runtime: str) -> Difference | None:
-    ours, theirs = row.engines[runtime], base.engines[runtime]
-    if ours.invalid or theirs.invalid:
+    ours, theirs = _time(row, runtime), _time(base, runtime)
+    if ours is None or theirs is None or ours.invalid or theirs.invalid:
         return None
     timed, base_timed = _timed(run.table, row), _timed(base_run.table, base)
     if base_run == run and (rounds := _rounds(run, runtime)) and {timed, base_timed} <= set(rounds):
         return Difference(*ratio_interval(rounds[base_timed], rounds[timed]), 1, in_turn=True)
-    elsewhere = len({(each.table.machine, each.table.threads) for each in (base_run, run)}) > 1
+    elsewhere = len({_where(each.table, runtime) for each in (base_run, run)}) > 1
     if elsewhere or None in (ours.low, ours.high, theirs.low, theirs.high):
         return Difference(theirs.ms / ours.ms, None, None, 1, in_turn=False)
     low, high = theirs.low / ours.high, theirs.high / ours.low  # type: ignore[operator]  # None is dealt with above
     return Difference(theirs.ms / ours.ms, low / ANOTHER_TIME, high * ANOTHER_TIME, 1, in_turn=False)
 
 
+def _time(row: Row, runtime: str) -> Time | None:
+    """Of an engine, or of forward and backward together."""
+    if runtime != _TORCH:
+        return row.engines[runtime]
+    if row.forward is None or row.backward is None:
+        return None
+    both = row.forward, row.backward
+    low, high = (None if None in (ends := [getattr(e, end) for e in both]) else sum(ends) for end in ("low", "high"))
+    return Time(row.forward.ms + row.backward.ms, low, high, invalid="; ".join(e.invalid for e in both if e.invalid))
+
+
+def _where(table: Table, runtime: str) -> tuple[str, int]:
+    """Which machine a time is of, and with how many threads; a device's words have these too."""
+    if runtime.endswith(THERE):
+        return table.device, 0
+    return table.machine, table.torch_threads if runtime == _TORCH else table.threads
+
+
 def _timed(table: Table, row: Row) -> str:
-    """The network whose engine was timed: a control has the times of the network of its architecture."""
-    return next((each.name for each in table.rows if not each.note and each.engines == row.engines), row.name)
+    """The network that was timed: a control has the times of the network of its architecture."""
+    return next((each.name for each in table.rows if not each.note and _here(each) == _here(row)), row.name)
+
+
+def _here(row: Row) -> tuple[dict[str, Time], Time | None]:
+    return {name: time for name, time in row.engines.items() if not name.endswith(THERE)}, row.forward
 
 
 def _rounds(run: Run, runtime: str) -> dict[str, list[list[float]]]:
-    """The raw samples of a runtime's engines, by network; {} where they are not there."""
+    """The raw samples of a runtime's engines, or of passes in torch, by network; {} where they are not there."""
     try:
-        engines: list[dict[str, Any]] = read_json(run.folder / "latency" / "latency.json")["engines"]
-        return {e["model"]: e["samples"]["rounds_ms"] for e in engines if e["runtime"] == runtime}
+        timing: dict[str, list[dict[str, Any]]] = read_json(run.folder / "latency" / "latency.json")
+        if runtime == _TORCH:
+            return {each["model"]: _passes_ms(each["forward"], each["backward"]) for each in timing["models"]}
+        return {e["model"]: e["samples"]["rounds_ms"] for e in timing["engines"] if e["runtime"] == runtime}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _passes_ms(forward: Mapping[str, Any], backward: Mapping[str, Any]) -> list[list[float]]:
+    """Rounds of forward and backward together."""
+    both = zip(forward["rounds_ms"], backward["rounds_ms"], strict=True)
+    return [[ahead + back] for (ahead,), (back,) in both]
 
 
 def header(comparisons: Sequence[Against]) -> list[str]:

@@ -110,7 +110,7 @@ def _run(page: Page, name: str, figures: Sequence[str], runtimes: Sequence[str])
         "latency": Markup(html_plots.latency_plot(table, engines)),  # noqa: S704 - the same
         "engines": [_engine(table, engine, labels) for engine in engines],
         "percentiles": sorted(percentiles, key=lambda name: float(name[1:])),
-        "warnings": _warnings(engines, labels),
+        "warnings": _warnings(engines, [each for each in timing.get("models", []) if each["model"] in labels], labels),
         "budgets": list(_budgets(page.folder, table)),
         "widths": list(_widths(page.folder, table)),
         "layers": list(_layers(page.folder, table)),
@@ -204,7 +204,7 @@ def _engine(table: Table, engine: Mapping[str, Any], labels: Mapping[str, str]) 
         "runtime": f"{engine['runtime']} {engine['precision']}",
         "median": f"{summary['median_ms']:.4g}",
         "interval": f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "no interval",
-        "percentiles": {name: f"{value:.4g}" for name, value in summary["percentiles_ms"].items()},
+        "percentiles": {name: _percentile(summary, name) for name in summary["percentiles_ms"]},
         "runs": summary["n"],
         "load": f"{engine['load_ms']:.4g}",
         "first": f"{engine['first_ms']:.4g}",
@@ -214,14 +214,24 @@ def _engine(table: Table, engine: Mapping[str, Any], labels: Mapping[str, str]) 
     }
 
 
-def _warnings(engines: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, list[str]]:
-    """What is to be known about times, and of which engines."""
+def _percentile(summary: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A percentile, and its interval as far as it is known."""
+    ends = summary.get("percentile_intervals_ms", {}).get(name) or (None, None)
+    low, high = ("…" if end is None else f"{end:.4g}" for end in ends)
+    return f"{summary['percentiles_ms'][name]:.4g}", f"[{low}, {high}]" if ends != (None, None) else ""
+
+
+def _warnings(
+    engines: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """What is to be known about times, and of which engines, or of which passes in torch."""
+    timed = [(each, each["runtime"], each["samples"]["summary"]) for each in engines]
+    timed += [(each, f"torch, {part}", each[part]["summary"]) for each in models for part in ("forward", "backward")]
     found: dict[str, list[str]] = {}
-    for engine in engines:
-        summary = engine["samples"]["summary"]
+    for each, where, summary in timed:
         invalid = [f"invalid because {reason}" for reason in summary.get("invalid", [])]
         for note in [*invalid, *summary["warnings"]]:
-            found.setdefault(note, []).append(f"{labels[engine['model']]} on {engine['runtime']}")
+            found.setdefault(note, []).append(f"{labels[each['model']]} on {where}")
     return found
 
 

@@ -14,6 +14,7 @@ from ..store import open_run
 from ..tasks.base import Accuracy, read_figures
 from .ledger import Entry
 
+THERE = ", device"  # ends the name of an engine that was timed on a device
 _SCHEMA = {"schema": "thinet-deploy/table", "version": 3}
 
 
@@ -62,7 +63,8 @@ class Row:
         figures: of the task on the test images, such as "top-1" → percent with its 95 % interval; the first decides.
         parameters: #Param by the papers' rule.
         flops: #FLOPs by the papers' rule.
-        forward: milliseconds per batch in torch.
+        forward: milliseconds per batch in torch, with the speed-up of forward and backward together; None where a
+            network cannot be timed there.
         backward: milliseconds per batch in torch.
         engines: runtime → milliseconds per image.
         size_bytes: of the ONNX file.
@@ -76,8 +78,8 @@ class Row:
     figures: Mapping[str, Interval]
     parameters: int
     flops: int
-    forward: Time
-    backward: Time
+    forward: Time | None
+    backward: Time | None
     engines: dict[str, Time]
     size_bytes: int
     note: str = ""
@@ -88,7 +90,7 @@ class Row:
         cls, name: str, label: str, accuracy: Accuracy, counted: dict[str, int], size: int, timing: dict[str, Any]
     ) -> Row:
         """From a stage's accuracy and count, and latency.json."""
-        torch_row = next(row for row in timing["models"] if row["model"] == name)
+        torch_row = next((row for row in timing["models"] if row["model"] == name), None)
         engines = {
             row["runtime"]: Time.of(row["samples"]["summary"], row["speedup"])
             for row in timing["engines"]
@@ -100,8 +102,8 @@ class Row:
             figures=accuracy.figures,
             parameters=counted["parameters"],
             flops=counted["flops"],
-            forward=Time.of(torch_row["forward"]["summary"], torch_row["speedup"]),
-            backward=Time.of(torch_row["backward"]["summary"], None),
+            forward=torch_row and Time.of(torch_row["forward"]["summary"], torch_row["speedup"]),
+            backward=torch_row and Time.of(torch_row["backward"]["summary"], None),
             engines=engines,
             size_bytes=size,
         )
@@ -135,6 +137,7 @@ class Table:
         ledger: accuracy, step by step.
         precision: that the engines were asked for.
         ships: name of the row that goes into the bundle.
+        device: what the engines that end in `THERE` were timed on, and how: see `with_device`.
     """
 
     target: str
@@ -151,6 +154,7 @@ class Table:
     ledger: tuple[Entry, ...]
     precision: str = "fp32"
     ships: str = ""
+    device: str = ""
 
     @property
     def shipped(self) -> Row:
@@ -174,9 +178,9 @@ class Table:
 
 def _row(data: dict[str, Any]) -> Row:
     engines = {runtime: Time(**time) for runtime, time in data["engines"].items()}
-    times = {"forward": Time(**data["forward"]), "backward": Time(**data["backward"]), "engines": engines}
+    torch = {part: data[part] and Time(**data[part]) for part in ("forward", "backward")}
     drop = Interval(**data["drop"]) if data.get("drop") else None
-    return Row(**{**data, **times, "figures": read_figures(data["figures"]), "drop": drop})
+    return Row(**{**data, **torch, "engines": engines, "figures": read_figures(data["figures"]), "drop": drop})
 
 
 def read_table(run: Path) -> Table:
@@ -199,8 +203,37 @@ def read_table(run: Path) -> Table:
         ) from error
 
 
+def with_device(table: Table, found: Mapping[str, Any] | None) -> Table:
+    """The table with the times of the network that ships on a device, beside those of this machine.
+
+    Args:
+        table: of a run.
+        found: what came from its device, see `stages.device.on_device`; None where it had none.
+    """
+    if not found:
+        return table
+    timing, jetson = found["latency"], found["facts"].get("jetson") or {}
+    times = {_named(row): row for row in timing["engines"] if row.get("summary")}
+    engines = {name: Time.of(row["summary"], None) for name, row in times.items()}
+    rows = [replace(row, engines={**row.engines, **engines}) if row == table.shipped else row for row in table.rows]
+    words = [timing["processor"], found["facts"]["machine"], jetson.get("power_mode"), f"threads: {timing['threads']}"]
+    device = ", ".join(filter(None, words))
+    return replace(table, rows=tuple(rows), runtimes=(*table.runtimes, *engines), device=device)
+
+
+def _named(timed: Mapping[str, Any]) -> str:
+    pace = f" at {timed['fps']:g} a second" if timed.get("fps") else ""
+    return f"{timed['runtime']} {timed['precision']}{pace}{THERE}"
+
+
 def check_machines(tables: Sequence[Table]) -> None:
     """Raise InputError when the tables were measured on different machines, or with different numbers of threads."""
+    devices = dict.fromkeys(table.device for table in tables if table.device)
+    if len(devices) > 1:
+        raise InputError(
+            f"The runs were measured on different devices: {'; '.join(devices)}. Their milliseconds do not compare.",
+            hint="Measure them on one device, or give --across-machines to see them side by side all the same.",
+        )
     machines = {table.machine: table.processor for table in tables}
     if len(machines) > 1:
         named = ", ".join(f"{processor} ({machine})" for machine, processor in machines.items())

@@ -18,6 +18,7 @@ from .table import Row, Table, Time
 _BAR = 32
 _COUNTED = ("#Param", "#FLOPs")
 _TORCH = "f./b. (ms)"
+_FASTER = ("speedup", "speedup_low", "speedup_high")
 
 
 def cells(row: Row, figures: Sequence[str], runtimes: Sequence[str]) -> list[str]:
@@ -28,7 +29,7 @@ def cells(row: Row, figures: Sequence[str], runtimes: Sequence[str]) -> list[str
         *(f"{row.figures[name].value:.2f}" if name in row.figures else "–" for name in figures),
         short_count(row.parameters),
         short_count(row.flops),
-        "invalid" if row.forward.invalid or row.backward.invalid else f"{_ms(row.forward.ms)}/{_ms(row.backward.ms)}",
+        _passes(row.forward, row.backward),
         *times,
         short_size(row.size_bytes),
     ]
@@ -48,6 +49,14 @@ def short_size(number: float) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _passes(forward: Time | None, backward: Time | None) -> str:
+    if forward is None or backward is None:
+        return "not run"
+    if forward.invalid or backward.invalid:
+        return "invalid"
+    return f"{_ms(forward.ms)}/{_ms(backward.ms)}{' ≈' if within_noise(forward) else ''}"
 
 
 def _engine(time: Time | None) -> str:
@@ -94,12 +103,14 @@ def notes_of(table: Table) -> list[str]:
         f"{torch}. {engines}; {ratio}.",
         f"Measured on {table.processor} ({table.machine}).",
     ]
+    if table.device:
+        notes.append(f"Device: the network that ships, measured on {table.device}.")
     if table.precision == "int8":
         notes.append(
             "Accuracy and size are of the INT8 files, the original's too unless a device builds the engines; losses "
             "are told from it in fp32."
         )
-    if any(within_noise(time) for row in table.rows for time in row.engines.values()):
+    if any(within_noise(time) for row in table.rows for _, time in _times(row)):
         notes.append("≈: within the noise, no difference from the original is proven.")
     timed = [(row.label, where, time) for row in table.rows if not row.note for where, time in _times(row)]
     invalid = [(who, where, time.invalid) for who, where, time in timed if time.invalid]
@@ -118,7 +129,7 @@ def notes_of(table: Table) -> list[str]:
 
 def _times(row: Row) -> Iterator[tuple[str, Time]]:
     """All of its times, and where each was measured."""
-    yield from (("torch", time) for time in (row.forward, row.backward))
+    yield from (("torch", time) for time in (row.forward, row.backward) if time)
     yield from row.engines.items()
 
 
@@ -137,7 +148,8 @@ def render(tables: Sequence[Table], width: int, names: Sequence[str] = ()) -> Re
         names: of several tables, such as their runs' folders.
     """
     runtimes, parts = runtimes_of(tables), list[RenderableType](_grids(tables, width, names))
-    parts += [_bars(_called(tables, names), runtime) for runtime in runtimes]
+    side = max(12, *(len(runtime) for runtime in runtimes)) if runtimes else 0
+    parts += [_bars(_called(tables, names), runtime, side) for runtime in runtimes]
     parts += [Text(note, style="dim") for note in _notes(tables, names)]
     return Group("ThiNet: the thin networks beside the original", *parts)
 
@@ -190,8 +202,8 @@ def _grid(heads: list[str], names: list[str], rows: list[list[list[str]]], colum
     return grid
 
 
-def _bars(tables: Sequence[tuple[str, Table]], runtime: str) -> RenderableType:
-    """Latency as bars, one per network."""
+def _bars(tables: Sequence[tuple[str, Table]], runtime: str, side: int) -> RenderableType:
+    """Latency as bars, one per network; its name takes `side` characters, as the others' do."""
     every = [(of, row) for of, table in tables for row in table.rows if runtime in row.engines]
     rows = [(of, row) for of, row in every if not row.note and not row.engines[runtime].invalid]
     longest = max((row.engines[runtime].ms for _, row in rows), default=1.0)
@@ -199,7 +211,7 @@ def _bars(tables: Sequence[tuple[str, Table]], runtime: str) -> RenderableType:
     for of, row in rows:
         ms = row.engines[runtime].ms
         bar = Text("█" * max(1, round(_BAR * ms / longest)), style="red" if row.name == "original" else "green")
-        picture.add_row(f"{runtime:>12}", of + row.label, bar, f"{_ms(ms)} ms")
+        picture.add_row(f"{runtime:>{side}}", of + row.label, bar, f"{_ms(ms)} ms")
     return picture
 
 
@@ -222,22 +234,25 @@ def to_csv(tables: Sequence[Table], names: Sequence[str] = ()) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     figures = figures_of(tables)
     fixed = ["target", "data", "model", *(name.replace("-", "") for name in figures)]
-    fixed += ["parameters", "flops", "forward_ms", "backward_ms", "size_bytes"]
-    measured = [
-        f"{runtime}_{part}" for runtime in runtimes for part in ("ms", "speedup", "speedup_low", "speedup_high")
-    ]
+    fixed += ["parameters", "flops", "forward_ms", "backward_ms", *(f"torch_{part}" for part in _FASTER), "size_bytes"]
+    measured = [f"{runtime}_{part}" for runtime in runtimes for part in ("ms", *_FASTER)]
     writer.writerow([*fixed, *measured, *(["run"] if names else [])])
     for number, table in enumerate(tables):
         for row in table.rows:
             values: list[object] = [table.target, table.data, row.label]
             values += [row.figures[name].value if name in row.figures else None for name in figures]
-            values += [row.parameters, row.flops, _valid_ms(row.forward), _valid_ms(row.backward), row.size_bytes]
+            values += [row.parameters, row.flops, _valid_ms(row.forward), _valid_ms(row.backward)]
+            values += [*_faster(row.forward), row.size_bytes]
             for runtime in runtimes:
                 time = row.engines.get(runtime)
-                values += [_valid_ms(time), time.speedup, time.speedup_low, time.speedup_high] if time else [None] * 4
+                values += [_valid_ms(time), *_faster(time)]
             writer.writerow([*values, *names[number : number + 1]])
     return stream.getvalue()
 
 
-def _valid_ms(time: Time) -> float | None:
-    return None if time.invalid else time.ms
+def _faster(time: Time | None) -> list[float | None]:
+    return [getattr(time, part, None) for part in _FASTER]
+
+
+def _valid_ms(time: Time | None) -> float | None:
+    return None if time is None or time.invalid else time.ms

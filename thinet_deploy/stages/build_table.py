@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ..artifact import read_json
 from ..environment import machine_id
 from ..intervals import Interval
@@ -47,7 +49,7 @@ def build_table(job: Job, made: Networks, files: Files, measured: Stage, drops: 
         machine=machine_id(environment),
         processor=environment.get("cpu", {}).get("model", "unknown processor"),
         threads=job.options.threads,
-        torch_threads=timing["models"][0]["threads"],
+        torch_threads=timing["models"][0]["threads"] if timing["models"] else torch.get_num_threads(),
         batch=deploy_stage.TORCH_BATCH,
         runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
         rows=tuple(rows),

@@ -110,6 +110,10 @@ def _check_unused(options: Options) -> None:
             "layers at once.",
             hint="Give --finetune-epochs, or --recipe iccv2017 or tpami2019, which go layer by layer.",
         )
+    if options.finetune_lr and not options.layerwise and options.finetune_epochs == 0:
+        raise InputError(
+            "--finetune-lr is of fine-tuning, but there is none.", hint="Leave it out, or fine-tune with build."
+        )
     if options.device_python != Options.model_fields["device_python"].default and not options.device:
         raise InputError("--device-python is of a device, but there is none.", hint="Name it with --device.")
     if options.max_drop != Options.model_fields["max_drop"].default and options.precision not in (None, "int8"):

@@ -31,6 +31,7 @@ from .tools import Tools
 
 EXPORTED, LATENCY, LAYERS, DROPS = "export.json", "latency.json", "layers.json", "drops.json"
 ENGINES, REFUSED = "engines.json", "refused.json"
+UNTIMED = "untimed"  # in latency.json: why no network was timed in torch, or ""
 ENGINE_SECONDS = 3.0
 ENGINE_ROUNDS = ROUNDS
 TORCH_BATCH = 32
@@ -134,7 +135,10 @@ def measured(
     files: Files,
     folder: Path,
 ) -> None:
-    """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept."""
+    """Milliseconds of every engine on this machine, and forward and backward in torch; raw samples kept.
+
+    Where a network cannot be timed in torch, such as for want of memory, none is: what ships does not depend on it.
+    """
     job = tools.job
     refs = [latency.EngineRef(name, runtime, path, files.engines) for (name, runtime), path in engine_paths.items()]
     image = job.data.test.inputs(np.arange(1))
@@ -147,20 +151,23 @@ def measured(
         seconds=ENGINE_SECONDS,
         progress=tools.progress,
     )
-    torch_rows = measure_torch(
-        {name: tools.load(path) for name, path in folders.items()},
-        job.input_shape,
-        batch=TORCH_BATCH,
-        rounds=TORCH_ROUNDS,
-        progress=tools.progress,
-    )
-    write_json(folder / LATENCY, latency.report(engine_rows, torch_rows).to_json())
+    models = {name: tools.load(path) for name, path in folders.items()}
+    torch_rows, why = list[latency.TorchLatency](), ""
+    try:
+        torch_rows = measure_torch(
+            models, job.input_shape, batch=TORCH_BATCH, rounds=TORCH_ROUNDS, progress=tools.progress
+        )
+    except ThinetDeployError as error:
+        why = error.what
+    write_json(folder / LATENCY, {**latency.report(engine_rows, torch_rows).to_json(), UNTIMED: why})
     write_json(folder / LAYERS, _profiled(tools, engine_paths, files, image))
 
 
 def undisturbed(stage: Stage) -> bool:
-    """Whether no time that `measured` left is invalid, as those of a machine that throttled are."""
+    """Whether `measured` left no time that is invalid, as those of a machine that throttled are, and no network out."""
     found = stage.json(LATENCY)
+    if found.get(UNTIMED):
+        return False
     engines = [row["samples"] for row in found["engines"]]
     models = [row[part] for row in found["models"] for part in ("forward", "backward")]
     return not any(samples["summary"]["invalid"] for samples in [*engines, *models])

@@ -79,6 +79,8 @@ def deploy(
     # What is left to do on the device has been done.
     said = (*plan.notes, *engines.notes) if there else notes
     notes = (*remarks(tools.job, build.folders["original"]), *said, *_slower(tools.job, table, there))
+    if why := measured.json(deploy_stage.LATENCY).get(deploy_stage.UNTIMED):
+        notes = (*notes, f"No forward and backward times: {why} Everything else was measured.")
     return Build(run.root, table, _hops(parity), bundle.folder, notes, page.verdicts, there)
 
 

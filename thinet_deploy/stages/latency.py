@@ -31,7 +31,7 @@ from ..pruning.graph import Branch, ChannelGraph, ChannelGroup
 from ..pruning.plan import empty_plan, plan_channels
 from ..pruning.surgery import apply, gap_head
 from ..pruning.trace import named_tensors
-from ..registry import check, convert, runs_here
+from ..registry import check, convert, installed, runs_here
 from ..target import TargetProfile
 from ..timing.budget import Found, Goal, Measured, meet
 from ..timing.latency import COOL_IT, EngineLatency, EngineRef, speedup
@@ -61,7 +61,7 @@ def engine_for(
     Raises:
         InputError: there is none.
         TargetError: the target cannot compute in that precision.
-        MissingError: its runtime is not installed.
+        MissingError: none of its runtimes is installed.
     """
     flags = machine.cpu["flags"] if machine else fingerprint()["cpu"]["flags"]
     plan = plan_precision(target, precision, flags)
@@ -72,9 +72,9 @@ def engine_for(
 
 
 def _here(target: TargetProfile, able: Sequence[str], precision: Precision | None) -> str:
-    """The first runtime, if the target's engines run on this machine."""
+    """The first runtime that is installed, if the target's engines run on this machine; else the first of all."""
     if able and runs_here(target):
-        return able[0]
+        return next(filter(installed, able), able[0])
     typed = f" in {precision}" if precision else ""
     there = "" if target.builds_on_device else "; or name the device that has one: --device ssh://user@host"
     raise InputError(

@@ -197,7 +197,9 @@ def finish(run: SharedRun, tools: Tools, pruning: Pruning, where: str = "") -> N
     if pruning.head:
         _replace_head(run, tools, networks, how, learnt, where)
     if options.controls == "all":
-        from_scratch(run, tools, networks, options.epochs + extra, after)
+        taught = how.teacher is not None and how.teacher != dense.folder
+        why = "as many as all that went into that network" + (", its teacher's included" if taught else "")
+        from_scratch(run, tools, networks, options.epochs + extra * (1 + taught), why, after)
     return networks
 
 
@@ -244,15 +246,26 @@ def _trained_on(
     return stage
 
 
-def from_scratch(run: SharedRun, tools: Tools, networks: Networks, epochs: int, after: dict[str, Any]) -> None:
-    """The control: the thin architecture with fresh weights; `after`: what the result depends on besides."""
+def from_scratch(
+    run: SharedRun, tools: Tools, networks: Networks, epochs: int, why: str, after: dict[str, Any]
+) -> None:
+    """The control: the thin architecture with fresh weights.
+
+    Args:
+        run: to add it to.
+        tools: of the job.
+        networks: with the thin one, to which it is added.
+        epochs: of its training.
+        why: so many, in words.
+        after: what the result depends on besides.
+    """
     ship = networks.stages[networks.ship]
     rate = tools.job.options.lr
     inputs = {**after, "thin": sha256_of(ship.folder / PLAN), "epochs": epochs, "rate": rate}
     stage = run.stage("scratch", inputs, partial(steps.scratch, tools, ship.folder, epochs))
     note = (
-        f"the architecture of {networks.labels[networks.ship]} with fresh weights, {epochs_in_words(epochs)} = all "
-        "training above together; same architecture, so same times"
+        f"the architecture of {networks.labels[networks.ship]} with fresh weights, {epochs_in_words(epochs)}, {why}; "
+        "same architecture, so same times"
     )
     networks.controls["scratch"] = Control(networks.ship, "Train from scratch", note, accuracy_of(stage))
     networks.ledger.append(Entry.of(epochs_in_words(epochs), accuracy_of(stage), "Train from scratch"))

@@ -19,7 +19,7 @@ from ..data.dataset import UNLABELLED, ImageSet
 from ..errors import ModelError
 from ..interfaces import Progress, Selection
 from ..models.loading import load_function
-from ..models.weights import load_weights, save_weights
+from ..models.weights import load_weights, save_weights, unused_weights
 from ..options import Options
 from ..parallel import join
 from ..pruning.plan import Plan, load_plan
@@ -164,6 +164,9 @@ def remarks(job: Job, original: Path) -> Iterator[str]:
             f"{classes} classes may give, so that no comparison with it means much. Check --weights, --preprocess and "
             "the order of the classes."
         )
+    weights = job.options.weights
+    if weights and (others := unused_weights(weights)):
+        yield f"{weights.name} also holds {', '.join(others)}, which may be better; save them alone to use them."
     if frozen := [name for name, each in job.fresh().named_parameters() if not each.requires_grad]:
         yield (
             f"No training changes what {job.model_name} has frozen: {', '.join(frozen[:3])}"

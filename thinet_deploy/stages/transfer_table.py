@@ -68,7 +68,8 @@ def transfer(run: SharedRun, source: Tools, target: Tools) -> Networks:
     how = tuned(FineTuning(epochs, rate, teacher.folder if teacher else None))
     networks.ledger.append(Entry.of(how, accuracy_of(thin), label))
     if target.job.options.controls == "all":
-        from_scratch(run, target, networks, target.job.options.epochs + epochs, given)
+        why = "as many as the original's and this fine-tuning"
+        from_scratch(run, target, networks, target.job.options.epochs + epochs, why, given)
     return networks
 
 
