@@ -244,6 +244,18 @@ def test_the_command_shows_keeps_and_draws(cli: Cli, tiny: Path, tmp_path: Path,
     assert sum(row["share"] for row in found["layers"]) == pytest.approx(1)
     assert found["factor"] == pytest.approx(found["whole_ms"] / found["layers_ms"])
     assert all(len(row[side]["widths"]) == len(row[side]["ms"]) for row in found["layers"] for side in _SIDES)
+    for row in found["layers"]:
+        surface, points = row["surface"], {(spot["ins"], spot["outs"]): spot["ms"] for spot in row["measured"]}
+        for side, fixed in (("along_ins", row["outs"]), ("along_outs", row["ins"])):
+            widths, along = row[side]["widths"], side == "along_ins"
+            assert row[side]["ms"] == [points[(width, fixed) if along else (fixed, width)] for width in widths]
+        assert len(surface["ms"]) == len(surface["outs"])
+        assert all(len(line) == len(surface["ins"]) for line in surface["ms"])
+        for ins, outs in points.keys() & {(row["ins"], each) for each in surface["outs"]}:
+            assert surface["ms"][surface["outs"].index(outs)][surface["ins"].index(ins)] == points[ins, outs]
+    assert any(
+        len({spot["ins"] for spot in row["measured"]}) > 1 < len(row["surface"]["outs"]) for row in found["layers"]
+    )
     text = (tmp_path / "stairs" / "staircase.svg").read_text()
     assert ET.fromstring(text).tag.endswith("svg")
     assert 'href="http' not in text

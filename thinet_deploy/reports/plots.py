@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LAYERS = 9  # drawn of a staircase
+_LAYERS = 6  # drawn of a staircase
 _LINE, _MARK, _GREY = "#2a5d9f", "#c8501e", "#666666"
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "thinet-deploy",
@@ -92,6 +92,34 @@ class Side(Protocol):
         """Widths after which a channel more is dearer."""
 
 
+class Spot(Protocol):
+    """A measured point."""
+
+    @property
+    def ins(self) -> int:
+        """Inputs."""
+
+    @property
+    def outs(self) -> int:
+        """Outputs."""
+
+
+class Grid(Protocol):
+    """A layer's time at any widths."""
+
+    @property
+    def ins(self) -> Sequence[int]:
+        """Numbers of inputs, ascending."""
+
+    @property
+    def outs(self) -> Sequence[int]:
+        """Of outputs."""
+
+    @property
+    def ms(self) -> Sequence[Sequence[float]]:
+        """Times, [outs][ins]."""
+
+
 class Stairs(Protocol):
     """Layers of one shape."""
 
@@ -111,9 +139,17 @@ class Stairs(Protocol):
     def along_outs(self) -> Side:
         """Times at fewer outputs."""
 
+    @property
+    def measured(self) -> Sequence[Spot]:
+        """Where the surface was measured."""
+
+    @property
+    def surface(self) -> Grid:
+        """What follows from it."""
+
 
 def staircase_plot(path: Path, rows: Sequence[Stairs], title: str) -> None:
-    """Draw the times of layers against their widths, a small picture for each of the dearest.
+    """Draw the times of the dearest layers against their widths: the stairs of either side, and the surface of both.
 
     Args:
         path: the SVG file.
@@ -130,21 +166,37 @@ def staircase_plot(path: Path, rows: Sequence[Stairs], title: str) -> None:
 def _staircases(rows: Sequence[Stairs], title: str) -> Figure:
     from matplotlib.figure import Figure
 
-    columns = min(3, max(1, len(rows)))
+    columns = min(2, max(1, len(rows)))
     lines = max(1, -(-len(rows) // columns))
-    figure = Figure(figsize=(3.4 * columns, 2.7 * lines + 0.4), layout="constrained")
-    figure.suptitle(f"{title}: milliseconds against channels", x=0.01, ha="left", fontsize=11)
+    figure = Figure(figsize=(6.8 * columns, 2.7 * lines + 0.5), layout="constrained")
+    rings = "rings: a channel more makes a channel dearer; dots on surfaces: measured"
+    figure.suptitle(f"{title}: milliseconds against channels ({rings})", x=0.01, ha="left", fontsize=11)
     for number, row in enumerate(rows):
-        axes = figure.add_subplot(lines, columns, number + 1)
-        axes.set_title(f"{row.names[0]}, {row.shape}", loc="left", fontsize=8)
-        for side, name, colour in ((row.along_outs, "outputs", _LINE), (row.along_ins, "inputs", _MARK)):
-            if len(side.widths) > 1:
-                _steps(axes, side, name, colour)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.legend(frameon=False, fontsize=7, loc="upper left")
+        _stairs(figure.add_subplot(lines, 2 * columns, 2 * number + 1), row)
+        if len(row.surface.ins) > 1 and len(row.surface.outs) > 1:
+            _surface(figure, figure.add_subplot(lines, 2 * columns, 2 * number + 2), row)
     return figure
+
+
+def _stairs(axes: Axes, row: Stairs) -> None:
+    axes.set_title(f"{row.names[0]}, {row.shape}", loc="left", fontsize=8)
+    for side, name, colour in ((row.along_outs, "outputs", _LINE), (row.along_ins, "inputs", _MARK)):
+        if len(side.widths) > 1:
+            _steps(axes, side, name, colour)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
+
+
+def _surface(figure: Figure, axes: Axes, row: Stairs) -> None:
+    """Time over both sides in shades, with the points that it comes from."""
+    shades = axes.contourf(row.surface.ins, row.surface.outs, row.surface.ms, levels=12, cmap="viridis")
+    figure.colorbar(shades, ax=axes, label="ms", pad=0.02)
+    points = [(spot.ins, spot.outs) for spot in row.measured]
+    axes.plot(*zip(*points, strict=True), "o", color="white", markeredgecolor="black", markersize=3, clip_on=False)
+    axes.set_xlabel("inputs", fontsize=8)
+    axes.set_ylabel("outputs", fontsize=8)
 
 
 def _steps(axes: Axes, side: Side, name: str, colour: str) -> None:

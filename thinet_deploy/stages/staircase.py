@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from ..timing.surfaces import Line, Surface, fast_widths, stair
 from .latency import Bench
 
 SECONDS = 3.0  # of the whole network
+PLACES = 17  # of a surface, on either side, beside those that were measured
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,38 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Spot:
+    """A measured point of a layer's surface.
+
+    Attributes:
+        ins, outs: channels.
+        ms: of one call.
+        spread_ms: how far the true time may be from it.
+        disturbed: whether the machine was busy with something else meanwhile, or turns do not agree.
+    """
+
+    ins: int
+    outs: int
+    ms: float
+    spread_ms: float
+    disturbed: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A layer's time at any of its widths, as budgets take it: through the measured points, read off at some places.
+
+    Attributes:
+        ins, outs: the places, ascending.
+        ms: [outs][ins].
+    """
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Stairs:
     """Layers of one shape and the same widths.
 
@@ -61,7 +94,9 @@ class Stairs:
         half: (inputs, outputs) at about half of what can become narrower.
         half_faster: how many times faster the layer is then.
         half_fewer: how many times fewer multiply-accumulates it does then.
-        along_ins, along_outs: the stairs.
+        along_ins, along_outs: the stairs, where the other side is whole.
+        measured: all points that were, by inputs and outputs.
+        surface: what follows from them.
     """
 
     names: tuple[str, ...]
@@ -76,6 +111,8 @@ class Stairs:
     half_fewer: float
     along_ins: Side
     along_outs: Side
+    measured: tuple[Spot, ...]
+    surface: Grid
 
 
 @dataclass(frozen=True)
@@ -206,7 +243,25 @@ def _stairs(same: Sequence[tuple[Sized, Surface]], total: float) -> Stairs:
         half_fewer=ins * outs / (half[0] * half[1]),
         along_ins=along[0],
         along_outs=along[1],
+        measured=tuple(
+            Spot(*point, timing.ms, timing.spread_ms, timing.disturbed)
+            for point, timing in sorted(surface.known.items())
+        ),
+        surface=_grid(surface),
     )
+
+
+def _grid(surface: Surface) -> Grid:
+    (ins, outs), domain = zip(*surface.known, strict=True), surface.domain
+    columns, rows = _spread(domain.ins, ins), _spread(domain.outs, outs)
+    ms = surface(*(side.ravel().astype(float) for side in np.meshgrid(columns, rows))).reshape(len(rows), len(columns))
+    return Grid(columns, rows, tuple(tuple(row) for row in ms.tolist()))
+
+
+def _spread(places: Sequence[int], measured: Iterable[int]) -> tuple[int, ...]:
+    """The measured ones, for stairs have their edges there, and some between the first and the last."""
+    chosen = np.linspace(0, len(places) - 1, PLACES).round().astype(int)
+    return tuple(sorted({*measured, *(places[index] for index in chosen)}))
 
 
 def _half(places: Sequence[int]) -> int:

@@ -169,6 +169,7 @@ class Surface:
 
     Attributes:
         domain: the widths.
+        known: the measured points.
         least_ms: the shortest time of all points.
         lines: measured points with all outputs, and with all inputs.
         disturbed: whether a point is.
@@ -179,7 +180,8 @@ class Surface:
     ) -> None:
         if ins is None or outs is None:
             ins, outs = _frame(known, domain)
-        self.domain, self._ins, self._outs = domain, np.array(ins, float), np.array(outs, float)
+        self.domain, self.known = domain, known
+        self._ins, self._outs = np.array(ins, float), np.array(outs, float)
         self._by_outs = [_polyline(_along_ins(known, o)) for o in outs]
         self._by_ins = [_polyline(_along_outs(known, i)) for i in ins]
         self.least_ms = min(timing.ms for timing in known.values())
