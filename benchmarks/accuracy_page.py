@@ -10,6 +10,7 @@ from typing import Any
 from _judge import best, unpack
 from _markdown import head, line, top1
 from _record import kept
+from peers import OURS, THEIRS
 from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS, TARGETS
 
 from thinet_deploy.intervals import difference_interval
@@ -115,14 +116,21 @@ def _longer() -> Iterator[str]:
     yield ""
 
 
+_RATES = (
+    "The higher rate suits nobody here, the original neither; `build` [tries the rate](adr/0024-trying-the-rate.md)."
+)
 _PEERS_NOTES = {
     "resnet20": (
+        "What is ahead after the epoch is where ours puts the widths: with uniform ones (*best, uniform*) it",
+        "comes to no more than others do.",
         "*Inner*: the first convolution of each block alone may become thinner, as in ours; *all*: what",
         "Torch-Pruning would take by default, the residual streams too, of which it takes the padding of the",
         "shortcuts for an addition, so that channels behind it no longer meet their own; *1×1*: the same with",
         "shortcuts written as convolutions, which it follows rightly (and which are not counted). The part of the",
         "loss that holds blocks to the original's (`inside`) acts where their outputs have its shape, so not in *all*.",
     ),
+    "vgg_bn": (_RATES,),
+    "vgg": (_RATES,),
 }
 
 
@@ -131,49 +139,73 @@ def _peers() -> Iterator[str]:
         if not (rows := kept(f"peers-{network}", quick=False)):
             continue
         order = sorted(rows, key=lambda name: -best(rows[name])["top1"]["value"])
+        rates = list(rows["unpruned"]["tuned"])
+        after = [f"after the epoch, at {rate}" for rate in rates]
         yield from (
             f"## Beside Torch-Pruning 1.6.1: {title}",
             "",
             "Half of the multiply-accumulates at most, its own importance criteria and ways to spread",
-            "widths, the same data and the same epoch for everybody",
-            "(of two rates, the one that suited a contender best, where there are two), one run each.",
+            "widths, the same data and the same epoch for everybody, one run each. Intervals are of the test",
+            "images alone.",
             *_PEERS_NOTES.get(network, ()),
-            _lead(rows, order),
+            *(_lead(rows, rate) for rate in rates),
+            *_again(rows),
             "`benchmarks/peers.py`",
             "",
-            *head("", ["MMAC", "top-1 without training", "top-1 after the epoch", "behind the original"]),
-            *(line(name, _contender(rows[name])) for name in order),
+            *head("", ["MMAC", "top-1 without training", *after, "minus the original's, at its better rate"]),
+            *(line(name, _contender(rows[name], rates)) for name in order),
             "",
         )
 
 
-def _lead(rows: dict[str, Any], order: list[str]) -> str:
-    """By how much ours is ahead of Torch-Pruning's best, on the same images."""
-    ours, theirs = ("thinet-deploy best", next(name for name in order if name.startswith("Torch-Pruning")))
-    right, other = (unpack(best(rows[name])["right"], TEST_IMAGES) for name in (ours, theirs))
-    ahead = difference_interval(right, other)
-    between = f"[{ahead.low:+.2f}, {ahead.high:+.2f}]"
-    return f"Ours after the epoch minus Torch-Pruning's best: {ahead.value:+.2f} {between}, by the test images alone."
+def _lead(rows: dict[str, Any], rate: str) -> str:
+    """By how much ours is ahead of the best that Torch-Pruning comes to at a rate, on the same images."""
+    after = {name: row["tuned"][rate] for name, row in rows.items() if name.startswith((OURS, THEIRS))}
+    theirs = max((name for name in after if name.startswith(THEIRS)), key=lambda name: after[name]["top1"]["value"])
+    ahead, between = _ahead([(after[OURS], after[theirs])])
+    return f"Ours after the epoch at {rate} minus the best of Torch-Pruning's there ({theirs}): {ahead} {between}."
 
 
-def _contender(row: dict[str, Any]) -> list[str]:
+def _again(rows: dict[str, Any]) -> Iterator[str]:
+    """The same with more seeds, where there are."""
+    others = [name for name, row in rows.items() if "seeds" in row and name.startswith(THEIRS)]
+    for theirs in others:
+        pairs = [(best(rows[OURS]), best(rows[theirs]))]
+        for seed, found in rows[theirs]["seeds"].items():
+            pairs.append((best({"tuned": rows[OURS]["seeds"][seed]}), best({"tuned": found})))
+        each = ", ".join(_ahead([pair])[0] for pair in pairs)
+        ahead, between = _ahead(pairs)
+        yield f"With {len(pairs)} seeds, ours minus {theirs}: {each}; in the mean {ahead} {between}."
+
+
+def _ahead(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[str, str]:
+    """The mean difference of pairs of networks and its interval: seeds share the test images."""
+    right = [[unpack(each["right"], TEST_IMAGES) for each in pair] for pair in pairs]
+    found = [difference_interval(ours, theirs) for ours, theirs in right]
+    value, low, high = (statistics.fmean(getattr(each, end) for each in found) for end in ("value", "low", "high"))
+    return f"{value:+.2f}", f"[{low:+.2f}, {high:+.2f}]"
+
+
+def _contender(row: dict[str, Any], rates: list[str]) -> list[str]:
     after = best(row)
     behind = f"{after['minus_unpruned']['value']:+.2f}" if "minus_unpruned" in after else ""
-    return [f"{row['macs'] / 1e6:.1f}", top1(row["untuned"]), top1(after), behind]
+    return [f"{row['macs'] / 1e6:.1f}", top1(row["untuned"]), *(top1(row["tuned"][rate]) for rate in rates), behind]
 
 
 def _photos() -> Iterator[str]:
     if rows := kept("photos", quick=False):
+        rates = list(rows["unpruned"]["tuned"])
         yield from (
             "## SqueezeNet v1.1 on photos",
             "",
             "Ten of its thousand ImageNet classes, 1,000 photos to train on, 400 to test (intervals of",
-            "±4 points), five epochs at the better of two rates. `benchmarks/photos.py`",
+            "±4 points), five epochs at either rate. `benchmarks/photos.py`",
             "",
-            *head("", ["MMAC", "top-1 without training", "fine-tuned"]),
+            *head("", ["MMAC", "top-1 without training", *(f"fine-tuned at {rate}" for rate in rates)]),
         )
         for name, row in rows.items():
-            yield line(name, [f"{row['macs'] / 1e6:.0f}", top1(row["untuned"]), top1(best(row))])
+            after = (top1(row["tuned"][rate]) for rate in rates)
+            yield line(name, [f"{row['macs'] / 1e6:.0f}", top1(row["untuned"]), *after])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ On the trained ResNet-20 and on the CIFAR VGG with and without BatchNorm, 10,000
 counted by the same rule (thinet_deploy.counting), tested on the same images without any training, and once more after
 one epoch of the same fine-tuning (`_ours.tuned`: same images in the same order, the unpruned network as teacher), which
 the unpruned network gets too. Where there are several `RATES` everybody gets an epoch at each, and the table shows the
-one that suited a contender best. Rows are kept as they come, so a run that was stopped goes on.
+one that suited a contender best. Of ResNet-20, where it is close, ours and the best of the others get the epoch again
+with more seeds. Rows are kept as they come, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from thinet_deploy.pruning.oneshot import Method
 BUDGETS = {"resnet20": 20_500_000}
 SCOPES = {"resnet20": ("inner", "inner, global", "all", "all, 1×1", "all, 1×1, global")}
 EPOCHS = 1
+SEEDS = {"resnet20": (1, 2)}  # beside 0
+OURS, THEIRS = "thinet-deploy best", "Torch-Pruning"
 
 
 def ours(method: Method, *, allocated: bool) -> Contender:
@@ -47,12 +50,12 @@ def ours(method: Method, *, allocated: bool) -> Contender:
 def contenders(network: str) -> dict[str, Contender]:
     """Name → method."""
     return {
-        "thinet-deploy best": ours(Method(), allocated=True),
+        OURS: ours(Method(), allocated=True),
         "thinet-deploy best, uniform": ours(Method(), allocated=False),
         "ThiNet, ICCV 2017": ours(Method("thinet", "scale"), allocated=False),
         "ThiNet, TPAMI 2019": ours(Method("thinet-omp", "scale"), allocated=False),
     } | {
-        f"Torch-Pruning {criterion} ({scope})": torch_pruning(criterion, scope)
+        f"{THEIRS} {criterion} ({scope})": torch_pruning(criterion, scope)
         for scope in SCOPES.get(network, ("all", "all, global"))
         for criterion in CRITERIA
         if criterion != "BN scale" or network != "vgg"
@@ -71,6 +74,16 @@ def measure(contender: Contender, model: nn.Module, data: Dataset, macs: int, de
         for rate, other in dense["tuned"].items()
     }
     return row
+
+
+def again(contender: Contender, network: str, data: Dataset, macs: int, seed: int) -> dict[str, Any]:
+    """After the epoch with another seed of its batches, at each rate."""
+    model = NETWORKS[network]()
+    thin = contender(copy.deepcopy(model), data, macs)
+    return {
+        f"{rate:g}": judged(tuned(copy.deepcopy(thin), data, model, EPOCHS, seed, rate), data)
+        for rate in RATES[network]
+    }
 
 
 def counted(model: nn.Module, data: Dataset) -> dict[str, int]:
@@ -110,6 +123,16 @@ def run(network: str, data: Dataset, only: str, *, quick: bool) -> None:
         rows[title] = measure(contender, model, data, facts["budget_macs"], rows["unpruned"])
         keep(name, {**facts, "rows": rows}, quick=quick)
         print(f"{title}: {percent(rows[title]['untuned'])}, then {percent(best(rows[title]))}", flush=True)
+    others = [name for name in rows if name.startswith(THEIRS)]
+    others.sort(key=lambda name: float(best(rows[name])["top1"]["value"]))
+    for seed in () if quick or only else SEEDS.get(network, ()):
+        for title in (OURS, *others[-1:]):
+            seeds = rows[title].setdefault("seeds", {})
+            if str(seed) not in seeds:
+                found = again(contenders(network)[title], network, data, facts["budget_macs"], seed)
+                seeds[str(seed)] = found
+                keep(name, {**facts, "rows": rows}, quick=quick)
+                print(f"{title}, seed {seed}: {percent(best({'tuned': found}))}", flush=True)
     show(network, rows)
 
 
