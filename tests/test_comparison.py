@@ -22,7 +22,7 @@ from thinet_deploy.intervals import Interval, accuracy_interval
 from thinet_deploy.on_device import samples
 from thinet_deploy.reports import comparison, html_plots, texts
 from thinet_deploy.reports.comparison import Against, Difference
-from thinet_deploy.reports.table import Row, Table, Time, check_machines, with_device
+from thinet_deploy.reports.table import Row, Table, Time, check_machines, setting_of, with_device
 from thinet_deploy.store import Run
 
 FIGURES = {"top-1": accuracy_interval(900, 1000), "top-5": accuracy_interval(990, 1000)}
@@ -239,6 +239,24 @@ def test_across_machines_no_interval_is_claimed(tmp_path: Path) -> None:
     there = replace(b, table=replace(b.table, machine="n"))
     found = by_row(comparison.against([a, there], "a/conv")[1])["b/Thin"].faster["ov"]
     assert (found.value, found.low, found.high, found.in_turn) == (1.0, None, None, False)
+
+
+def test_a_machine_that_was_set_otherwise_is_said(cli: Callable[..., Any], tmp_path: Path) -> None:
+    facts = {"cpu": {"governor": "performance", "turbo": True}, "packages": {"torch": "2", "ov": "1", "ncnn": "1"}}
+    fast = setting_of(facts, ["ov"])
+    assert fast == {"governor": "performance", "turbo": "on", "torch": "2", "ov": "1"}
+    slow = setting_of({"cpu": {"governor": "powersave", "turbo": None}, "packages": {"torch": "2", "ov": "2"}}, ["ov"])
+    for name, setting in (("a", fast), ("b", slow), ("c", fast)):
+        run = finished(tmp_path / name, ORIGINAL, CONV)
+        write_json(run.folder / "report" / "table.json", replace(run.table, setting=setting).to_json())
+    notes = ("Measured with governor performance and powersave: times may differ", "Measured with ov 1 and 2: times")
+    for output in ("table", "markdown", "html"):
+        said = cli("compare", tmp_path / "a", tmp_path / "b", "--format", output).out
+        assert all(note in said for note in notes)
+        assert "turbo" not in said
+        assert "Measured with" not in cli("compare", tmp_path / "a", tmp_path / "c", "--format", output).out
+    finished(tmp_path / "d", ORIGINAL, CONV)
+    assert "Measured with" not in cli("compare", tmp_path / "a", tmp_path / "d").out, "one of before does not say"
 
 
 def test_newcombes_interval_is_the_published_one() -> None:

@@ -78,6 +78,7 @@ def render(pages: Sequence[Page], against: tuple[str, list[comparison.Against]] 
         headers=texts.headers(tables),
         runs=[_run(page, name, *columns) for page, name in zip(pages, names, strict=True)],
         against=_against(*against) if against else None,
+        unlike=texts.unlike_notes(tables),
     )
 
 

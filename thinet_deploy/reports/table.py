@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ class Table:
         precision: that the engines were asked for.
         ships: name of the row that goes into the bundle.
         device: what the engines that end in `THERE` were timed on, and how: see `with_device`.
+        setting: what else decides times here and may be another one next time: clocks, versions; see `setting_of`.
     """
 
     target: str
@@ -155,6 +156,7 @@ class Table:
     precision: str = "fp32"
     ships: str = ""
     device: str = ""
+    setting: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shipped(self) -> Row:
@@ -224,6 +226,22 @@ def with_device(table: Table, found: Mapping[str, Any] | None) -> Table:
 def _named(timed: Mapping[str, Any]) -> str:
     pace = f" at {timed['fps']:g} a second" if timed.get("fps") else ""
     return f"{timed['runtime']} {timed['precision']}{pace}{THERE}"
+
+
+def setting_of(environment: Mapping[str, Any], runtimes: Sequence[str]) -> dict[str, str]:
+    """How a machine was set when it was measured, beyond its id: of `environment.fingerprint`."""
+    cpu, packages = environment.get("cpu", {}), environment.get("packages", {})
+    clocks = {"governor": cpu.get("governor"), "turbo": {True: "on", False: "off"}.get(cpu.get("turbo"))}
+    versions = {name: packages.get(name) for name in ("torch", *runtimes)}
+    return {name: value for name, value in {**clocks, **versions}.items() if value}
+
+
+def unlike(tables: Sequence[Table]) -> dict[str, list[str]]:
+    """What the machine was set to, where that differs between tables, in their order."""
+    names = dict.fromkeys(name for table in tables for name in table.setting)
+    found = {name: list(dict.fromkeys(table.setting.get(name, "") for table in tables)) for name in names}
+    known = {name: [value for value in values if value] for name, values in found.items()}
+    return {name: values for name, values in known.items() if len(values) > 1}
 
 
 def check_machines(tables: Sequence[Table]) -> None:

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from .table import Row, Table, Time
+from .table import Row, Table, Time, unlike
 
 _BAR = 32
 _COUNTED = ("#Param", "#FLOPs")
@@ -166,7 +166,16 @@ def _notes(tables: Sequence[Table], names: Sequence[str]) -> list[str]:
         return [note for notes in each for note in notes]
     order = dict.fromkeys(chain(*each))
     whose = {note: [name for name, notes in zip(names, each, strict=True) if note in notes] for note in order}
-    return [note if len(who) == len(names) else f"{', '.join(who)}: {note}" for note, who in whose.items()]
+    notes = [note if len(who) == len(names) else f"{', '.join(who)}: {note}" for note, who in whose.items()]
+    return notes + unlike_notes(tables)
+
+
+def unlike_notes(tables: Sequence[Table]) -> list[str]:
+    """What was set otherwise on the machine when one of them was measured."""
+    return [
+        f"Measured with {name} {' and '.join(values)}: times may differ by that alone."
+        for name, values in unlike(tables).items()
+    ]
 
 
 def _grids(tables: Sequence[Table], width: int, names_of: Sequence[str]) -> list[Grid]:

@@ -13,7 +13,7 @@ from ..environment import machine_id
 from ..intervals import Interval
 from ..registry import host_runtimes, runs_here
 from ..reports.ledger import Entry
-from ..reports.table import Row, Table
+from ..reports.table import Row, Table, setting_of
 from ..store import Stage
 from ..tasks.base import Accuracy
 from . import deploy as deploy_stage
@@ -41,6 +41,7 @@ def build_table(job: Job, made: Networks, files: Files, measured: Stage, drops: 
         row = by_name[control.like].with_weights(name, control.label, control.accuracy, note)
         rows.insert(1 if control.like == "original" else len(rows), row)
     environment = timing["environment"]
+    runtimes = tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes)
     return Table(
         target=job.target.id,
         model=job.model_name,
@@ -51,11 +52,12 @@ def build_table(job: Job, made: Networks, files: Files, measured: Stage, drops: 
         threads=job.options.threads,
         torch_threads=timing["models"][0]["threads"] if timing["models"] else torch.get_num_threads(),
         batch=deploy_stage.TORCH_BATCH,
-        runtimes=tuple(host_runtimes(job.target) if runs_here(job.target) else job.target.runtimes),
+        runtimes=runtimes,
         rows=tuple(rows),
         ledger=tuple(_with_types(made, files.report)),
         precision=files.engines,
         ships=made.ship,
+        setting=setting_of(environment, runtimes),
     )
 
 
