@@ -1,8 +1,8 @@
 """What the calibration of `--recipe best` takes beside bare forward passes: VGG-16 at 224, 2x fewer multiplications.
 
 Weights and images are random: neither time nor memory depends on them much. Each case runs in a process of its own,
-which first lets the network see the calibration images in the same batches, then runs `prune_once` on them. Memory is
-the process's resident set, sampled every 20 ms.
+which lets the network see the calibration images in the same batches before `prune_once` runs on them, and once more
+afterwards: both are kept, the ratio is to their mean. Memory is the process's resident set, sampled every 20 ms.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -20,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _record import keep
+from _record import keep, kept
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from thinet_deploy.data.dataset import ImageSet
 from thinet_deploy.data.preprocess import Augment, Preprocess
@@ -86,6 +88,15 @@ class Watch:
         self._last = now
 
 
+def seconds_of(model: nn.Module, sample: Sample) -> float:
+    """Of the bare forward passes over all images."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for _, part in sample.batches():
+            model(sample.inputs(part))
+    return time.perf_counter() - start
+
+
 def measure(count: int, size: int) -> dict[str, Any]:
     """One case."""
     torch.manual_seed(0)
@@ -94,10 +105,7 @@ def measure(count: int, size: int) -> dict[str, Any]:
     sample = Sample(images(count, size), np.arange(count), BATCH, 0)
     with torch.inference_mode():
         model(torch.zeros(BATCH, *shape))  # the first pass chooses kernels
-        start = time.perf_counter()
-        for _, part in sample.batches():
-            model(sample.inputs(part))
-        forward = time.perf_counter() - start
+    forward = [seconds_of(model, sample)]
     graph = channel_graph(model, example_inputs(model, shape))
     groups, tensors = prunable(graph), dict(named_tensors(model))
     costs = Costs(tensors, graph, groups)
@@ -119,15 +127,16 @@ def measure(count: int, size: int) -> dict[str, Any]:
     whole = time.perf_counter() - start
     watch.stop()
     sampler.join()
+    forward.append(seconds_of(model, sample))
     return {
         "images": count,
         "size": size,
         "batch": BATCH,
         "threads": torch.get_num_threads(),
-        "forward_s": forward,
+        "forward_s": forward,  # before and after
         "calibration_s": whole,
         "steps_s": watch.seconds,
-        "ratio": whole / forward,
+        "ratio": whole / statistics.fmean(forward),
         "memory_before_bytes": before,
         "peak_memory_bytes": watch.peak,
         "widths": done.widths,
@@ -147,18 +156,20 @@ def main() -> None:
     if given.case:
         print(json.dumps(measure(given.case, size)))
         return
-    rows = []
-    table = Table("images", "forward, s", "calibration, s", "ratio", "before, GB", "peak, GB")
+    usual = not given.quick and not given.size
+    rows = kept("calibration", quick=not usual)
+    table = Table(
+        "images", "forward before, s", "forward after, s", "calibration, s", "ratio", "before, GB", "peak, GB"
+    )
     for count in given.images or (QUICK_IMAGES if given.quick else IMAGES):
         command = [sys.executable, __file__, "--case", str(count), "--size", str(size)]
-        rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
-        row = rows[-1]
-        seconds = f"{row['forward_s']:.1f}", f"{row['calibration_s']:.1f}", f"{row['ratio']:.2f}"
+        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        rows[f"{count} images"] = row
+        seconds = *(f"{each:.1f}" for each in row["forward_s"]), f"{row['calibration_s']:.1f}", f"{row['ratio']:.2f}"
         memory = (f"{row[name] / 1e9:.2f}" for name in ("memory_before_bytes", "peak_memory_bytes"))
         table.add_row(str(count), *seconds, *memory)
         print(f"{count} images: {json.dumps(row['steps_s'])}", flush=True)
     Console().print(table)
-    usual = not given.quick and not given.size and not given.images
     print(keep("calibration", {"rows": rows}, quick=not usual))
 
 
