@@ -198,6 +198,14 @@ def test_a_factory_that_hands_out_the_same_network_gives_fresh_ones_all_the_same
     assert other.weight.any()
 
 
+@pytest.mark.parametrize(("cast", "words"), [("double", "float64"), ("half", "float16"), ("bfloat16", "bfloat16")])
+def test_weights_that_are_no_float32_are_refused(net: Callable[[str], str], cast: str, words: str) -> None:
+    spec = net(f"from torch import nn\ndef make():\n    return nn.Sequential(nn.ReLU(), nn.Linear(2, 3)).{cast}()\n")
+    with pytest.raises(ModelError, match=rf"has weights in {words} \(1.weight\), but float32 was expected") as raised:
+        build_model(spec, input_shape=None, num_classes=None, seed=0)
+    assert "network.float()" in raised.value.hint
+
+
 def test_a_changed_file_is_read_again(net: Callable[[str], str]) -> None:
     for outputs in ("2", "13"):
         model = build_model(net(BODY.format(parameters="", outputs=outputs)), input_shape=None, num_classes=2, seed=0)

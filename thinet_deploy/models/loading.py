@@ -53,6 +53,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+_OTHER_FLOATS = {torch.float16, torch.bfloat16, torch.float64}
+
+
 def build_model(name: str, *, input_shape: InputShape | None, num_classes: int | None, seed: int) -> nn.Module:
     """A freshly initialised network.
 
@@ -65,7 +68,8 @@ def build_model(name: str, *, input_shape: InputShape | None, num_classes: int |
 
     Raises:
         UnknownNameError: no such model.
-        ModelError: the file or factory does not give an nn.Module, or the images are too small for it.
+        ModelError: the file or factory does not give an nn.Module, or the images are too small for it, or
+            its weights are no float32.
     """
     factory = _from_file(name) if ":" in name or name.endswith(".py") else MODELS.get(name)
     if factory is None:
@@ -93,6 +97,12 @@ def build_model(name: str, *, input_shape: InputShape | None, num_classes: int |
         )
     if name in MODELS:
         return model
+    if others := [(key, each.dtype) for key, each in model.named_parameters() if each.dtype in _OTHER_FLOATS]:
+        weight, dtype = others[0]
+        raise ModelError(
+            f"{name} has weights in {str(dtype).removeprefix('torch.')} ({weight}), but float32 was expected.",
+            hint="Return network.float() from the function; engines compute in --precision.",
+        )
     with contextlib.suppress(Exception):  # one that cannot be copied is refused with its reason, see stages/job.py
         return copy.deepcopy(model)  # a factory may hand out the same one again, and it is going to be trained
     return model
