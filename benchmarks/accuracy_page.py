@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from _judge import best, unpack
 from _markdown import head, line, top1
-from _record import kept
+from _record import RESULTS, kept
 from peers import OURS, THEIRS
 from reconstruction import RATIOS, RECONSTRUCTIONS, SELECTIONS, TARGETS
 
@@ -30,7 +31,9 @@ trained by the benchmarks. 2,000 calibration images.
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text("\n".join([HEAD, *_reconstruction(), *_tuned(), *_longer(), *_peers(), *_photos()]) + "\n", "utf-8")
+    PAGE.write_text(
+        "\n".join([HEAD, *_reconstruction(), *_tuned(), *_longer(), *_peers(), *_gap(), *_photos()]) + "\n", "utf-8"
+    )
 
 
 def _reconstruction() -> Iterator[str]:
@@ -190,6 +193,32 @@ def _contender(row: dict[str, Any], rates: list[str]) -> list[str]:
     after = best(row)
     behind = f"{after['minus_unpruned']['value']:+.2f}" if "minus_unpruned" in after else ""
     return [f"{row['macs'] / 1e6:.1f}", top1(row["untuned"]), *(top1(row["tuned"][rate]) for rate in rates), behind]
+
+
+def _gap() -> Iterator[str]:
+    path = RESULTS / "gap.json"
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        rows = found["table"]["rows"]
+        runtimes = list(rows[0]["engines"])
+        asked = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in found["options"].items())
+        yield from (
+            "## ThiNet-GAP end to end: VGG with BatchNorm",
+            "",
+            f"`build` from the trained weights to engines ({asked});",
+            f"{sum(hop['passed'] for hop in found['parity'])} of {len(found['parity'])} parity hops passed. *Faster* is",
+            "measured in turn with the original. Made on 2026-11-21; `build` trains otherwise since",
+            "([30](adr/0030-half-from-the-labels.md), [31](adr/0031-the-original-trained-on-teaches.md)), and widths are",
+            "multiples of the target's grid here, which they are not above. `benchmarks/gap.py`",
+            "",
+            *head("", ["top-1 [95 %]", "parameters", "MFLOPs", *(f"{runtime}, × faster" for runtime in runtimes)]),
+        )
+        for row in rows:
+            accuracy, engines = row["figures"]["top-1"], row["engines"]
+            between = f"{accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}]"
+            faster = [f"{each['speedup']:.2f}" if (each := engines[runtime])["speedup"] else "" for runtime in runtimes]
+            yield line(row["label"], [between, f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}", *faster])
+        yield ""
 
 
 def _photos() -> Iterator[str]:
