@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _judge import best, unpack
 from _markdown import head, line, top1
 from _record import RESULTS, kept
@@ -183,11 +184,15 @@ def _again(rows: dict[str, Any]) -> Iterator[str]:
 
 
 def _ahead(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[str, str]:
-    """The mean difference of pairs of networks and its interval: seeds share the test images."""
+    """The mean difference of pairs of networks, and its interval over the test images, which all pairs share."""
     right = [[unpack(each["right"], TEST_IMAGES) for each in pair] for pair in pairs]
-    found = [difference_interval(ours, theirs) for ours, theirs in right]
-    value, low, high = (statistics.fmean(getattr(each, end) for each in found) for end in ("value", "low", "high"))
-    return f"{value:+.2f}", f"[{low:+.2f}, {high:+.2f}]"
+    if len(right) == 1:
+        ((ours, theirs),) = right
+        found = difference_interval(ours, theirs)
+        return f"{found.value:+.2f}", f"[{found.low:+.2f}, {found.high:+.2f}]"
+    each = 100 * np.mean([ours.astype(float) - theirs for ours, theirs in right], axis=0)  # (images,)
+    value, half = float(each.mean()), 1.96 * float(each.std(ddof=1)) / len(each) ** 0.5
+    return f"{value:+.2f}", f"[{value - half:+.2f}, {value + half:+.2f}]"
 
 
 def _contender(row: dict[str, Any], rates: list[str]) -> list[str]:
