@@ -54,13 +54,16 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[Attempt, int]], 
     ("right", "taken"),
     [
         ({(0.01, True): 80, (0.003, True): 81, (0.03, True): 79, (0.01, False): 81}, (0.01, True)),
+        ({(0.01, True): 80, (0.003, True): 81, (0.03, True): 80, (0.01, False): 81}, (0.01, True)),
+        ({(0.01, True): 80, (0.003, True): 81, (0.03, True): 81, (0.03, False): 82}, (0.03, True)),
+        ({(0.01, True): 80, (0.003, True): 81, (0.03, True): -1, (0.01, False): -1}, (0.01, True)),
         ({(0.01, True): 80, (0.003, True): 95, (0.001, True): 95, (0.003, False): 95}, (0.003, True)),
         ({(0.01, True): 60, (0.003, True): 80, (0.001, True): 95, (0.001, False): 20}, (0.001, True)),
         ({(0.01, True): 60, (0.003, True): 50, (0.03, True): 90, (0.03, False): 99}, (0.03, False)),
         ({(0.01, True): -1, (0.003, True): 60, (0.001, True): 50, (0.003, False): -1}, (0.003, True)),
     ],
 )
-def test_the_usual_is_taken_unless_another_is_clearly_better(
+def test_the_usual_is_taken_unless_a_higher_one_is_better_or_another_clearly(
     right: dict[Attempt, int], taken: Attempt, attempts: Any, tiny_options: MakeOptions, tmp_path: Any
 ) -> None:
     made = attempts(right)

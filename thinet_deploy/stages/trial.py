@@ -36,6 +36,12 @@ class _Attempt:
             return other.judged is not None
         return self.judged.behind(other.judged).low > 0
 
+    def ahead_of(self, other: _Attempt) -> bool:
+        """Whether it is better at all."""
+        if self.judged is None or other.judged is None:
+            return self.judged is not None
+        return self.judged.behind(other.judged).value < 0
+
     def told(self) -> dict[str, Any]:
         """For the record."""
         accuracy = asdict(self.judged.accuracy) if self.judged else None
@@ -43,7 +49,10 @@ class _Attempt:
 
 
 def tried(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, folder: Path) -> None:
-    """Leave in trial.json what to fine-tune with: the usual unless held-out training images clearly say otherwise.
+    """Leave in trial.json what to fine-tune with: the usual unless held-out training images say otherwise.
+
+    A lower rate, and learning without the original, have to be clearly better. A higher rate has to be better at all:
+    that a trial is short, and that the original may have seen these images, both speak for low ones.
 
     The rate is only tried where the user has given none, learning without the original only where images have labels.
 
@@ -74,7 +83,8 @@ def tried(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, fo
     for rates in () if options.finetune_lr else (LOWER, HIGHER):
         for rate in rates if best is attempts[0] else ():
             attempts.append(attempt(rate, original))
-            if not best.clearly_behind(attempts[-1]):
+            better = attempts[-1].ahead_of(best) if rates is HIGHER else best.clearly_behind(attempts[-1])
+            if not better:
                 break
             best = attempts[-1]
     if fit.labelled:
