@@ -204,8 +204,7 @@ def _contender(row: dict[str, Any], rates: list[str]) -> list[str]:
 _DONE = {
     "resnet20": (
         "ResNet-20",
-        " Made when a higher rate had to be clearly better to be taken ([24](adr/0024-trying-the-rate.md)); at 0.03 and"
-        " with widths of any number it is 86.32.",
+        " Made when a higher rate had to be clearly better ([24](adr/0024-trying-the-rate.md)).",
     ),
     "vgg_bn": (
         "VGG with BatchNorm, ThiNet-GAP",
