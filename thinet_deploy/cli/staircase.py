@@ -18,7 +18,8 @@ from .scatter import scatter
 from .tables import grid, print_json, stdout, to_the_right
 
 if TYPE_CHECKING:
-    from ..stages.staircase import Side, Staircase, Stairs
+    from ..stages.staircase import Staircase
+    from ..timing.stairs import Side, Stairs
 
 _WIDEST, _HEIGHT = 96, 12  # of the picture, in characters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..artifact import write_bytes
 from ..pruning.sweep import Point
@@ -13,6 +13,8 @@ from ..pruning.sweep import Point
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ..timing.stairs import Side, Stairs
 
 _LAYERS = 6  # drawn of a staircase
 _LINE, _MARK, _GREY = "#2a5d9f", "#c8501e", "#666666"
@@ -74,78 +76,6 @@ def _times_fewer(axes: Axes, xs: Sequence[float], points: Sequence[Point]) -> No
     top.set_xticks([xs[index] for index in shown], [names[index] for index in shown], color=_GREY)
     top.set_xlabel("times fewer", color=_GREY, fontsize=9)
     top.tick_params(length=3, color=_GREY)
-
-
-class Side(Protocol):
-    """A layer's measured times along its inputs or outputs."""
-
-    @property
-    def widths(self) -> Sequence[int]:
-        """Numbers of channels, ascending."""
-
-    @property
-    def ms(self) -> Sequence[float]:
-        """Their times."""
-
-    @property
-    def fast(self) -> Sequence[int]:
-        """Widths after which a channel more is dearer."""
-
-
-class Spot(Protocol):
-    """A measured point."""
-
-    @property
-    def ins(self) -> int:
-        """Inputs."""
-
-    @property
-    def outs(self) -> int:
-        """Outputs."""
-
-
-class Grid(Protocol):
-    """A layer's time at any widths."""
-
-    @property
-    def ins(self) -> Sequence[int]:
-        """Numbers of inputs, ascending."""
-
-    @property
-    def outs(self) -> Sequence[int]:
-        """Of outputs."""
-
-    @property
-    def ms(self) -> Sequence[Sequence[float]]:
-        """Times, [outs][ins]."""
-
-
-class Stairs(Protocol):
-    """Layers of one shape."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Of the layers."""
-
-    @property
-    def shape(self) -> str:
-        """For people."""
-
-    @property
-    def along_ins(self) -> Side:
-        """Times at fewer inputs."""
-
-    @property
-    def along_outs(self) -> Side:
-        """Times at fewer outputs."""
-
-    @property
-    def measured(self) -> Sequence[Spot]:
-        """Where the surface was measured."""
-
-    @property
-    def surface(self) -> Grid:
-        """What follows from it."""
 
 
 def staircase_plot(path: Path, rows: Sequence[Stairs], title: str) -> None:
