@@ -30,17 +30,12 @@ class _Attempt:
     taught: bool
     judged: Judgement | None
 
-    def clearly_behind(self, other: _Attempt) -> bool:
-        """Whether the other one is better, by the whole interval."""
+    def behind(self, other: _Attempt, *, clearly: bool) -> bool:
+        """Whether the other one is better: clearly is by the whole interval."""
         if self.judged is None or other.judged is None:
             return other.judged is not None
-        return self.judged.behind(other.judged).low > 0
-
-    def ahead_of(self, other: _Attempt) -> bool:
-        """Whether it is better at all."""
-        if self.judged is None or other.judged is None:
-            return self.judged is not None
-        return self.judged.behind(other.judged).value < 0
+        found = self.judged.behind(other.judged)
+        return (found.low if clearly else found.value) > 0
 
     def told(self) -> dict[str, Any]:
         """For the record."""
@@ -80,16 +75,15 @@ def tried(tools: Tools, dense_folder: Path, pruned_folder: Path, epochs: int, fo
 
     best = attempt(options.rate, original)
     attempts = [best]
-    for rates in () if options.finetune_lr else (LOWER, HIGHER):
+    for rates, clearly in () if options.finetune_lr else ((LOWER, True), (HIGHER, False)):
         for rate in rates if best is attempts[0] else ():
             attempts.append(attempt(rate, original))
-            better = attempts[-1].ahead_of(best) if rates is HIGHER else best.clearly_behind(attempts[-1])
-            if not better:
+            if not best.behind(attempts[-1], clearly=clearly):
                 break
             best = attempts[-1]
     if fit.labelled:
         attempts.append(attempt(best.rate, None))
-        best = attempts[-1] if best.clearly_behind(attempts[-1]) else best
+        best = attempts[-1] if best.behind(attempts[-1], clearly=True) else best
     told = {"epochs": epochs, "images": len(images), "judged on": len(judging)}
     write_json(folder / TRIAL, {**best.told(), **told, "tried": [each.told() for each in attempts]})
 
