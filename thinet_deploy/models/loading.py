@@ -53,9 +53,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-_OTHER_FLOATS = {torch.float16, torch.bfloat16, torch.float64}
-
-
 def build_model(name: str, *, input_shape: InputShape | None, num_classes: int | None, seed: int) -> nn.Module:
     """A freshly initialised network.
 
@@ -97,12 +94,12 @@ def build_model(name: str, *, input_shape: InputShape | None, num_classes: int |
         )
     if name in MODELS:
         return model
-    if others := [(key, each.dtype) for key, each in model.named_parameters() if each.dtype in _OTHER_FLOATS]:
-        weight, dtype = others[0]
-        raise ModelError(
-            f"{name} has weights in {str(dtype).removeprefix('torch.')} ({weight}), but float32 was expected.",
-            hint="Return network.float() from the function; engines compute in --precision.",
-        )
+    for weight, each in model.named_parameters():
+        if each.is_floating_point() and each.dtype != torch.float32:
+            raise ModelError(
+                f"{name} has weights in {str(each.dtype).removeprefix('torch.')} ({weight}), but float32 was expected.",
+                hint="Return network.float() from the function; engines compute in --precision.",
+            )
     with contextlib.suppress(Exception):  # one that cannot be copied is refused with its reason, see stages/job.py
         return copy.deepcopy(model)  # a factory may hand out the same one again, and it is going to be trained
     return model
